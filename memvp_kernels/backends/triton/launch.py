@@ -1,0 +1,82 @@
+"""The host's side of a launch: which device, which dtype and precision, and whether an operand can have a TMA descriptor."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from memvp_kernels.backends.triton.operands import BY_COLUMN, BY_POINTER, BY_ROW
+
+__all__ = ["architecture", "describable", "describe", "element_type", "form_of", "interpreted", "on_device", "precision"]
+
+_ELEMENT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+_LARGEST_STRIDE = 2**40  # bytes, cuTensorMapEncodeTiled
+_INTERPRETED_AS = 90
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 before triton is imported), on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def architecture(device: torch.device) -> int:
+    """The compute capability as a two- or three-digit number (80, 90, 100); the interpreter stands for Hopper."""
+    if interpreted():
+        return _INTERPRETED_AS
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def element_type(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of a dtype that the kernels take."""
+    return _ELEMENT_TYPES[dtype]
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` treats float32: IEEE, unless the user allowed TF32 for PyTorch's own products."""
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+@contextlib.contextmanager
+def on_device(tensor: Tensor) -> Iterator[None]:
+    """Launch on the tensor's own device; Triton takes that device's current stream."""
+    if tensor.device.type == "cuda":
+        with torch.cuda.device(tensor.device):
+            yield
+    else:
+        yield
+
+
+def describable(tensor: Tensor) -> bool:
+    """Whether TMA can read this tensor: contiguous last dimension, base and other strides multiples of 16 bytes, not empty."""
+    if tensor.numel() == 0 or tensor.stride(-1) != 1 or tensor.data_ptr() % 16:
+        return False
+    strides = [s * tensor.element_size() for s, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if n > 1]
+    return all(0 < s < _LARGEST_STRIDE and s % 16 == 0 for s in strides)
+
+
+def form_of(tensor: Tensor, device_has_tma: bool = True) -> int:
+    """BY_ROW, BY_COLUMN or BY_POINTER for a matrix: how `operands.load_tile` can read it."""
+    if device_has_tma and describable(tensor):
+        return BY_ROW.value
+    if device_has_tma and tensor.dim() == 2 and describable(tensor.T):
+        return BY_COLUMN.value
+    return BY_POINTER.value
+
+
+def describe(tensor: Tensor, block: Sequence[int], form: int = BY_ROW.value) -> Tensor | TensorDescriptor:
+    """The kernel's argument for an operand in this form; `block` is the tile in the operand's own order."""
+    if form == BY_POINTER.value:
+        return tensor
+    if form == BY_COLUMN.value:
+        tensor, block = tensor.T, block[::-1]
+    # The stride of a dimension of size 1 is never walked, but TMA checks it all the same.
+    unit = 16 // tensor.element_size()
+    strides = [s if n > 1 or s % unit == 0 else unit for s, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], list(block))

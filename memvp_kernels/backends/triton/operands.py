@@ -1,0 +1,89 @@
+"""Tiles of an operand: through a TMA descriptor where the host could make one, else through masked pointers of any strides.
+
+The host decides (:mod:`.launch`) and tells the kernel by a compile-time form; outside the operand both ways read zeros. A weight is
+taken in the orientation it is stored in: the tensor cores read either from shared memory, so no transposed copy is ever made.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["BY_COLUMN", "BY_POINTER", "BY_ROW", "load_memory_tile", "load_tile", "swizzle"]
+
+BY_POINTER = tl.constexpr(0)
+BY_ROW = tl.constexpr(1)  # a descriptor of the operand as named: its rows are contiguous
+BY_COLUMN = tl.constexpr(2)  # a descriptor of its transpose: its columns are contiguous
+
+
+@triton.jit
+def load_tile(
+    operand,
+    row,
+    column,
+    rows,
+    columns,
+    stride_row,
+    stride_column,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FORM: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr = False,
+    WHOLE_COLUMNS: tl.constexpr = False,
+):
+    """Tile [ROWS, COLUMNS] at (row, column) of an operand (rows, columns).
+
+    Args:
+        FORM: BY_POINTER (then the strides, in elements, are used), BY_ROW or BY_COLUMN.
+        WHOLE_ROWS, WHOLE_COLUMNS: no tile crosses that edge, so pointers need no mask there.
+    """
+    if FORM == BY_ROW:
+        tile = operand.load([row, column])
+    elif FORM == BY_COLUMN:
+        tile = operand.load([column, row]).T
+    else:
+        o_row = row + tl.arange(0, ROWS)[:, None]
+        o_column = column + tl.arange(0, COLUMNS)[None, :]
+        pointers = operand + o_row.to(tl.int64) * stride_row + o_column.to(tl.int64) * stride_column
+        if WHOLE_ROWS and WHOLE_COLUMNS:
+            tile = tl.load(pointers)
+        elif WHOLE_ROWS:
+            tile = tl.load(pointers, mask=o_column < columns, other=0.0)
+        elif WHOLE_COLUMNS:
+            tile = tl.load(pointers, mask=o_row < rows, other=0.0)
+        else:
+            tile = tl.load(pointers, mask=(o_row < rows) & (o_column < columns), other=0.0)
+    return tile
+
+
+@triton.jit
+def load_memory_tile(
+    memory,
+    memory_row,
+    slot,
+    column,
+    slots,
+    columns,
+    stride_memory,
+    stride_slot,
+    stride_column,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FORM: tl.constexpr,
+    WHOLE_COLUMNS: tl.constexpr = False,
+):
+    """Tile [SLOTS, COLUMNS] at (slot, column) of one row of a memory (R, M, columns); FORM is BY_POINTER or BY_ROW."""
+    if FORM == BY_ROW:
+        tile = memory.load([memory_row, slot, column]).reshape(SLOTS, COLUMNS)
+    else:
+        base = memory + tl.cast(memory_row, tl.int64) * stride_memory
+        tile = load_tile(base, slot, column, slots, columns, stride_slot, stride_column, SLOTS, COLUMNS, BY_POINTER, False, WHOLE_COLUMNS)
+    return tile
+
+
+@triton.jit
+def swizzle(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """(row tile, column tile) of a linear tile number, GROUP row tiles side by side so that they share columns in L2."""
+    per_group = GROUP * column_tiles
+    first = (tile // per_group) * GROUP
+    size = tl.minimum(row_tiles - first, GROUP)
+    inside = tile % per_group
+    return first + inside % size, inside // size
