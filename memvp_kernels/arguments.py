@@ -1,0 +1,218 @@
+"""Checks of :func:`memvp_kernels.fused_ffn`'s arguments: by shape, dtype and name here, by value in :func:`check_values`.
+
+Each error says the argument, what was wanted, what was given and the way out, and is raised before any work is done.
+"""
+
+from __future__ import annotations
+
+import numbers
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from memvp_kernels.problem import Problem
+
+__all__ = ["ACTIVATIONS", "BACKENDS", "TENSORS", "check_scalars", "check_tensors", "check_values"]
+
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+BACKENDS = ("auto", "torch", "triton", "cuda")
+
+#: Every tensor argument in the operator's order; the first twelve after x may be differentiated, and so may residual.
+TENSORS = (
+    "x", "key", "value", "visual_key", "visual_value", "visual_basis", "gate", "key_bias", "gate_bias", "value_bias",
+    "key_position", "value_position", "residual", "visual_lengths", "visual_index", "cu_seqlens",
+)  # fmt: skip
+_WEIGHTS = ("key", "value", "gate", "residual")
+_WIDER = ("visual_key", "visual_value", "visual_basis", "key_bias", "gate_bias", "value_bias", "key_position", "value_position")
+_INTEGERS = ("visual_lengths", "visual_index", "cu_seqlens")
+_FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_NEEDS = {
+    "key": "value",
+    "value": "key",
+    "gate": "key",
+    "key_bias": "key",
+    "gate_bias": "gate",
+    "value_bias": "value",
+    "visual_key": "visual_value",
+    "visual_value": "visual_key",
+    "visual_basis": "visual_key",
+    "key_position": "visual_key",
+    "value_position": "visual_key",
+    "visual_lengths": "visual_key",
+    "visual_index": "visual_key",
+}
+
+Tensors = Mapping[str, Tensor | None]
+
+
+def _got(t: Tensor) -> str:
+    return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
+
+
+def _wrong_shape(name: str, wanted: str, t: Tensor, way_out: str) -> ValueError:
+    return ValueError(f"{name}: wanted shape {wanted}, got {_got(t)}; {way_out}")
+
+
+def check_scalars(
+    activation: str, visual_activation: str | None, visual_scale: float, dropout_p: float, recompute: bool, backend: str
+) -> None:
+    """Names and numbers.
+
+    Raises:
+        TypeError: a number or flag of another type.
+        ValueError: an unknown name, or a probability outside [0, 1].
+    """
+    for argument, name in (("activation", activation), ("visual_activation", visual_activation)):
+        if name not in ACTIVATIONS and not (name is None and argument == "visual_activation"):
+            raise ValueError(f"{argument}: wanted one of {', '.join(ACTIVATIONS)}, got {name!r}; 'gelu' is the erf form, 'gelu_tanh' its approximation")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: wanted one of {', '.join(BACKENDS)}, got {backend!r}; 'auto' takes the fastest that this machine has")
+    for argument, number in (("visual_scale", visual_scale), ("dropout_p", dropout_p)):
+        if isinstance(number, Tensor) or not isinstance(number, numbers.Real):
+            if isinstance(number, (torch.SymFloat, torch.SymInt)):
+                continue
+            raise TypeError(f"{argument}: wanted a Python number, got {type(number).__name__}; a trainable scale belongs into visual_value")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: wanted a probability in [0, 1], got {dropout_p}; 0.0 drops nothing")
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute: wanted a bool, got {type(recompute).__name__}; True keeps x instead of the pre-activations")
+
+
+def check_tensors(tensors: Tensors) -> None:
+    """Presence, types, devices and shapes; values are read nowhere, so this traces and never synchronises.
+
+    Raises:
+        TypeError: not a tensor, or a dtype that doesn't fit.
+        ValueError: a shape or device that doesn't fit, or an argument whose partner is missing.
+    """
+    _check_types(tensors)
+    for name, partner in _NEEDS.items():
+        if tensors[name] is not None and tensors[partner] is None:
+            raise ValueError(f"{name}: needs {partner}, got {partner}=None; pass both or neither")
+    if tensors["key"] is None and tensors["visual_key"] is None:
+        raise ValueError("key: wanted an FFN (key and value), a memory (visual_key and visual_value) or both, got neither; there is nothing to compute")
+    x = tensors["x"]
+    assert x is not None
+    if x.dim() == 0:
+        raise _wrong_shape("x", "(S, T, d), (N, d) or (…, d)", x, "the last dimension is the model's width")
+    _check_weights(x, tensors)
+    sequences = _check_packing(x, tensors["cu_seqlens"])
+    if tensors["visual_key"] is not None:
+        _check_memory(x, tensors, sequences)
+
+
+def _check_types(tensors: Tensors) -> None:
+    x = tensors["x"]
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: wanted a torch.Tensor, got {type(x).__name__}; torch.as_tensor makes one")
+    dtype, device = x.dtype, x.device
+    if dtype not in _FLOATING:
+        raise TypeError(f"x: wanted float32, float16, bfloat16 or float64, got {_got(x)}; cast it first")
+    for name, t in tensors.items():
+        if t is None or t is x:
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: wanted a torch.Tensor or None, got {type(t).__name__}; torch.as_tensor makes one")
+        if t.device != device:
+            raise ValueError(f"{name}: wanted a tensor on x's device {device}, got {_got(t)}; move it with .to(x.device)")
+        if t.dtype == dtype and name not in _INTEGERS:
+            continue
+        if name in _INTEGERS:
+            if t.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"{name}: wanted int32 or int64, got {_got(t)}; cast it with .int()")
+        elif name in _WEIGHTS:
+            raise TypeError(f"{name}: wanted x's dtype {dtype}, got {_got(t)}; cast one of them, or use torch.autocast")
+        elif name in _WIDER and not (t.dtype in (torch.float32, torch.float64) and t.dtype.itemsize > dtype.itemsize):
+            raise TypeError(f"{name}: wanted x's dtype {dtype} or a wider one, got {_got(t)}; cast it with .to(x.dtype)")
+
+
+def _check_weights(x: Tensor, tensors: Tensors) -> None:
+    key, d = tensors["key"], x.shape[-1]
+    if key is not None:
+        if key.dim() != 2 or key.shape[1] != d:
+            raise _wrong_shape("key", f"(F, {d}) with x's width", key, "pass up_proj.weight, fc1.weight or wi.weight as it is")
+        pairs = key.shape[0]
+        for name in ("value", "gate"):
+            t = tensors[name]
+            if t is not None and (t.dim() != 2 or t.shape[0] != pairs or t.shape[1] != d):
+                hint = "pass down_proj.weight.T, a view" if name == "value" else "pass gate_proj.weight as it is"
+                raise _wrong_shape(name, f"({pairs}, {d}) like key", t, hint)
+        for name, size in (("key_bias", pairs), ("gate_bias", pairs), ("value_bias", d)):
+            t = tensors[name]
+            if t is not None and (t.dim() != 1 or t.shape[0] != size):
+                raise _wrong_shape(name, f"({size},)", t, "one number per " + ("column of the output" if name == "value_bias" else "key-value pair"))
+    residual = tensors["residual"]
+    if residual is not None and residual.shape != x.shape:
+        raise _wrong_shape("residual", f"{tuple(x.shape)} like x", residual, "expand it first if it is meant to broadcast")
+
+
+def _check_packing(x: Tensor, cu_seqlens: Tensor | None) -> int | None:
+    """S where x has sequences: packed, or three-dimensional."""
+    if cu_seqlens is None:
+        return x.shape[0] if x.dim() == 3 else None
+    if x.dim() != 2:
+        raise ValueError(f"cu_seqlens: wanted a packed x (N, d) with it, got x {_got(x)}; leave it out for a padded x, or flatten x to rows")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise _wrong_shape("cu_seqlens", "(S + 1,)", cu_seqlens, "it starts at 0 and ends at N")
+    return cu_seqlens.shape[0] - 1
+
+
+def _check_memory(x: Tensor, tensors: Tensors, sequences: int | None) -> None:
+    key, value, basis = tensors["visual_key"], tensors["visual_value"], tensors["visual_basis"]
+    assert key is not None and value is not None
+    d = x.shape[-1]
+    if basis is not None:
+        if basis.dim() != 2 or basis.shape[1] != d:
+            raise _wrong_shape("visual_basis", f"(r, {d}) with x's width", basis, "its rows are the factors' directions, shared by all images")
+        width, form = basis.shape[0], "cores (R, M, r) or (M, r) under visual_basis"
+    else:
+        width, form = d, "(R, M, d) or (M, d)"
+    if key.dim() not in (2, 3) or key.shape[-1] != width:
+        raise _wrong_shape("visual_key", f"{form} with last dimension {width}", key, "or pass visual_basis for a factored memory" if basis is None else "as wide as visual_basis has rows")
+    if value.shape != key.shape:
+        raise _wrong_shape("visual_value", f"{tuple(key.shape)} like visual_key", value, "the two may be the same tensor")
+    slots = key.shape[-2]
+    for name in ("key_position", "value_position"):
+        t = tensors[name]
+        if t is not None and (t.dim() != 2 or t.shape[0] != slots or t.shape[1] != d):
+            raise _wrong_shape(name, f"({slots}, {d}), one row per slot", t, "squeeze the leading dimension of a checkpoint's (1, M, d)")
+    memories = key.shape[0] if key.dim() == 3 else 1
+    lengths, index = tensors["visual_lengths"], tensors["visual_index"]
+    if lengths is not None and (lengths.dim() != 1 or lengths.shape[0] != memories):
+        raise _wrong_shape("visual_lengths", f"({memories},), one per memory row", lengths, "it counts valid slots, 0 to M")
+    if sequences is None and (key.dim() == 3 or index is not None):
+        name = "visual_index" if key.dim() == 2 else "visual_key"
+        raise ValueError(f"{name}: memory per sequence needs sequences in x, (S, T, d) or (N, d) with cu_seqlens, got x {_got(x)}; or pass one (M, ·) memory for all rows")
+    if index is not None:
+        if index.dim() != 1 or index.shape[0] != sequences:
+            raise _wrong_shape("visual_index", f"({sequences},), one per sequence", index, "it names the memory row of each sequence, -1 for none")
+    elif key.dim() == 3 and memories != sequences:
+        raise _wrong_shape("visual_key", f"({sequences}, M, ·), one memory row per sequence", key, "or say with visual_index which row each sequence reads")
+
+
+def check_values(problem: Problem) -> None:
+    """Ranges of the integer tensors: on a CPU always, on a GPU (where it synchronises) only under ``MEMVP_CHECK=1``.
+
+    Raises:
+        ValueError: an index, a length or an offset out of range.
+    """
+    s = problem.segments
+    if s.index is None and s.lengths is None and s.cu_seqlens is None:
+        return
+    if problem.x.device.type != "cpu" and os.environ.get("MEMVP_CHECK") != "1":
+        return
+    for name, t, low, high, way_out in (
+        ("visual_index", s.index, -1, problem.memories - 1, "-1 means no memory"),
+        ("visual_lengths", s.lengths, 0, problem.slots, "it counts valid slots of a memory row"),
+    ):
+        if t is not None and t.numel():
+            least, most = (int(v) for v in torch.aminmax(t))
+            if least < low or most > high:
+                raise ValueError(f"{name}: wanted values in {low}..{high}, got {least}..{most}; {way_out}")
+    if s.cu_seqlens is not None:
+        offsets = [int(c) for c in s.cu_seqlens.tolist()]
+        if offsets[0] != 0 or offsets[-1] != s.rows or any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
+            shown = str(offsets) if len(offsets) <= 12 else f"{offsets[:6]} … {offsets[-3:]}"
+            raise ValueError(f"cu_seqlens: wanted offsets rising from 0 to N = {s.rows}, got {shown}; sequence i is x[cu[i]:cu[i+1]]")

@@ -1,0 +1,297 @@
+"""The torch backend: the two branches in plain PyTorch, for any dtype and device. The fallback, the CPU path and the yardstick.
+
+Nothing is concatenated, no weight is copied, products accumulate into the output, and a frozen weight costs nothing. The
+backward is written by hand so that only the pre-activations are kept, and none of them with ``recompute``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memvp_kernels.backends.memory_rows import MemoryRows, memory_rows
+from memvp_kernels.philox import keep_mask
+from memvp_kernels.problem import Problem
+
+__all__ = ["backward", "forward", "unsupported"]
+
+_aten = torch.ops.aten
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Why this backend can't take the problem: it always can."""
+    return None
+
+
+def _activate(name: str, z: Tensor) -> Tensor:
+    if name == "relu":
+        return torch.relu(z)
+    if name == "silu":
+        return F.silu(z)
+    return F.gelu(z, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+def _activate_(name: str, z: Tensor) -> Tensor:
+    """In place, for pre-activations that nobody keeps."""
+    if name == "relu":
+        return torch.relu_(z)
+    if name == "silu":
+        return F.silu(z, inplace=True)
+    return _aten.gelu_(z, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+def _activation_backward(name: str, grad: Tensor, z: Tensor) -> Tensor:
+    if name == "relu":
+        return _aten.threshold_backward(grad, z, 0)
+    if name == "silu":
+        return _aten.silu_backward(grad, z)
+    return _aten.gelu_backward(grad, z, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    if bias is None:
+        return torch.mm(a, b, out=out)
+    return torch.addmm(bias.to(a.dtype), a, b, out=out)
+
+
+def _pre_activations(p: Problem, kept: Tensor | None) -> list[Tensor]:
+    """[gate's, key's] or [key's], each (N, F); written into `kept` (P, N, F) where it is given."""
+    assert p.key is not None
+    weights = [(p.key, p.key_bias)] if p.gate is None else [(p.gate, p.gate_bias), (p.key, p.key_bias)]
+    return [_product(p.x, w.T, b, None if kept is None else kept[i]) for i, (w, b) in enumerate(weights)]
+
+
+class _Memory:
+    """The visual branch of one problem: what both passes need of it."""
+
+    def __init__(self, p: Problem) -> None:
+        assert p.visual_key is not None and p.visual_value is not None
+        self.p = p
+        self.rows: MemoryRows = memory_rows(p.segments, p.memories, p.x.device)
+        lengths = p.segments.lengths
+        self.valid: Tensor | None = None  # (R, M) slots that exist
+        if lengths is not None:
+            limit = torch.where((lengths >= 0) & (lengths <= p.slots), lengths, 0)
+            self.valid = torch.arange(p.slots, device=p.x.device)[None, :] < limit[:, None]
+        self._mask: Tensor | None | bool = False
+        # Plain: Kv and Vv (R, M, d), formed in the wider dtype and rounded once. Factored: the cores (R, M, r).
+        add = (None, None) if p.factored else (p.key_position, p.value_position)
+        self.key = self._clean(p.visual_key, add[0])
+        same = p.visual_value is p.visual_key and add[0] is add[1]
+        self.value = self.key if same else self._clean(p.visual_value, add[1])
+        if p.visual_basis is not None:
+            self.basis = p.visual_basis.to(p.x.dtype)
+            self.key_position = None if p.key_position is None else p.key_position.to(p.x.dtype)
+            self.value_position = None if p.value_position is None else p.value_position.to(p.x.dtype)
+
+    def _clean(self, memory: Tensor, position: Tensor | None) -> Tensor:
+        """In x's dtype; slots that don't exist become zero, whatever they held."""
+        if position is not None:
+            wide = torch.promote_types(torch.promote_types(memory.dtype, position.dtype), torch.float32)
+            memory = memory.to(wide) + position
+        memory = memory.to(self.p.x.dtype)
+        return memory if self.valid is None else memory.masked_fill(~self.valid[:, :, None], 0)
+
+    def mask_(self, scores: Tensor) -> Tensor:
+        """Zero, in place, what a row must not see. Only the factored form needs it: positions there are shared by all rows."""
+        if self._mask is False:
+            row = self.rows.row_of() if self.valid is not None or self.p.segments.index is not None or self.p.segments.cu_seqlens is not None else None
+            if row is None:
+                self._mask = None if self.valid is None else ~self.valid[0]
+            else:
+                absent = (row < 0)[:, None]
+                self._mask = absent if self.valid is None else absent | ~self.valid[row.clamp(min=0)]
+        return scores if self._mask is None else scores.masked_fill_(self._mask, 0)
+
+    def scores(self, out: Tensor | None = None) -> Tensor:
+        """x Kvᵀ (N, M): (x Wᵀ) Aᵀ + x p^kᵀ when factored."""
+        p = self.p
+        scores = p.x.new_empty(p.rows, p.slots) if out is None else out
+        if not p.factored:
+            scores.zero_()
+            self.rows.add_product(scores, p.x, self.key.transpose(1, 2))
+            return scores
+        if self.key_position is None:
+            scores.zero_()
+        else:
+            torch.mm(p.x, self.key_position.T, out=scores)
+        self.rows.add_product(scores, p.x @ self.basis.T, self.key.transpose(1, 2))
+        return self.mask_(scores)
+
+    def _factor(self, scores: Tensor) -> Tensor | float:
+        """s · keep / (1 - p)."""
+        p = self.p
+        if p.seed is None:
+            return p.visual_scale
+        keep = keep_mask(p.seed, p.rows, p.slots, p.dropout_p)
+        return keep.to(torch.promote_types(scores.dtype, torch.float32)) * (p.visual_scale / (1 - p.dropout_p) if p.dropout_p < 1 else 0.0)
+
+    def visual(self, scores: Tensor) -> Tensor:
+        """s · dropout(vact(scores)), in float32 and rounded once."""
+        factor = self._factor(scores)
+        if isinstance(factor, float) and factor == 1.0:
+            return _activate(self.p.visual_activation, scores)
+        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return (_activate(self.p.visual_activation, wide) * factor).to(scores.dtype)
+
+    def add_output_(self, y: Tensor, visual: Tensor) -> None:
+        """y += visual Vv: (visual A) W + visual p^v when factored."""
+        if not self.p.factored:
+            self.rows.add_product(y, visual, self.value)
+            return
+        y.addmm_(self.core_product(visual, self.value), self.basis)
+        if self.value_position is not None:
+            y.addmm_(visual, self.value_position)
+
+    def core_product(self, a: Tensor, core: Tensor) -> Tensor:
+        """a A (N, r) for a (N, M)."""
+        out = a.new_zeros(a.shape[0], core.shape[2])
+        self.rows.add_product(out, a, core)
+        return out
+
+    def score_gradient(self, grad: Tensor, scores: Tensor, through_basis: Tensor | None) -> Tensor:
+        """dS (N, M) from dy; `through_basis` is dy Wᵀ when factored."""
+        p = self.p
+        if through_basis is None:
+            dvisual = grad.new_zeros(p.rows, p.slots)
+            self.rows.add_product(dvisual, grad, self.value.transpose(1, 2))
+        else:
+            dvisual = grad.new_zeros(p.rows, p.slots) if self.value_position is None else grad @ self.value_position.T
+            self.rows.add_product(dvisual, through_basis, self.value.transpose(1, 2))
+            self.mask_(dvisual)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        return _activation_backward(p.visual_activation, dvisual.to(wide) * self._factor(scores), scores.to(wide)).to(scores.dtype)
+
+
+def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y (N, d), and what the backward asked to keep: the pre-activations (P, N, F), the scores (N, M)."""
+    p = problem
+    pre = scores = None
+    if p.key is not None and p.value is not None:
+        if save_hidden:
+            pre = p.x.new_empty(2 if p.gated else 1, p.rows, p.pairs)
+        z = _pre_activations(p, pre)
+        hidden = _activate(p.activation, z[0]) if save_hidden else _activate_(p.activation, z[0])
+        if p.gated:
+            hidden.mul_(z[1])
+        start = p.residual
+        if p.value_bias is not None:
+            start = p.value_bias.to(p.x.dtype) if start is None else start + p.value_bias.to(p.x.dtype)
+        y = hidden @ p.value if start is None else torch.addmm(start, hidden, p.value)
+    else:
+        y = p.x.new_zeros(p.x.shape) if p.residual is None else p.residual.clone(memory_format=torch.contiguous_format)
+    if p.has_memory:
+        memory = _Memory(p)
+        scores = memory.scores()
+        memory.add_output_(y, memory.visual(scores))
+    return y, pre, scores if save_scores else None
+
+
+def backward(problem: Problem, grad: Tensor, pre: Tensor | None, scores: Tensor | None, needs: frozenset[str]) -> dict[str, Tensor]:
+    """The gradients named by `needs`, each with its argument's shape and dtype."""
+    grads = _ffn_backward(problem, grad, pre, needs) if problem.key is not None else {}
+    if problem.has_memory:
+        _memory_backward(problem, grad, scores, needs, grads)
+    if "x" in needs and "x" not in grads:
+        grads["x"] = torch.zeros_like(problem.x, memory_format=torch.contiguous_format)
+    return {name: g.to(getattr(problem, name).dtype) for name, g in grads.items()}
+
+
+def _ffn_backward(p: Problem, grad: Tensor, pre: Tensor | None, needs: frozenset[str]) -> dict[str, Tensor]:
+    assert p.key is not None and p.value is not None
+    grads: dict[str, Tensor] = {}
+    through = bool(needs & {"x", "key", "gate", "key_bias", "gate_bias"})
+    if p.value_bias is not None and "value_bias" in needs:
+        grads["value_bias"] = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
+    if not through and "value" not in needs:
+        return grads
+    z = _pre_activations(p, None) if pre is None else list(pre)
+    activated = _activate(p.activation, z[0]) if p.gated or "value" in needs else None
+    if "value" in needs:
+        grads["value"] = (activated * z[1] if p.gated else activated).T @ grad  # type: ignore[operator, union-attr]
+    if not through:
+        return grads
+    dhidden = grad @ p.value.T
+    if p.gate is not None:
+        dkey = dhidden * activated
+        dgate = _activation_backward(p.activation, dhidden.mul_(z[1]), z[0])
+        branches = [("gate", p.gate, dgate), ("key", p.key, dkey)]
+    else:
+        branches = [("key", p.key, _activation_backward(p.activation, dhidden, z[0]))]
+    for name, weight, dpre in branches:
+        if name in needs:
+            grads[name] = dpre.T @ p.x
+        if f"{name}_bias" in needs:
+            grads[f"{name}_bias"] = dpre.sum(0, dtype=torch.promote_types(dpre.dtype, torch.float32))
+        if "x" in needs:
+            grads["x"] = dpre @ weight if "x" not in grads else grads["x"].addmm_(dpre, weight)
+    return grads
+
+
+def _memory_backward(p: Problem, grad: Tensor, scores: Tensor | None, needs: frozenset[str], grads: dict[str, Tensor]) -> None:
+    wanted = needs & {"x", "visual_key", "visual_value", "visual_basis", "key_position", "value_position"}
+    if not wanted:
+        return
+    m = _Memory(p)
+    if scores is None:
+        scores = m.scores()
+    visual = m.visual(scores) if wanted & {"visual_value", "value_position", "visual_basis"} else None
+    dscores = dy_basis = None
+    if wanted & {"x", "visual_key", "key_position", "visual_basis"} or (p.factored and "visual_value" in wanted):
+        dy_basis = grad @ m.basis.T if p.factored else None
+    if wanted & {"x", "visual_key", "key_position", "visual_basis"}:
+        dscores = m.score_gradient(grad, scores, dy_basis)
+    if p.factored:
+        _factored_backward(p, m, grad, visual, dscores, dy_basis, wanted, grads)
+        return
+    if "x" in wanted:
+        assert dscores is not None
+        grads.setdefault("x", torch.zeros_like(p.x, memory_format=torch.contiguous_format))
+        m.rows.add_product(grads["x"], dscores, m.key)
+    for side, left, right in (("key", dscores, p.x), ("value", visual, grad)):
+        memory_name, position_name = f"visual_{side}", f"{side}_position"
+        if memory_name not in wanted and position_name not in wanted:
+            continue
+        assert left is not None
+        if memory_name not in wanted:
+            # Rows without memory and slots that don't exist hold zeros in `left`, so the sum over images is one dense product.
+            grads[position_name] = left.T @ right
+            continue
+        grads[memory_name] = m.rows.outer(left, right)
+        if position_name in wanted:
+            grads[position_name] = grads[memory_name].sum(0, dtype=torch.promote_types(left.dtype, torch.float32))
+
+
+def _factored_backward(
+    p: Problem,
+    m: _Memory,
+    grad: Tensor,
+    visual: Tensor | None,
+    dscores: Tensor | None,
+    dy_basis: Tensor | None,
+    wanted: frozenset[str],
+    grads: dict[str, Tensor],
+) -> None:
+    """Every d-wide operand is shared by the batch; only the cores' gradients (R, M, r) are per image."""
+    dx_basis = m.core_product(dscores, m.key) if dscores is not None and wanted & {"x", "visual_basis"} else None
+    if "x" in wanted:
+        assert dscores is not None and dx_basis is not None
+        grads["x"] = grads["x"].addmm_(dx_basis, m.basis) if "x" in grads else dx_basis @ m.basis
+        if m.key_position is not None:
+            grads["x"].addmm_(dscores, m.key_position)
+    if "visual_key" in wanted:
+        assert dscores is not None
+        grads["visual_key"] = m.rows.outer(dscores, p.x @ m.basis.T)
+    if "visual_value" in wanted:
+        assert visual is not None and dy_basis is not None
+        grads["visual_value"] = m.rows.outer(visual, dy_basis)
+    if "visual_basis" in wanted:
+        assert visual is not None and dx_basis is not None
+        grads["visual_basis"] = (dx_basis.T @ p.x).addmm_(m.core_product(visual, m.value).T, grad)
+    if "key_position" in wanted:
+        assert dscores is not None
+        grads["key_position"] = dscores.T @ p.x
+    if "value_position" in wanted:
+        assert visual is not None
+        grads["value_position"] = visual.T @ grad

@@ -1,0 +1,154 @@
+"""`fused_ffn`, the operator: check the arguments, choose the road, run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _len_torch_dispatch_stack as _dispatch_modes
+
+from memvp_kernels import ops
+from memvp_kernels.arguments import check_scalars, check_tensors
+from memvp_kernels.choose import require
+from memvp_kernels.philox import draw_seed
+
+__all__ = ["fused_ffn"]
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def fused_ffn(
+    x: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    visual_key: Tensor | None = None,
+    visual_value: Tensor | None = None,
+    *,
+    visual_basis: Tensor | None = None,
+    gate: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    key_position: Tensor | None = None,
+    value_position: Tensor | None = None,
+    activation: str = "silu",
+    visual_activation: str | None = None,
+    visual_scale: float = 1.0,
+    dropout_p: float = 0.0,
+    visual_lengths: Tensor | None = None,
+    visual_index: Tensor | None = None,
+    residual: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    recompute: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """An FFN whose key-value memory is extended by each sequence's image: act(x·[K;Kv]ᵀ)·[V;Vv], nothing concatenated.
+
+    Memory-space visual prompting (Jie et al., ICML 2024, arXiv 2405.05615, section 3)::
+
+        hidden = act(x Kᵀ + b_K)                    plain FFN (BART, T5 v1.0)
+        hidden = act(x Gᵀ + b_G) ⊙ (x Kᵀ + b_K)     gated FFN (LLaMA, Mistral, Qwen, Gemma, T5 v1.1)
+        visual = dropout(vact(x Kvᵀ))               per sequence; never gated, never normalised
+        y      = hidden V + b_V + visual_scale · visual Vv [+ residual]
+
+    with Kv = visual_key + key_position and Vv = visual_value + value_position. Under `visual_basis` W the memory is factored,
+    Kv = A W + key_position: `visual_key` and `visual_value` are then cores A, every d-wide operand is shared by the batch, and the
+    products are taken in the order (x Wᵀ) Aᵀ and (visual A) W. Sizes: S sequences of T tokens of width d, F key-value pairs, R
+    memory rows (images) of M slots, rank r.
+
+    Args:
+        x: (S, T, d); or packed (N, d) with `cu_seqlens`; without memory per sequence any (…, d).
+            float32, float16, bfloat16, or float64 (torch backend).
+        key: (F, d), `up_proj.weight`, `fc1.weight` or `wi.weight`. With `value` = None too: the visual branch alone, for an FFN that
+            runs elsewhere.
+        value: (F, d), any strides: pass `down_proj.weight.T`, a view.
+        visual_key: (R, M, d), one row of memory per image, or (M, d), shared by every sequence. Cores (R, M, r) or (M, r) under
+            `visual_basis`.
+        visual_value: the shape of `visual_key`, and possibly the same tensor.
+        visual_basis: (r, d), the factored memory's basis.
+        gate: (F, d), `gate_proj.weight`; None for a plain FFN.
+        key_bias, gate_bias: (F,). value_bias: (d,).
+        key_position, value_position: (M, d), added to every memory row.
+        activation: "relu", "gelu" (erf), "gelu_tanh" or "silu".
+        visual_activation: the same names; default: `activation`.
+        visual_scale: s, a number.
+        dropout_p: probability of dropping a visual activation, at every call with p > 0; the mask follows `torch.manual_seed`.
+        visual_lengths: (R,) int32 or int64, the valid slots of each memory row, 0 to M; default M.
+        visual_index: (S,) int32 or int64, the memory row that each sequence reads, -1 for none; default arange(S), which needs R == S.
+        residual: like x, added to the result.
+        cu_seqlens: (S + 1,) int32 or int64, for packed x: sequence i is x[cu_seqlens[i]:cu_seqlens[i + 1]].
+        recompute: keep x instead of the pre-activations, and form them again in the backward.
+        backend: "auto", "torch", "triton" or "cuda".
+
+    Biases, memory, basis and positions may be wider than x (float32 under a half-precision base). Gradients flow to every
+    floating-point tensor that requires them; a frozen one costs nothing. At most 2F + M values per token are kept for the backward.
+    Under `torch.autocast` x, key, value, gate and residual are cast as `torch.nn.functional.linear` casts its operands.
+
+    Returns:
+        A contiguous tensor of x's shape and device, in x's dtype (autocast's under autocast). The same inputs give the same bits.
+
+    Raises:
+        TypeError: a dtype that doesn't fit, or not a tensor.
+        ValueError: a shape, an unknown name, an argument without its partner, or (on a CPU, or with MEMVP_CHECK=1) an index, length or
+            offset out of range. On a GPU values out of range mean "no memory", without a synchronisation.
+        RuntimeError: a backend asked for by name that this machine or this input can't have.
+    """
+    check_scalars(activation, visual_activation, visual_scale, dropout_p, recompute, backend)
+    tensors = {
+        "x": x,
+        "key": key,
+        "value": value,
+        "visual_key": visual_key,
+        "visual_value": visual_value,
+        "visual_basis": visual_basis,
+        "gate": gate,
+        "key_bias": key_bias,
+        "gate_bias": gate_bias,
+        "value_bias": value_bias,
+        "key_position": key_position,
+        "value_position": value_position,
+        "residual": residual,
+        "visual_lengths": visual_lengths,
+        "visual_index": visual_index,
+        "cu_seqlens": cu_seqlens,
+    }
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        _autocast(tensors, torch.get_autocast_dtype(x.device.type))
+    check_tensors(tensors)
+    require(backend, x.device)
+    seed = draw_seed(x.device) if dropout_p > 0 and visual_key is not None else None
+    scalars = {
+        "activation": activation,
+        "visual_activation": visual_activation or activation,
+        "visual_scale": visual_scale,
+        "dropout_p": dropout_p,
+    }
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
+    keep = training and not recompute
+    save_hidden = keep and key is not None and _requires_grad(tensors, "x", "key", "value", "gate", "key_bias", "gate_bias")
+    save_scores = keep and visual_key is not None and _requires_grad(
+        tensors, "x", "visual_key", "visual_value", "visual_basis", "key_position", "value_position"
+    )  # fmt: skip
+    if not training and _plain(tensors):
+        return ops.run_forward(tensors, seed, scalars, False, False, False, backend)[0]
+    y, _, _ = ops.forward_op(*tensors.values(), seed, *scalars.values(), save_hidden, save_scores, training, backend)
+    return y
+
+
+def _requires_grad(tensors: dict[str, Tensor | None], *names: str) -> bool:
+    return any((t := tensors[n]) is not None and t.requires_grad for n in names)
+
+
+def _plain(tensors: dict[str, Tensor | None]) -> bool:
+    """Nobody is watching: no tracing, no subclass, no dispatch mode, so the dispatcher would only cost time."""
+    if torch.compiler.is_compiling() or _dispatch_modes():
+        return False
+    return all(t is None or type(t) in _PLAIN for t in tensors.values())
+
+
+def _autocast(tensors: dict[str, Tensor | None], dtype: torch.dtype) -> None:
+    """What autocast does to the operands of a linear layer, except that wider biases and memory stay wide, as the contract allows."""
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype in (dtype, torch.float64):
+            continue
+        if t.dtype != torch.float32 or name in ("x", "key", "value", "gate", "residual"):
+            tensors[name] = t.to(dtype)

@@ -1,0 +1,145 @@
+"""The one tolerance of the project (SPEC section 2): at most twice PyTorch's own error in the same dtype.
+
+`plain` is the two-branch form in ordinary PyTorch ops, with autograd, in the arguments' own dtype. It and the candidate are both
+compared with the float64 reference; the candidate may be at most twice as far off, in norm and at the worst element.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memvp_kernels import reference
+
+FLOATING = (
+    "x", "key", "value", "visual_key", "visual_value", "visual_basis", "gate", "key_bias", "gate_bias", "value_bias",
+    "key_position", "value_position", "residual",
+)  # fmt: skip
+
+_ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def plain(x: Tensor, key: Tensor | None, value: Tensor | None, visual_key: Tensor | None = None, visual_value: Tensor | None = None, **o: Any) -> Tensor:
+    """The two-branch form in plain PyTorch ops and x's dtype; arguments as `reference.ffn`."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(x.dtype)
+
+    act = _ACTIVATIONS[o.get("activation", "silu")]
+    vact = _ACTIVATIONS[o.get("visual_activation") or o.get("activation", "silu")]
+    y = torch.zeros_like(rows)
+    if key is not None and value is not None:
+        hidden = F.linear(rows, key, cast(o.get("key_bias")))
+        gate = o.get("gate")
+        hidden = act(hidden) if gate is None else act(F.linear(rows, gate, cast(o.get("gate_bias")))) * hidden
+        y = F.linear(hidden, value.T, cast(o.get("value_bias")))
+    if visual_key is not None and visual_value is not None:
+        kp, vp, basis, lengths = (o.get(n) for n in ("key_position", "value_position", "visual_basis", "visual_lengths"))
+        p, keep = o.get("dropout_p", 0.0), o.get("keep")
+        memory = [t if t.dim() == 3 else t[None] for t in (visual_key, visual_value)]
+        parts, covered = [], 0
+        for first, end, row in reference.sequences(x, visual_key, o.get("visual_index"), o.get("cu_seqlens")):
+            xs, part = rows[first:end], torch.zeros_like(rows[first:end])
+            if row >= 0:
+                slots = memory[0].shape[1] if lengths is None else int(lengths[row])
+                if basis is None:
+                    k, v = (m[row] if q is None else m[row].float() + q.float() if x.dtype != torch.float64 else m[row] + q for m, q in zip(memory, (kp, vp), strict=True))
+                    k, v = k.to(x.dtype)[:slots], v.to(x.dtype)[:slots]
+                    scores = xs @ k.T
+                else:
+                    a, b = (m[row].to(x.dtype)[:slots] for m in memory)
+                    scores = (xs @ cast(basis).T) @ a.T
+                    scores = scores if kp is None else scores + xs @ cast(kp)[:slots].T
+                visual = vact(scores)
+                if p > 0:
+                    visual = visual * keep[first:end, :slots] / (1 - p) if p < 1 else visual * 0
+                visual = (visual * o.get("visual_scale", 1.0)).to(x.dtype)
+                if basis is None:
+                    part = visual @ v
+                else:
+                    part = (visual @ b) @ cast(basis)
+                    part = part if vp is None else part + visual @ cast(vp)[:slots]
+            parts.append(part)
+            covered += end - first
+        y = y + torch.cat([*parts, torch.zeros_like(rows[covered:])])
+    y = y.reshape(x.shape)
+    residual = o.get("residual")
+    return y if residual is None else y + residual
+
+
+def errors(out: Tensor, exact: Tensor) -> tuple[float, float]:
+    """(norm of the error, its largest element), absolute."""
+    difference = (out.detach().double() - exact.detach().double()).flatten()
+    return difference.norm().item(), difference.abs().max().item() if difference.numel() else 0.0
+
+
+def assert_within_twice(out: Tensor, exact: Tensor, theirs: Tensor, what: str = "output") -> None:
+    """`out` is at most twice as far from `exact` as PyTorch's `theirs`.
+
+    PyTorch can be exact by luck on a tiny tensor; even a correctly rounded result may be off by half a unit in the last place of
+    each element, so that rounding is allowed in any case.
+    """
+    assert out.shape == exact.shape, f"{what}: shape {tuple(out.shape)}, wanted {tuple(exact.shape)}"
+    assert torch.isfinite(out).all() or not torch.isfinite(exact).all(), f"{what}: not finite"
+    if out.dtype == torch.float64:
+        # The reference has float64's own rounding here: PyTorch's tolerance for comparing two float64 results.
+        torch.testing.assert_close(out.detach(), exact.detach(), msg=lambda m: f"{what}: {m}")
+        return
+    unit = torch.finfo(out.dtype).eps
+    rounding = exact.detach().double().abs() * unit / 2
+    mine, yardstick = errors(out, exact), errors(theirs, exact)
+    for name, m, y, floor in (
+        ("norm", mine[0], yardstick[0], rounding.norm().item()),
+        ("max", mine[1], yardstick[1], rounding.max().item() if rounding.numel() else 0.0),
+    ):
+        assert m <= max(2 * y, floor), f"{what}: {name} error {m:.3e}, PyTorch's own {y:.3e} (allowed: twice that, or one rounding {floor:.3e})"
+
+
+def gradients(function: Any, arguments: Mapping[str, Any], names: list[str], grad: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output of `function(**arguments)` and the gradients of `names` (fresh leaves; tensors passed twice stay one)."""
+    leaves: dict[int, Tensor] = {}
+    bound = dict(arguments)
+    for name in names:
+        source = arguments[name]
+        leaves.setdefault(id(source), source.detach().clone(memory_format=torch.preserve_format).requires_grad_())
+        bound[name] = leaves[id(source)]
+    out = function(**bound)
+    found = torch.autograd.grad(out, [bound[n] for n in names], grad.to(out.dtype), allow_unused=True)
+    return out, {n: torch.zeros_like(bound[n]) if g is None else g for n, g in zip(names, found, strict=True)}
+
+
+def check(candidate: Any, arguments: Mapping[str, Any], *, names: list[str] | None = None, keep: Tensor | None = None, grad: Tensor | None = None) -> None:
+    """Output and every gradient of `candidate(**arguments)` against the reference, by the rule above.
+
+    Args:
+        candidate: a callable with the signature of `fused_ffn`.
+        names: arguments whose gradients are compared; default: every floating-point one given.
+        keep: the dropout mask that the candidate uses.
+        grad: gradient of the output; default: random from a fixed seed.
+    """
+    names = [n for n in FLOATING if arguments.get(n) is not None] if names is None else names
+    x = arguments["x"]
+    if grad is None:
+        grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(11), dtype=torch.float64).to(x.device, x.dtype)
+    judged = dict(arguments, keep=keep) if keep is not None else dict(arguments)
+    for extra in ("backend", "recompute"):
+        judged.pop(extra, None)
+    exact, exact_grads = gradients(lambda **a: reference.ffn(**a), judged, names, grad)
+    theirs, their_grads = gradients(lambda **a: plain(**a), judged, names, grad)
+    out, grads = gradients(candidate, arguments, names, grad)
+    assert out.dtype == x.dtype and out.shape == x.shape
+    assert_within_twice(out, exact, theirs)
+    for n in names:
+        assert grads[n].dtype == arguments[n].dtype, f"gradient of {n}: {grads[n].dtype}, wanted {arguments[n].dtype}"
+        assert_within_twice(grads[n], exact_grads[n], their_grads[n], f"gradient of {n}")
