@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memvp_kernels.ffn import fused_ffn
+from memvp_kernels.version import __version__
 
 if TYPE_CHECKING:
     from memvp_kernels.models import MemVPConfig, MemVPModel
 
 __all__ = ["MemVPConfig", "MemVPModel", "__version__", "fused_ffn"]
-
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

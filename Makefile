@@ -1,0 +1,60 @@
+# `make latency` and `make test` need Python >= 3.10 and nothing else; everything lives in .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h)
+CXX_FILES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cu')
+
+.PHONY: help latency test test-slow lint format bench report gpu-report digits clean
+
+help:
+	@echo "make latency     install, then time visual memory against visual tokens in the prompt"
+	@echo "make test        install, then run the test suite (no GPU needed)"
+	@echo "make test-slow   the exhaustive sweeps as well"
+	@echo "make lint        ruff, mypy, clang-format"
+	@echo "make bench       host overhead and CPU paths, with pytest-benchmark"
+	@echo "make report      measure this machine and write benchmarks/REPORT.md"
+	@echo "make gpu-report  on a GPU machine: build, gpu tests, sanitizer, benchmarks, in under 9 minutes"
+	@echo "make digits      train and question the handwritten-digits example"
+
+# One stamp per set of extras, so that a plain `make latency` does not wait for the test tools.
+$(VENV)/.installed-%: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$*]'
+	touch $@
+
+latency: $(VENV)/.installed-benchmarks
+	$(BIN)/python benchmarks/latency.py $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m pytest benchmarks/host_overhead.py --benchmark-only $(ARGS)
+
+report: $(VENV)/.installed-benchmarks
+	$(BIN)/python benchmarks/record.py $(ARGS)
+
+gpu-report:
+	$(PYTHON) benchmarks/gpu_report.py $(ARGS)
+
+digits: $(VENV)/.installed-examples
+	$(BIN)/python examples/digits.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info
