@@ -25,7 +25,16 @@ TENSORS = (
     "key_position", "value_position", "residual", "visual_lengths", "visual_index", "cu_seqlens",
 )  # fmt: skip
 _WEIGHTS = ("key", "value", "gate", "residual")
-_WIDER = ("visual_key", "visual_value", "visual_basis", "key_bias", "gate_bias", "value_bias", "key_position", "value_position")
+_WIDER = (
+    "visual_key",
+    "visual_value",
+    "visual_basis",
+    "key_bias",
+    "gate_bias",
+    "value_bias",
+    "key_position",
+    "value_position",
+)
 _INTEGERS = ("visual_lengths", "visual_index", "cu_seqlens")
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _NEEDS = {
@@ -66,18 +75,26 @@ def check_scalars(
     """
     for argument, name in (("activation", activation), ("visual_activation", visual_activation)):
         if name not in ACTIVATIONS and not (name is None and argument == "visual_activation"):
-            raise ValueError(f"{argument}: wanted one of {', '.join(ACTIVATIONS)}, got {name!r}; 'gelu' is the erf form, 'gelu_tanh' its approximation")
+            raise ValueError(
+                f"{argument}: wanted one of {', '.join(ACTIVATIONS)}, got {name!r}; 'gelu' is the erf form, 'gelu_tanh' its approximation"
+            )
     if backend not in BACKENDS:
-        raise ValueError(f"backend: wanted one of {', '.join(BACKENDS)}, got {backend!r}; 'auto' takes the fastest that this machine has")
+        raise ValueError(
+            f"backend: wanted one of {', '.join(BACKENDS)}, got {backend!r}; 'auto' takes the fastest that this machine has"
+        )
     for argument, number in (("visual_scale", visual_scale), ("dropout_p", dropout_p)):
         if isinstance(number, Tensor) or not isinstance(number, numbers.Real):
             if isinstance(number, (torch.SymFloat, torch.SymInt)):
                 continue
-            raise TypeError(f"{argument}: wanted a Python number, got {type(number).__name__}; a trainable scale belongs into visual_value")
+            raise TypeError(
+                f"{argument}: wanted a Python number, got {type(number).__name__}; a trainable scale belongs into visual_value"
+            )
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: wanted a probability in [0, 1], got {dropout_p}; 0.0 drops nothing")
     if not isinstance(recompute, bool):
-        raise TypeError(f"recompute: wanted a bool, got {type(recompute).__name__}; True keeps x instead of the pre-activations")
+        raise TypeError(
+            f"recompute: wanted a bool, got {type(recompute).__name__}; True keeps x instead of the pre-activations"
+        )
 
 
 def check_tensors(tensors: Tensors) -> None:
@@ -92,7 +109,9 @@ def check_tensors(tensors: Tensors) -> None:
         if tensors[name] is not None and tensors[partner] is None:
             raise ValueError(f"{name}: needs {partner}, got {partner}=None; pass both or neither")
     if tensors["key"] is None and tensors["visual_key"] is None:
-        raise ValueError("key: wanted an FFN (key and value), a memory (visual_key and visual_value) or both, got neither; there is nothing to compute")
+        raise ValueError(
+            "key: wanted an FFN (key and value), a memory (visual_key and visual_value) or both, got neither; there is nothing to compute"
+        )
     x = tensors["x"]
     assert x is not None
     if x.dim() == 0:
@@ -116,7 +135,9 @@ def _check_types(tensors: Tensors) -> None:
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: wanted a torch.Tensor or None, got {type(t).__name__}; torch.as_tensor makes one")
         if t.device != device:
-            raise ValueError(f"{name}: wanted a tensor on x's device {device}, got {_got(t)}; move it with .to(x.device)")
+            raise ValueError(
+                f"{name}: wanted a tensor on x's device {device}, got {_got(t)}; move it with .to(x.device)"
+            )
         if t.dtype == dtype and name not in _INTEGERS:
             continue
         if name in _INTEGERS:
@@ -125,14 +146,18 @@ def _check_types(tensors: Tensors) -> None:
         elif name in _WEIGHTS:
             raise TypeError(f"{name}: wanted x's dtype {dtype}, got {_got(t)}; cast one of them, or use torch.autocast")
         elif name in _WIDER and not (t.dtype in (torch.float32, torch.float64) and t.dtype.itemsize > dtype.itemsize):
-            raise TypeError(f"{name}: wanted x's dtype {dtype} or a wider one, got {_got(t)}; cast it with .to(x.dtype)")
+            raise TypeError(
+                f"{name}: wanted x's dtype {dtype} or a wider one, got {_got(t)}; cast it with .to(x.dtype)"
+            )
 
 
 def _check_weights(x: Tensor, tensors: Tensors) -> None:
     key, d = tensors["key"], x.shape[-1]
     if key is not None:
         if key.dim() != 2 or key.shape[1] != d:
-            raise _wrong_shape("key", f"(F, {d}) with x's width", key, "pass up_proj.weight, fc1.weight or wi.weight as it is")
+            raise _wrong_shape(
+                "key", f"(F, {d}) with x's width", key, "pass up_proj.weight, fc1.weight or wi.weight as it is"
+            )
         pairs = key.shape[0]
         for name in ("value", "gate"):
             t = tensors[name]
@@ -142,10 +167,17 @@ def _check_weights(x: Tensor, tensors: Tensors) -> None:
         for name, size in (("key_bias", pairs), ("gate_bias", pairs), ("value_bias", d)):
             t = tensors[name]
             if t is not None and (t.dim() != 1 or t.shape[0] != size):
-                raise _wrong_shape(name, f"({size},)", t, "one number per " + ("column of the output" if name == "value_bias" else "key-value pair"))
+                raise _wrong_shape(
+                    name,
+                    f"({size},)",
+                    t,
+                    "one number per " + ("column of the output" if name == "value_bias" else "key-value pair"),
+                )
     residual = tensors["residual"]
     if residual is not None and residual.shape != x.shape:
-        raise _wrong_shape("residual", f"{tuple(x.shape)} like x", residual, "expand it first if it is meant to broadcast")
+        raise _wrong_shape(
+            "residual", f"{tuple(x.shape)} like x", residual, "expand it first if it is meant to broadcast"
+        )
 
 
 def _check_packing(x: Tensor, cu_seqlens: Tensor | None) -> int | None:
@@ -153,7 +185,9 @@ def _check_packing(x: Tensor, cu_seqlens: Tensor | None) -> int | None:
     if cu_seqlens is None:
         return x.shape[0] if x.dim() == 3 else None
     if x.dim() != 2:
-        raise ValueError(f"cu_seqlens: wanted a packed x (N, d) with it, got x {_got(x)}; leave it out for a padded x, or flatten x to rows")
+        raise ValueError(
+            f"cu_seqlens: wanted a packed x (N, d) with it, got x {_got(x)}; leave it out for a padded x, or flatten x to rows"
+        )
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise _wrong_shape("cu_seqlens", "(S + 1,)", cu_seqlens, "it starts at 0 and ends at N")
     return cu_seqlens.shape[0] - 1
@@ -165,31 +199,62 @@ def _check_memory(x: Tensor, tensors: Tensors, sequences: int | None) -> None:
     d = x.shape[-1]
     if basis is not None:
         if basis.dim() != 2 or basis.shape[1] != d:
-            raise _wrong_shape("visual_basis", f"(r, {d}) with x's width", basis, "its rows are the factors' directions, shared by all images")
+            raise _wrong_shape(
+                "visual_basis",
+                f"(r, {d}) with x's width",
+                basis,
+                "its rows are the factors' directions, shared by all images",
+            )
         width, form = basis.shape[0], "cores (R, M, r) or (M, r) under visual_basis"
     else:
         width, form = d, "(R, M, d) or (M, d)"
     if key.dim() not in (2, 3) or key.shape[-1] != width:
-        raise _wrong_shape("visual_key", f"{form} with last dimension {width}", key, "or pass visual_basis for a factored memory" if basis is None else "as wide as visual_basis has rows")
+        raise _wrong_shape(
+            "visual_key",
+            f"{form} with last dimension {width}",
+            key,
+            "or pass visual_basis for a factored memory" if basis is None else "as wide as visual_basis has rows",
+        )
     if value.shape != key.shape:
-        raise _wrong_shape("visual_value", f"{tuple(key.shape)} like visual_key", value, "the two may be the same tensor")
+        raise _wrong_shape(
+            "visual_value", f"{tuple(key.shape)} like visual_key", value, "the two may be the same tensor"
+        )
     slots = key.shape[-2]
     for name in ("key_position", "value_position"):
         t = tensors[name]
         if t is not None and (t.dim() != 2 or t.shape[0] != slots or t.shape[1] != d):
-            raise _wrong_shape(name, f"({slots}, {d}), one row per slot", t, "squeeze the leading dimension of a checkpoint's (1, M, d)")
+            raise _wrong_shape(
+                name,
+                f"({slots}, {d}), one row per slot",
+                t,
+                "squeeze the leading dimension of a checkpoint's (1, M, d)",
+            )
     memories = key.shape[0] if key.dim() == 3 else 1
     lengths, index = tensors["visual_lengths"], tensors["visual_index"]
     if lengths is not None and (lengths.dim() != 1 or lengths.shape[0] != memories):
-        raise _wrong_shape("visual_lengths", f"({memories},), one per memory row", lengths, "it counts valid slots, 0 to M")
+        raise _wrong_shape(
+            "visual_lengths", f"({memories},), one per memory row", lengths, "it counts valid slots, 0 to M"
+        )
     if sequences is None and (key.dim() == 3 or index is not None):
         name = "visual_index" if key.dim() == 2 else "visual_key"
-        raise ValueError(f"{name}: memory per sequence needs sequences in x, (S, T, d) or (N, d) with cu_seqlens, got x {_got(x)}; or pass one (M, ·) memory for all rows")
+        raise ValueError(
+            f"{name}: memory per sequence needs sequences in x, (S, T, d) or (N, d) with cu_seqlens, got x {_got(x)}; or pass one (M, ·) memory for all rows"
+        )
     if index is not None:
         if index.dim() != 1 or index.shape[0] != sequences:
-            raise _wrong_shape("visual_index", f"({sequences},), one per sequence", index, "it names the memory row of each sequence, -1 for none")
+            raise _wrong_shape(
+                "visual_index",
+                f"({sequences},), one per sequence",
+                index,
+                "it names the memory row of each sequence, -1 for none",
+            )
     elif key.dim() == 3 and memories != sequences:
-        raise _wrong_shape("visual_key", f"({sequences}, M, ·), one memory row per sequence", key, "or say with visual_index which row each sequence reads")
+        raise _wrong_shape(
+            "visual_key",
+            f"({sequences}, M, ·), one memory row per sequence",
+            key,
+            "or say with visual_index which row each sequence reads",
+        )
 
 
 def check_values(problem: Problem) -> None:
@@ -215,4 +280,6 @@ def check_values(problem: Problem) -> None:
         offsets = [int(c) for c in s.cu_seqlens.tolist()]
         if offsets[0] != 0 or offsets[-1] != s.rows or any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
             shown = str(offsets) if len(offsets) <= 12 else f"{offsets[:6]} … {offsets[-3:]}"
-            raise ValueError(f"cu_seqlens: wanted offsets rising from 0 to N = {s.rows}, got {shown}; sequence i is x[cu[i]:cu[i+1]]")
+            raise ValueError(
+                f"cu_seqlens: wanted offsets rising from 0 to N = {s.rows}, got {shown}; sequence i is x[cu[i]:cu[i+1]]"
+            )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _len_torch_dispatch_stack as _dispatch_modes
 
 from memvp_kernels import ops
 from memvp_kernels.arguments import check_scalars, check_tensors
@@ -124,7 +123,9 @@ def fused_ffn(
     }
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
     keep = training and not recompute
-    save_hidden = keep and key is not None and _requires_grad(tensors, "x", "key", "value", "gate", "key_bias", "gate_bias")
+    save_hidden = (
+        keep and key is not None and _requires_grad(tensors, "x", "key", "value", "gate", "key_bias", "gate_bias")
+    )
     save_scores = keep and visual_key is not None and _requires_grad(
         tensors, "x", "visual_key", "visual_value", "visual_basis", "key_position", "value_position"
     )  # fmt: skip
@@ -140,7 +141,7 @@ def _requires_grad(tensors: dict[str, Tensor | None], *names: str) -> bool:
 
 def _plain(tensors: dict[str, Tensor | None]) -> bool:
     """Nobody is watching: no tracing, no subclass, no dispatch mode, so the dispatcher would only cost time."""
-    if torch.compiler.is_compiling() or _dispatch_modes():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     return all(t is None or type(t) in _PLAIN for t in tensors.values())
 

@@ -20,7 +20,9 @@ from memvp_kernels.problem import Problem, Segments
 __all__ = ["DIFFERENTIABLE", "backward_op", "forward_op", "run_forward"]
 
 #: Arguments with a gradient from the backward op, in its order; residual's is the output's own.
-DIFFERENTIABLE = tuple(name for name in TENSORS if name not in ("residual", "visual_lengths", "visual_index", "cu_seqlens"))
+DIFFERENTIABLE = tuple(
+    name for name in TENSORS if name not in ("residual", "visual_lengths", "visual_index", "cu_seqlens")
+)
 _SCALARS = ("activation", "visual_activation", "visual_scale", "dropout_p")
 
 
@@ -39,7 +41,9 @@ def normalise(tensors: dict[str, Tensor | None], seed: Tensor | None, scalars: d
     assert x is not None
     width = x.shape[-1]
     rows = math.prod(x.shape[:-1])
-    memory = {name: tensors[name] for name in ("visual_key", "visual_value", "visual_basis", "key_position", "value_position")}
+    memory = {
+        name: tensors[name] for name in ("visual_key", "visual_value", "visual_basis", "key_position", "value_position")
+    }
     key = memory["visual_key"]
     if key is None or key.shape[-2] == 0:
         memory = dict.fromkeys(memory)
@@ -62,8 +66,8 @@ def normalise(tensors: dict[str, Tensor | None], seed: Tensor | None, scalars: d
         residual=_rows(tensors["residual"], width),
         seed=seed,
         segments=segments,
-        **{n: tensors[n] for n in ("key", "value", "gate", "key_bias", "gate_bias", "value_bias")},
-        **memory,
+        **{n: tensors[n] for n in ("key", "value", "gate", "key_bias", "gate_bias", "value_bias")},  # type: ignore[arg-type]
+        **memory,  # type: ignore[arg-type]
         **scalars,
     )
 
@@ -141,7 +145,9 @@ def forward_op(
     return y, kept[0], kept[1]
 
 
-def _kept_shapes(tensors: dict[str, Tensor | None], save_hidden: bool, save_scores: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _kept_shapes(
+    tensors: dict[str, Tensor | None], save_hidden: bool, save_scores: bool
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     x, key, visual_key = tensors["x"], tensors["key"], tensors["visual_key"]
     assert x is not None
     rows = math.prod(x.shape[:-1])
@@ -228,7 +234,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    arguments = dict.fromkeys((*TENSORS, "seed", "activation", "visual_activation", "visual_scale", "dropout_p", "save_hidden", "save_scores", "training", "backend"))
+    arguments = dict.fromkeys(
+        (
+            *TENSORS,
+            "seed",
+            "activation",
+            "visual_activation",
+            "visual_scale",
+            "dropout_p",
+            "save_hidden",
+            "save_scores",
+            "training",
+            "backend",
+        )
+    )
     if grad is None:
         return tuple(arguments.values())
     saved = ctx.saved_tensors

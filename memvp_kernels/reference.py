@@ -26,7 +26,9 @@ def activate(name: str, z: Tensor) -> Tensor:
     raise ValueError(f"no activation called {name!r}")
 
 
-def sequences(x: Tensor, visual_key: Tensor | None, visual_index: Tensor | None, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:
+def sequences(
+    x: Tensor, visual_key: Tensor | None, visual_index: Tensor | None, cu_seqlens: Tensor | None
+) -> list[tuple[int, int, int]]:
     """(first row, end row, memory row or -1) of every sequence, over x flattened to rows."""
     rows = math.prod(x.shape[:-1])
     if cu_seqlens is not None:

@@ -29,7 +29,14 @@ _ACTIVATIONS = {
 }
 
 
-def plain(x: Tensor, key: Tensor | None, value: Tensor | None, visual_key: Tensor | None = None, visual_value: Tensor | None = None, **o: Any) -> Tensor:
+def plain(
+    x: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    visual_key: Tensor | None = None,
+    visual_value: Tensor | None = None,
+    **o: Any,
+) -> Tensor:
     """The two-branch form in plain PyTorch ops and x's dtype; arguments as `reference.ffn`."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
@@ -45,7 +52,9 @@ def plain(x: Tensor, key: Tensor | None, value: Tensor | None, visual_key: Tenso
         hidden = act(hidden) if gate is None else act(F.linear(rows, gate, cast(o.get("gate_bias")))) * hidden
         y = F.linear(hidden, value.T, cast(o.get("value_bias")))
     if visual_key is not None and visual_value is not None:
-        kp, vp, basis, lengths = (o.get(n) for n in ("key_position", "value_position", "visual_basis", "visual_lengths"))
+        kp, vp, basis, lengths = (
+            o.get(n) for n in ("key_position", "value_position", "visual_basis", "visual_lengths")
+        )
         p, keep = o.get("dropout_p", 0.0), o.get("keep")
         memory = [t if t.dim() == 3 else t[None] for t in (visual_key, visual_value)]
         parts, covered = [], 0
@@ -54,7 +63,10 @@ def plain(x: Tensor, key: Tensor | None, value: Tensor | None, visual_key: Tenso
             if row >= 0:
                 slots = memory[0].shape[1] if lengths is None else int(lengths[row])
                 if basis is None:
-                    k, v = (m[row] if q is None else m[row].float() + q.float() if x.dtype != torch.float64 else m[row] + q for m, q in zip(memory, (kp, vp), strict=True))
+                    k, v = (
+                        m[row] if q is None else m[row].float() + q.float() if x.dtype != torch.float64 else m[row] + q
+                        for m, q in zip(memory, (kp, vp), strict=True)
+                    )
                     k, v = k.to(x.dtype)[:slots], v.to(x.dtype)[:slots]
                     scores = xs @ k.T
                 else:
@@ -103,10 +115,14 @@ def assert_within_twice(out: Tensor, exact: Tensor, theirs: Tensor, what: str = 
         ("norm", mine[0], yardstick[0], rounding.norm().item()),
         ("max", mine[1], yardstick[1], rounding.max().item() if rounding.numel() else 0.0),
     ):
-        assert m <= max(2 * y, floor), f"{what}: {name} error {m:.3e}, PyTorch's own {y:.3e} (allowed: twice that, or one rounding {floor:.3e})"
+        assert m <= max(2 * y, floor), (
+            f"{what}: {name} error {m:.3e}, PyTorch's own {y:.3e} (allowed: twice that, or one rounding {floor:.3e})"
+        )
 
 
-def gradients(function: Any, arguments: Mapping[str, Any], names: list[str], grad: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(
+    function: Any, arguments: Mapping[str, Any], names: list[str], grad: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Output of `function(**arguments)` and the gradients of `names` (fresh leaves; tensors passed twice stay one)."""
     leaves: dict[int, Tensor] = {}
     bound = dict(arguments)
@@ -119,7 +135,14 @@ def gradients(function: Any, arguments: Mapping[str, Any], names: list[str], gra
     return out, {n: torch.zeros_like(bound[n]) if g is None else g for n, g in zip(names, found, strict=True)}
 
 
-def check(candidate: Any, arguments: Mapping[str, Any], *, names: list[str] | None = None, keep: Tensor | None = None, grad: Tensor | None = None) -> None:
+def check(
+    candidate: Any,
+    arguments: Mapping[str, Any],
+    *,
+    names: list[str] | None = None,
+    keep: Tensor | None = None,
+    grad: Tensor | None = None,
+) -> None:
     """Output and every gradient of `candidate(**arguments)` against the reference, by the rule above.
 
     Args:
@@ -131,7 +154,9 @@ def check(candidate: Any, arguments: Mapping[str, Any], *, names: list[str] | No
     names = [n for n in FLOATING if arguments.get(n) is not None] if names is None else names
     x = arguments["x"]
     if grad is None:
-        grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(11), dtype=torch.float64).to(x.device, x.dtype)
+        grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(11), dtype=torch.float64).to(
+            x.device, x.dtype
+        )
     judged = dict(arguments, keep=keep) if keep is not None else dict(arguments)
     for extra in ("backend", "recompute"):
         judged.pop(extra, None)

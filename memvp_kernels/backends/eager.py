@@ -6,6 +6,8 @@ backward is written by hand so that only the pre-activations are kept, and none 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,7 +76,6 @@ class _Memory:
         if lengths is not None:
             limit = torch.where((lengths >= 0) & (lengths <= p.slots), lengths, 0)
             self.valid = torch.arange(p.slots, device=p.x.device)[None, :] < limit[:, None]
-        self._mask: Tensor | None | bool = False
         # Plain: Kv and Vv (R, M, d), formed in the wider dtype and rounded once. Factored: the cores (R, M, r).
         add = (None, None) if p.factored else (p.key_position, p.value_position)
         self.key = self._clean(p.visual_key, add[0])
@@ -95,14 +96,19 @@ class _Memory:
 
     def mask_(self, scores: Tensor) -> Tensor:
         """Zero, in place, what a row must not see. Only the factored form needs it: positions there are shared by all rows."""
-        if self._mask is False:
-            row = self.rows.row_of() if self.valid is not None or self.p.segments.index is not None or self.p.segments.cu_seqlens is not None else None
-            if row is None:
-                self._mask = None if self.valid is None else ~self.valid[0]
-            else:
-                absent = (row < 0)[:, None]
-                self._mask = absent if self.valid is None else absent | ~self.valid[row.clamp(min=0)]
-        return scores if self._mask is None else scores.masked_fill_(self._mask, 0)
+        hidden = self._hidden_slots
+        return scores if hidden is None else scores.masked_fill_(hidden, 0)
+
+    @functools.cached_property
+    def _hidden_slots(self) -> Tensor | None:
+        """True for (row, slot) without memory there, broadcast to (N, M); None when every row sees every slot."""
+        segments = self.p.segments
+        partial = self.valid is not None or segments.index is not None or segments.cu_seqlens is not None
+        row = self.rows.row_of() if partial else None
+        if row is None:
+            return None if self.valid is None else ~self.valid[0]
+        absent = (row < 0)[:, None]
+        return absent if self.valid is None else absent | ~self.valid[row.clamp(min=0)]
 
     def scores(self, out: Tensor | None = None) -> Tensor:
         """x Kvᵀ (N, M): (x Wᵀ) Aᵀ + x p^kᵀ when factored."""
@@ -125,7 +131,9 @@ class _Memory:
         if p.seed is None:
             return p.visual_scale
         keep = keep_mask(p.seed, p.rows, p.slots, p.dropout_p)
-        return keep.to(torch.promote_types(scores.dtype, torch.float32)) * (p.visual_scale / (1 - p.dropout_p) if p.dropout_p < 1 else 0.0)
+        return keep.to(torch.promote_types(scores.dtype, torch.float32)) * (
+            p.visual_scale / (1 - p.dropout_p) if p.dropout_p < 1 else 0.0
+        )
 
     def visual(self, scores: Tensor) -> Tensor:
         """s · dropout(vact(scores)), in float32 and rounded once."""
@@ -161,7 +169,9 @@ class _Memory:
             self.rows.add_product(dvisual, through_basis, self.value.transpose(1, 2))
             self.mask_(dvisual)
         wide = torch.promote_types(scores.dtype, torch.float32)
-        return _activation_backward(p.visual_activation, dvisual.to(wide) * self._factor(scores), scores.to(wide)).to(scores.dtype)
+        return _activation_backward(p.visual_activation, dvisual.to(wide) * self._factor(scores), scores.to(wide)).to(
+            scores.dtype
+        )
 
 
 def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -188,7 +198,9 @@ def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[
     return y, pre, scores if save_scores else None
 
 
-def backward(problem: Problem, grad: Tensor, pre: Tensor | None, scores: Tensor | None, needs: frozenset[str]) -> dict[str, Tensor]:
+def backward(
+    problem: Problem, grad: Tensor, pre: Tensor | None, scores: Tensor | None, needs: frozenset[str]
+) -> dict[str, Tensor]:
     """The gradients named by `needs`, each with its argument's shape and dtype."""
     grads = _ffn_backward(problem, grad, pre, needs) if problem.key is not None else {}
     if problem.has_memory:
@@ -207,9 +219,9 @@ def _ffn_backward(p: Problem, grad: Tensor, pre: Tensor | None, needs: frozenset
     if not through and "value" not in needs:
         return grads
     z = _pre_activations(p, None) if pre is None else list(pre)
-    activated = _activate(p.activation, z[0]) if p.gated or "value" in needs else None
+    activated = _activate(p.activation, z[0]) if p.gated or "value" in needs else z[0]
     if "value" in needs:
-        grads["value"] = (activated * z[1] if p.gated else activated).T @ grad  # type: ignore[operator, union-attr]
+        grads["value"] = (activated * z[1] if p.gated else activated).T @ grad
     if not through:
         return grads
     dhidden = grad @ p.value.T
@@ -229,7 +241,9 @@ def _ffn_backward(p: Problem, grad: Tensor, pre: Tensor | None, needs: frozenset
     return grads
 
 
-def _memory_backward(p: Problem, grad: Tensor, scores: Tensor | None, needs: frozenset[str], grads: dict[str, Tensor]) -> None:
+def _memory_backward(
+    p: Problem, grad: Tensor, scores: Tensor | None, needs: frozenset[str], grads: dict[str, Tensor]
+) -> None:
     wanted = needs & {"x", "visual_key", "visual_value", "visual_basis", "key_position", "value_position"}
     if not wanted:
         return

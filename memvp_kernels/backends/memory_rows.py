@@ -148,7 +148,9 @@ class Masked:
         if segments.cu_seqlens is None:
             sequence = rows // max(segments.length or 0, 1)
         else:
-            sequence = torch.searchsorted(segments.cu_seqlens.contiguous(), rows.to(segments.cu_seqlens.dtype), right=True) - 1
+            sequence = (
+                torch.searchsorted(segments.cu_seqlens.contiguous(), rows.to(segments.cu_seqlens.dtype), right=True) - 1
+            )
         inside = (sequence >= 0) & (sequence < segments.sequences)
         if segments.index is not None and segments.sequences:
             row = segments.index.long()[sequence.clamp(0, segments.sequences - 1)]
