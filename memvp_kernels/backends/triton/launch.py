@@ -12,8 +12,23 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memvp_kernels.backends.triton.operands import BY_COLUMN, BY_POINTER, BY_ROW
+from memvp_kernels.backends.triton.tiles import Chip, chip_of
 
-__all__ = ["architecture", "describable", "describe", "element_type", "form_of", "interpreted", "on_device", "precision"]
+__all__ = [
+    "architecture",
+    "chip",
+    "describable",
+    "describe",
+    "describe_pair",
+    "element_type",
+    "empty_rows",
+    "form_of",
+    "has_tma",
+    "interpreted",
+    "on_device",
+    "pairable",
+    "precision",
+]
 
 _ELEMENT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _LARGEST_STRIDE = 2**40  # bytes, cuTensorMapEncodeTiled
@@ -31,6 +46,18 @@ def architecture(device: torch.device) -> int:
         return _INTERPRETED_AS
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def chip(device: torch.device) -> Chip:
+    """The device as the cost model knows it."""
+    if interpreted():
+        return chip_of(_INTERPRETED_AS)
+    return chip_of(architecture(device), torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def has_tma(device: torch.device) -> bool:
+    """Whether the device copies tiles by descriptor (Hopper and newer)."""
+    return architecture(device) >= 90
 
 
 def element_type(dtype: torch.dtype) -> tl.dtype:
@@ -78,5 +105,31 @@ def describe(tensor: Tensor, block: Sequence[int], form: int = BY_ROW.value) -> 
         tensor, block = tensor.T, block[::-1]
     # The stride of a dimension of size 1 is never walked, but TMA checks it all the same.
     unit = 16 // tensor.element_size()
-    strides = [s if n > 1 or s % unit == 0 else unit for s, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)]
+    walked = zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
+    strides = [s if n > 1 or s % unit == 0 else unit for s, n in walked]
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], list(block))
+
+
+def pairable(first: Tensor, second: Tensor) -> bool:
+    """Whether one descriptor can span two matrices of one layout, wherever the allocator put them."""
+    distance = abs(first.data_ptr() - second.data_ptr())
+    same = first.shape == second.shape and first.stride() == second.stride() and first.dtype == second.dtype
+    return same and describable(first) and describable(second) and 0 < distance < _LARGEST_STRIDE
+
+
+def describe_pair(first: Tensor, second: Tensor, block: Sequence[int]) -> TensorDescriptor:
+    """One descriptor (2, rows, columns) over two separate matrices, the one at the lower address in front.
+
+    A descriptor needs a stride between them, not one allocation, so a tile of both arrives as one operand and feeds one wide
+    accumulator without packing the weights.
+    """
+    low, high = (first, second) if first.data_ptr() < second.data_ptr() else (second, first)
+    distance = (high.data_ptr() - low.data_ptr()) // low.element_size()
+    return TensorDescriptor(low, [2, *low.shape], [distance, *low.stride()], [2, *block])
+
+
+def empty_rows(rows: int, columns: int, like: Tensor, *, zero: bool = False) -> Tensor:
+    """(rows, columns) in `like`'s dtype whose rows start at multiples of 16 bytes, so that TMA can read it whatever the width."""
+    unit = 16 // like.element_size()
+    make = torch.zeros if zero else torch.empty
+    return make(rows, -(-columns // unit) * unit, dtype=like.dtype, device=like.device)[:, :columns]

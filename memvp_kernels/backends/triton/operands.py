@@ -7,11 +7,12 @@ taken in the orientation it is stored in: the tensor cores read either from shar
 import triton
 import triton.language as tl
 
-__all__ = ["BY_COLUMN", "BY_POINTER", "BY_ROW", "load_memory_tile", "load_tile", "swizzle"]
+__all__ = ["BY_COLUMN", "BY_PAIR", "BY_POINTER", "BY_ROW", "load_memory_tile", "load_tile", "swizzle"]
 
 BY_POINTER = tl.constexpr(0)
 BY_ROW = tl.constexpr(1)  # a descriptor of the operand as named: its rows are contiguous
 BY_COLUMN = tl.constexpr(2)  # a descriptor of its transpose: its columns are contiguous
+BY_PAIR = tl.constexpr(3)  # one descriptor (2, rows, columns) over two operands at once, see launch.describe_pair
 
 
 @triton.jit

@@ -17,9 +17,8 @@ def sequence_of_row(row, cu_seqlens, S, T):
         sequence = row // T
     else:
         sequence = last_sequence_from(row, cu_seqlens, S, 1, 0)
-        if sequence == S - 1:
-            if row >= tl.load(cu_seqlens + S):
-                sequence = sequence + 1
+        if sequence == S - 1 and row >= tl.load(cu_seqlens + S):
+            sequence = sequence + 1
     return sequence
 
 

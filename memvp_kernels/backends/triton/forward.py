@@ -1,0 +1,97 @@
+"""The forward in Triton: two launches, or three with a factored memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from memvp_kernels import philox
+from memvp_kernels.backends import eager
+from memvp_kernels.backends.triton import launch
+from memvp_kernels.backends.triton.core import core_forward
+from memvp_kernels.backends.triton.hidden import Visual, hidden_forward
+from memvp_kernels.backends.triton.memory import form_memory, shared_operand
+from memvp_kernels.backends.triton.output import output_forward
+from memvp_kernels.problem import Problem, Segments
+
+__all__ = ["dense_segments", "forward", "unsupported", "visual_of", "without_memory"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Why this backend can't take this input here, or None."""
+    device = problem.x.device
+    if problem.x.dtype not in _DTYPES:
+        return f"the triton backend computes in float32, float16 and bfloat16, not {str(problem.x.dtype).removeprefix('torch.')}"
+    if launch.interpreted():
+        return None
+    if device.type != "cuda":
+        return f"the triton backend needs tensors on an NVIDIA GPU, these are on {device}; or set TRITON_INTERPRET=1 before Python starts, for tests"
+    if launch.architecture(device) < 80:
+        return f"the triton backend needs sm_80 or newer, {torch.cuda.get_device_name(device)} is sm_{launch.architecture(device)}"
+    return None
+
+
+def visual_of(problem: Problem) -> Visual:
+    """What becomes of a score, with dropout's 1/(1 - p) in the scale."""
+    keep = 1.0 - problem.dropout_p
+    scale = problem.visual_scale / keep if keep > 0 else 0.0
+    threshold = philox.keep_threshold(problem.dropout_p)
+    return Visual(problem.visual_activation, scale, problem.seed if problem.dropout_p > 0 else None, threshold)
+
+
+def dense_segments(rows: int) -> Segments:
+    """All rows as one sequence: how the d-wide operands of a factored memory, shared by the batch, look to the kernels."""
+    return Segments(rows=rows, sequences=1, length=rows, shared=True)
+
+
+def without_memory(problem: Problem) -> Problem:
+    """The same problem with its visual branch gone, for a memory without slots, rows or readers."""
+    nothing = dict.fromkeys(("visual_key", "visual_value", "visual_basis", "key_position", "value_position", "seed"))
+    return replace(problem, **nothing, dropout_p=0.0)
+
+
+def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y (N, d), the pre-activations (P, N, F) and the scores (N, M), the last two None unless asked for (see `Problem`'s contract)."""
+    x, segments = problem.x, problem.segments
+    empty = problem.rows == 0 or problem.width == 0 or (problem.key is not None and problem.pairs == 0)
+    unread = problem.has_memory and (problem.slots == 0 or problem.memories == 0 or segments.sequences == 0 or (problem.factored and problem.rank == 0))
+    if empty or (unread and problem.key is None) or (problem.key is None and not problem.has_memory):
+        return eager.forward(problem, save_hidden=save_hidden, save_scores=save_scores)
+    if unread:
+        y, pre, _ = forward(without_memory(problem), save_hidden=save_hidden, save_scores=False)
+        return y, pre, x.new_zeros(problem.rows, problem.slots) if save_scores else None
+
+    visual = visual_of(problem)
+    descriptors = launch.has_tma(x.device)
+    save_scores = save_scores and problem.has_memory
+    key_memory = value_memory = None
+    if problem.factored:
+        assert problem.visual_basis is not None
+        key_memory = shared_operand(problem.visual_basis, problem.key_position, x.dtype)[None]
+        value_memory = shared_operand(problem.visual_basis, problem.value_position, x.dtype)[None]
+    elif problem.has_memory:
+        assert problem.visual_key is not None and problem.visual_value is not None
+        key_memory = form_memory(problem.visual_key, problem.key_position, None, x.dtype, descriptors=descriptors)
+        value_memory = form_memory(problem.visual_value, problem.value_position, segments.lengths, x.dtype, descriptors=descriptors)
+
+    dense = dense_segments(problem.rows)
+    made = hidden_forward(
+        x, problem.key, problem.gate, problem.key_bias, problem.gate_bias, problem.activation,
+        key_memory, dense if problem.factored else segments, None if problem.factored else visual,
+        save_hidden=save_hidden, save_scores=save_scores or problem.factored,
+    )  # fmt: skip
+    middle, scores = made.visual, made.scores
+    if problem.factored:
+        assert made.scores is not None and problem.visual_key is not None and problem.visual_value is not None
+        middle, scores = core_forward(
+            made.scores, problem.visual_key, problem.visual_value, segments, visual,
+            value_position=problem.value_position is not None, save_scores=save_scores,
+        )  # fmt: skip
+    y = output_forward(
+        made.hidden, problem.value, problem.value_bias, middle, value_memory, dense if problem.factored else segments, problem.residual, x
+    )
+    return y, made.pre, scores

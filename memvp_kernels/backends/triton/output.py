@@ -1,0 +1,158 @@
+"""The output kernel: y = hidden V + visual Vv + b_V + residual, stored once.
+
+One K loop over F, then a second, sequential one over the slots of every sequence that the row tile touches. A tile inside one sequence
+goes on in the same accumulator. A tile that may straddle sequences gives each its own and adds that sequence's rows only: zeroing
+the other rows of the left operand would not do, since 0 · NaN would carry one image's NaN into its neighbours' rows.
+With a factored memory the second loop is dense: [visual A | visual] against [W; p^v], one sequence wide.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memvp_kernels.backends.triton import launch, tiles
+from memvp_kernels.backends.triton.operands import BY_POINTER, BY_ROW, load_memory_tile, load_tile, swizzle
+from memvp_kernels.backends.triton.segments import memory_row, sequence_bounds, sequence_of_row, valid_slots
+from memvp_kernels.problem import Segments
+
+__all__ = ["output_forward", "output_fwd_kernel"]
+
+
+def output_forward(
+    hidden: Tensor | None,
+    value: Tensor | None,
+    value_bias: Tensor | None,
+    visual: Tensor | None,
+    memory: Tensor | None,
+    segments: Segments,
+    residual: Tensor | None,
+    like: Tensor,
+) -> Tensor:
+    """Launch the output kernel.
+
+    Args:
+        hidden: (N, F) with value (F, d), or both None.
+        value_bias: (d,) or None, any float dtype.
+        visual: (N, M) with memory (R, M, d) in x's dtype, zero past the valid slots, or both None.
+        residual: (N, d) or None, any strides.
+        like: x, for the result's dtype and device.
+
+    Returns:
+        y (N, d), contiguous.
+    """
+    rows, width = like.shape
+    pairs = 0 if hidden is None else hidden.shape[1]
+    slots = 0 if memory is None else memory.shape[1]
+    y = torch.empty(rows, width, dtype=like.dtype, device=like.device)
+
+    lefts = [t for t in (hidden, visual, memory) if t is not None]
+    tma = launch.has_tma(like.device) and all(launch.describable(t) for t in lefts)
+    tma = tma and (value is None or launch.form_of(value) != BY_POINTER.value)
+    tile = tiles.output_tile(
+        launch.chip(like.device), like.dtype, launch.precision(like.dtype), rows=rows, width=width, pairs=pairs, slots=slots,
+        sequences=segments.sequences, length=segments.length, descriptors=tma,
+    )  # fmt: skip
+    form = BY_ROW.value if tma else BY_POINTER.value
+    form_value = launch.form_of(value, tma) if value is not None else BY_POINTER.value
+    left = (tile.block_n, tile.block_k)
+
+    grid = (triton.cdiv(rows, tile.block_n) * triton.cdiv(width, tile.columns),)
+    with launch.on_device(like):
+        output_fwd_kernel[grid](
+            launch.describe(hidden, left, form) if hidden is not None else None,
+            launch.describe(value, (tile.block_k, tile.columns), form_value) if value is not None else None,
+            value_bias,
+            launch.describe(visual, left, form) if visual is not None else None,
+            launch.describe(memory, (1, tile.block_k, tile.columns), form) if memory is not None else None,
+            residual, y, segments.cu_seqlens, segments.index, segments.lengths,
+            *_strides(hidden, 2), *_strides(value, 2), *_strides(value_bias, 1), *_strides(visual, 2), *_strides(memory, 3),
+            *_strides(residual, 2),
+            rows, segments.length or 0, segments.sequences, memory.shape[0] if memory is not None else 0,
+            F=pairs, d=width, M=slots, BLOCK_N=tile.block_n, BLOCK_D=tile.columns, BLOCK_K=tile.block_k, GROUP=tile.group,
+            STRADDLES=memory is not None and tiles.straddles(segments.sequences, segments.length, tile.block_n),
+            FORM=form, FORM_VALUE=form_value,
+            PRECISION=launch.precision(like.dtype), DTYPE=launch.element_type(like.dtype),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return y
+
+
+def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
+    return tensor.stride() if tensor is not None else (0,) * count
+
+
+@triton.jit(do_not_specialize=["N", "T", "S", "R"])
+def output_fwd_kernel(
+    hidden, value, value_bias, visual, memory, residual, y, cu_seqlens, index, lengths,
+    stride_hidden_n, stride_hidden_f, stride_value_f, stride_value_d, stride_value_bias, stride_visual_n, stride_visual_m,
+    stride_memory_r, stride_memory_m, stride_memory_d, stride_residual_n, stride_residual_d,
+    N, T, S, R, F: tl.constexpr, d: tl.constexpr, M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STRADDLES: tl.constexpr,
+    FORM: tl.constexpr, FORM_VALUE: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One program per tile (BLOCK_N, BLOCK_D) of y."""
+    row_tile, column_tile = swizzle(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(d, BLOCK_D), GROUP)
+    row = row_tile * BLOCK_N
+    column = column_tile * BLOCK_D
+    o_row = row + tl.arange(0, BLOCK_N)
+    o_column = column + tl.arange(0, BLOCK_D)
+
+    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    if hidden is not None:
+        WHOLE_F: tl.constexpr = F % BLOCK_K == 0
+        for k in tl.range(0, F, BLOCK_K):
+            b_hidden = load_tile(hidden, row, k, N, F, stride_hidden_n, stride_hidden_f, BLOCK_N, BLOCK_K, FORM, False, WHOLE_F)
+            b_value = load_tile(
+                value, k, column, F, d, stride_value_f, stride_value_d, BLOCK_K, BLOCK_D, FORM_VALUE, WHOLE_F, d % BLOCK_D == 0
+            )  # fmt: skip
+            acc = tl.dot(b_hidden, b_value, acc, input_precision=PRECISION)
+    if memory is not None:
+        if STRADDLES:
+            first_sequence = tl.maximum(sequence_of_row(row, cu_seqlens, S, T), 0)
+            last_sequence = tl.minimum(sequence_of_row(tl.minimum(row + BLOCK_N, N) - 1, cu_seqlens, S, T), S - 1)
+            for sequence in tl.range(first_sequence, last_sequence + 1):
+                first, end = sequence_bounds(sequence, cu_seqlens, S, T, N)
+                part = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+                part = _add_memory(
+                    part, sequence, row, column, visual, memory, index, lengths, stride_visual_n, stride_visual_m, stride_memory_r,
+                    stride_memory_m, stride_memory_d, N, S, R, d, M, BLOCK_N, BLOCK_D, BLOCK_K, FORM, PRECISION,
+                )  # fmt: skip
+                acc += tl.where((o_row[:, None] >= first) & (o_row[:, None] < end), part, 0.0)
+        else:
+            acc = _add_memory(
+                acc, row // T, row, column, visual, memory, index, lengths, stride_visual_n, stride_visual_m, stride_memory_r,
+                stride_memory_m, stride_memory_d, N, S, R, d, M, BLOCK_N, BLOCK_D, BLOCK_K, FORM, PRECISION,
+            )  # fmt: skip
+
+    inside = (o_row[:, None] < N) & (o_column[None, :] < d)
+    wide_column = o_column.to(tl.int64)
+    if value_bias is not None:
+        acc += tl.load(value_bias + wide_column * stride_value_bias, mask=o_column < d, other=0.0).to(tl.float32)[None, :]
+    if residual is not None:
+        o_residual = o_row.to(tl.int64)[:, None] * stride_residual_n + wide_column[None, :] * stride_residual_d
+        acc += tl.load(residual + o_residual, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + o_row.to(tl.int64)[:, None] * d + o_column[None, :], acc.to(DTYPE), mask=inside)
+
+
+@triton.jit
+def _add_memory(
+    acc, sequence, row, column, visual, memory, index, lengths, stride_visual_n, stride_visual_m, stride_memory_r,
+    stride_memory_m, stride_memory_d, N, S, R, d: tl.constexpr, M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + visual Vv for the memory row of one sequence."""
+    read = memory_row(sequence, index, S, R)
+    slots = valid_slots(read, lengths, M)
+    if FORM == BY_ROW:
+        # A sequence without memory reads past the end, where TMA gives zeros: cheaper than a branch round the accumulator.
+        read = tl.where(read < 0, R, read)
+    for k in tl.range(0, M, BLOCK_K):
+        b_visual = load_tile(visual, row, k, N, M, stride_visual_n, stride_visual_m, BLOCK_N, BLOCK_K, FORM)
+        b_memory = load_memory_tile(
+            memory, read, k, column, slots, d, stride_memory_r, stride_memory_m, stride_memory_d, BLOCK_K, BLOCK_D, FORM, d % BLOCK_D == 0
+        )  # fmt: skip
+        acc = tl.dot(b_visual, b_memory, acc, input_precision=PRECISION)
+    return acc

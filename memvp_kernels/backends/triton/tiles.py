@@ -1,0 +1,269 @@
+"""Which tile each kernel runs with: a deterministic cost model in plain Python, instead of timing at run time.
+
+A tile is a candidate only if its operands' stages fit the block's shared memory and its accumulators the registers (or, from sm_100, the
+tensor memory). Of the candidates the one with the fewest predicted cycles wins: waves times a tile's K steps, each step bound by
+the tensor cores or by what L2 delivers to one multiprocessor, and never less than the bytes over the memory bandwidth.
+
+Rows and sequences enter in powers of two, so a model that sees every length compiles a handful of kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+__all__ = ["Chip", "Tile", "candidates", "chip_of", "core_tile", "hidden_cycles", "hidden_tile", "output_cycles", "output_tile", "straddles"]
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the model knows of a GPU.
+
+    Attributes:
+        architecture: compute capability, 80 … 120.
+        multiprocessors: how many run a grid.
+        shared: bytes of shared memory that one block may have.
+        tensor: 16-bit FLOP per clock and multiprocessor, dense.
+        cuda: float32 FLOP per clock and multiprocessor outside the tensor cores.
+        l2: bytes per clock that L2 delivers to one multiprocessor.
+        memory: bytes per clock of device memory for the whole chip.
+    """
+
+    architecture: int
+    multiprocessors: int
+    shared: int
+    tensor: int
+    cuda: int
+    l2: int
+    memory: int
+
+    @property
+    def family(self) -> str:
+        """The matrix instruction that `tl.dot` becomes: "mma", "wgmma" or "tcgen05"."""
+        return {90: "wgmma", 100: "tcgen05", 103: "tcgen05"}.get(self.architecture, "mma")
+
+
+_KIB = 1024
+_CHIPS = {
+    80: Chip(80, 108, 163 * _KIB, 2048, 128, 64, 1100),
+    86: Chip(86, 84, 99 * _KIB, 512, 256, 48, 500),
+    87: Chip(87, 16, 163 * _KIB, 1024, 256, 48, 200),
+    89: Chip(89, 128, 99 * _KIB, 1024, 256, 48, 400),
+    90: Chip(90, 132, 227 * _KIB, 4096, 256, 64, 2500),
+    100: Chip(100, 148, 227 * _KIB, 8192, 256, 64, 4000),
+    103: Chip(103, 148, 227 * _KIB, 8192, 256, 64, 4000),
+    120: Chip(120, 170, 99 * _KIB, 1024, 256, 48, 700),
+    121: Chip(121, 48, 99 * _KIB, 1024, 256, 48, 120),
+}
+
+
+def chip_of(architecture: int, multiprocessors: int | None = None) -> Chip:
+    """The chip of a compute capability; one not listed counts as the nearest older one, which it can run the code of."""
+    known = max((a for a in _CHIPS if a <= architecture), default=min(_CHIPS))
+    found = _CHIPS[known]
+    return replace(found, multiprocessors=multiprocessors or found.multiprocessors)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One configuration of a kernel.
+
+    Attributes:
+        block_n: rows of x.
+        columns: columns of the result: pairs (hidden; with a gate as many again beside them), or of d (output).
+        block_k: step of the K loop.
+        warps, stages: Triton's num_warps and num_stages.
+        group: row tiles that run side by side and share columns in L2.
+    """
+
+    block_n: int
+    columns: int
+    block_k: int
+    warps: int
+    stages: int
+    group: int = 8
+
+
+# (block_n, accumulated columns, block_k, warps, most stages), widest first: of equal cost the first wins.
+_SHAPES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
+    "descriptors": (
+        (128, 256, 64, 8, 4),
+        (128, 128, 64, 8, 6),
+        (64, 256, 64, 4, 5),
+        (64, 128, 64, 4, 6),
+        (64, 64, 128, 4, 6),
+        (64, 32, 128, 4, 8),
+    ),
+    "pointers": (
+        (128, 256, 64, 8, 3),
+        (128, 128, 64, 8, 3),
+        (128, 128, 32, 8, 4),
+        (64, 128, 64, 4, 4),
+        (64, 64, 64, 4, 4),
+        (32, 64, 64, 4, 4),
+        (16, 64, 64, 4, 5),
+    ),
+    "tf32": ((128, 128, 32, 8, 4), (64, 128, 32, 4, 4), (64, 64, 32, 4, 4), (32, 64, 32, 4, 4)),
+    "ieee": ((64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
+}
+_RESERVE = 2 * _KIB  # barriers and the epilogue's scratch beside the stages
+_FILL = 900  # cycles before a tile's first product: launch, first loads
+_WIDE_EFFICIENCY = {256: 1.0, 128: 0.9, 64: 0.75, 32: 0.5}  # of the tensor cores' rate, by accumulator width
+_PER_MULTIPROCESSOR_REGISTERS = 65536
+
+
+def _kind(dtype: torch.dtype, precision: str, descriptors: bool) -> str:
+    if dtype == torch.float32:
+        return precision
+    return "descriptors" if descriptors else "pointers"
+
+
+def _accumulator_limit(chip: Chip, kind: str) -> int:
+    """Float32 accumulators a thread may hold without spilling, as the compiled kernels show."""
+    if kind == "descriptors" and chip.family != "mma":
+        return 128
+    return 64 if kind != "ieee" else 32
+
+
+def candidates(
+    chip: Chip, dtype: torch.dtype, precision: str, *, descriptors: bool, accumulators: int = 1, halves: int = 1
+) -> Iterator[Tile]:
+    """Every tile that fits, widest first.
+
+    Args:
+        accumulators: full-width accumulators alive at once.
+        halves: 2 where a tile's columns are two operands side by side (gate and key).
+    """
+    kind = _kind(dtype, precision, descriptors)
+    for block_n, wide, block_k, warps, most in _SHAPES[kind]:
+        stage = (block_n + wide) * block_k * dtype.itemsize
+        stages = min(most, (chip.shared - _RESERVE) // stage)
+        registers = accumulators * block_n * wide // (32 * warps)
+        if stages >= 2 and registers <= _accumulator_limit(chip, kind):
+            yield Tile(block_n, wide // halves, block_k, warps, stages)
+
+
+def straddles(sequences: int, length: int | None, block_n: int) -> bool:
+    """Whether a row tile may hold rows of two sequences, or of none; length None: packed."""
+    return length is None or (sequences > 1 and length % block_n != 0)
+
+
+def hidden_tile(
+    chip: Chip,
+    dtype: torch.dtype,
+    precision: str,
+    *,
+    rows: int,
+    width: int,
+    pairs: int,
+    slots: int,
+    sequences: int,
+    gated: bool,
+    descriptors: bool,
+) -> Tile:
+    """The hidden kernel's tile."""
+    return _hidden_tile(chip, dtype, precision, _bucket(rows), width, pairs, slots, _bucket(sequences), gated, descriptors)
+
+
+@lru_cache(maxsize=None)
+def _hidden_tile(
+    chip: Chip, dtype: torch.dtype, precision: str, rows: int, width: int, pairs: int, slots: int, sequences: int, gated: bool, descriptors: bool
+) -> Tile:
+    def cycles(tile: Tile) -> float:
+        return hidden_cycles(chip, tile, dtype, precision, rows, width, pairs, slots, sequences, gated)
+
+    return min(candidates(chip, dtype, precision, descriptors=descriptors, halves=1 + gated), key=cycles)
+
+
+def hidden_cycles(
+    chip: Chip, tile: Tile, dtype: torch.dtype, precision: str, rows: int, width: int, pairs: int, slots: int, sequences: int, gated: bool
+) -> float:
+    """Predicted clock cycles of one hidden launch."""
+    wide = tile.columns * (1 + gated)
+    row_tiles = math.ceil(rows / tile.block_n)
+    memory = (row_tiles + min(sequences, rows)) * math.ceil(slots / wide) if sequences > 1 else row_tiles * math.ceil(slots / wide)
+    count = row_tiles * math.ceil(pairs / tile.columns) + memory
+    moved = rows * width + pairs * width * (1 + gated) + sequences * slots * width + rows * (pairs + slots)
+    return _cycles(chip, tile, dtype, precision, wide, count, math.ceil(width / tile.block_k), moved * dtype.itemsize)
+
+
+def output_tile(
+    chip: Chip,
+    dtype: torch.dtype,
+    precision: str,
+    *,
+    rows: int,
+    width: int,
+    pairs: int,
+    slots: int,
+    sequences: int,
+    length: int | None,
+    descriptors: bool,
+) -> Tile:
+    """The output kernel's tile; `length` None: packed."""
+    # The largest power of two in T decides which tiles a sequence's edge may cut, and nothing else about T matters.
+    whole = 0 if length is None else length & -length if sequences > 1 else 1 << 30
+    return _output_tile(chip, dtype, precision, _bucket(rows), width, pairs, slots, _bucket(sequences), min(whole, 1 << 10), descriptors)
+
+
+@lru_cache(maxsize=None)
+def _output_tile(
+    chip: Chip, dtype: torch.dtype, precision: str, rows: int, width: int, pairs: int, slots: int, sequences: int, whole: int, descriptors: bool
+) -> Tile:
+    found: list[tuple[float, int, Tile]] = []
+    single = list(candidates(chip, dtype, precision, descriptors=descriptors))
+    double = set(candidates(chip, dtype, precision, descriptors=descriptors, accumulators=2))
+    for order, tile in enumerate(single):
+        cut = slots > 0 and (whole == 0 or whole % tile.block_n != 0)
+        if not cut or tile in double:
+            cycles = output_cycles(chip, tile, dtype, precision, rows, width, pairs, slots, sequences, cut)
+            found.append((cycles, order, tile))
+    return min(found)[2]
+
+
+def output_cycles(
+    chip: Chip, tile: Tile, dtype: torch.dtype, precision: str, rows: int, width: int, pairs: int, slots: int, sequences: int, cut: bool
+) -> float:
+    """Predicted clock cycles of one output launch; `cut`: sequences end inside row tiles."""
+    row_tiles = math.ceil(rows / tile.block_n)
+    touched = 1 + (min(sequences, rows) - 1) / row_tiles if cut else 1.0
+    steps = math.ceil(pairs / tile.block_k) + touched * math.ceil(slots / tile.block_k)
+    count = row_tiles * math.ceil(width / tile.columns)
+    moved = rows * (pairs + slots) + pairs * width + sequences * slots * width + rows * width
+    return _cycles(chip, tile, dtype, precision, tile.columns, count, steps, moved * dtype.itemsize)
+
+
+def _cycles(
+    chip: Chip, tile: Tile, dtype: torch.dtype, precision: str, wide: int, count: int, steps: float, moved: int
+) -> float:
+    flops = 2 * tile.block_n * wide * tile.block_k
+    if dtype != torch.float32:
+        rate = chip.tensor * _WIDE_EFFICIENCY[wide]
+    else:
+        rate = chip.tensor / 2 * _WIDE_EFFICIENCY[wide] if precision == "tf32" else chip.cuda
+    delivered = (tile.block_n + wide) * tile.block_k * dtype.itemsize / chip.l2
+    step = max(flops / rate, delivered)
+    shared = tile.stages * (tile.block_n + wide) * tile.block_k * dtype.itemsize + _RESERVE
+    registers = (tile.block_n * wide // (32 * tile.warps) + 64) * 32 * tile.warps
+    resident = max(1, min(chip.shared // shared, _PER_MULTIPROCESSOR_REGISTERS // registers, 4))
+    waves = math.ceil(count / (chip.multiprocessors * resident))
+    store = tile.block_n * wide * dtype.itemsize / chip.l2
+    return max(waves * (_FILL + store + resident * steps * step), moved / chip.memory)
+
+
+def core_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: int, rank: int) -> Tile:
+    """The core kernel's tile: `columns` of u at once, steps of `block_k` slots; few rows take short tiles, for more programs."""
+    columns = min(256 if dtype != torch.float32 else 64, _bucket(rank, 16))
+    if dtype == torch.float32:
+        return Tile(16 if precision == "ieee" else 32, columns, 32, 4, 2)
+    block_n = 64 if _bucket(rows) >= 64 * chip.multiprocessors // 2 else 32 if rows > 256 else 16
+    return Tile(block_n, columns, 64, 4, 2)
+
+
+def _bucket(count: int, least: int = 16) -> int:
+    """The next power of two."""
+    return max(least, 1 << max(count - 1, 0).bit_length())
