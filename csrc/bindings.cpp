@@ -1,0 +1,151 @@
+// memvp_kernels._C: the launchers as Python calls them. Pointers and strides arrive as integers, so no torch header is
+// needed and one build serves every torch. The caller keeps every tensor alive until launch() has returned.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "decode/ffn_decode.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using memvp::DecodeActivation;
+using memvp::DecodeTensor;
+using memvp::DecodeType;
+using memvp::FfnDecodeParams;
+
+struct TensorField {
+  const char* name;
+  DecodeTensor FfnDecodeParams::* member;
+};
+
+// In the order in which Python passes them; the names are those of memvp_kernels.problem.Problem.
+constexpr TensorField kTensors[] = {
+    {"x", &FfnDecodeParams::x},
+    {"key", &FfnDecodeParams::key},
+    {"value", &FfnDecodeParams::value},
+    {"gate", &FfnDecodeParams::gate},
+    {"key_bias", &FfnDecodeParams::key_bias},
+    {"gate_bias", &FfnDecodeParams::gate_bias},
+    {"value_bias", &FfnDecodeParams::value_bias},
+    {"visual_key", &FfnDecodeParams::visual_key},
+    {"visual_value", &FfnDecodeParams::visual_value},
+    {"visual_basis", &FfnDecodeParams::visual_basis},
+    {"key_position", &FfnDecodeParams::key_position},
+    {"value_position", &FfnDecodeParams::value_position},
+    {"residual", &FfnDecodeParams::residual},
+};
+constexpr size_t kTensorCount = sizeof(kTensors) / sizeof(kTensors[0]);
+
+template <class T>
+T* as_pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// (address, type, strides...) of up to three dimensions, or None for an absent tensor.
+DecodeTensor as_tensor(const char* name, py::handle description) {
+  DecodeTensor tensor;
+  if (description.is_none()) return tensor;
+  const auto fields = py::reinterpret_borrow<py::tuple>(description);
+  if (!py::isinstance<py::tuple>(description) || fields.size() < 3 || fields.size() > 5) {
+    throw py::type_error(std::string(name) + ": wanted None or (address, type, one to three strides)");
+  }
+  tensor.data = as_pointer<const void>(fields[0].cast<uintptr_t>());
+  tensor.type = static_cast<DecodeType>(fields[1].cast<int32_t>());
+  for (size_t i = 2; i < fields.size(); ++i) tensor.strides[i - 2] = fields[i].cast<int64_t>();
+  return tensor;
+}
+
+FfnDecodeParams make_params(const py::tuple& tensors, int32_t type, uintptr_t cu_seqlens, uintptr_t visual_index,
+                            uintptr_t visual_lengths, int32_t tokens, int32_t width, int32_t pairs, int32_t slots,
+                            int32_t rank, int32_t memories, int32_t sequences, int32_t length, bool shared_memory,
+                            int32_t activation, int32_t visual_activation, float visual_scale, int32_t multiprocessors,
+                            int32_t device) {
+  if (tensors.size() != kTensorCount) {
+    throw py::type_error("tensors: wanted " + std::to_string(kTensorCount) + ", got " + std::to_string(tensors.size()));
+  }
+  FfnDecodeParams params;
+  for (size_t i = 0; i < kTensorCount; ++i) params.*kTensors[i].member = as_tensor(kTensors[i].name, tensors[i]);
+  params.type = static_cast<DecodeType>(type);
+  params.cu_seqlens = as_pointer<const int32_t>(cu_seqlens);
+  params.visual_index = as_pointer<const int32_t>(visual_index);
+  params.visual_lengths = as_pointer<const int32_t>(visual_lengths);
+  params.tokens = tokens;
+  params.width = width;
+  params.pairs = pairs;
+  params.slots = slots;
+  params.rank = rank;
+  params.memories = memories;
+  params.sequences = sequences;
+  params.length = length;
+  params.shared_memory = shared_memory;
+  params.activation = static_cast<DecodeActivation>(activation);
+  params.visual_activation = static_cast<DecodeActivation>(visual_activation);
+  params.visual_scale = visual_scale;
+  params.multiprocessors = multiprocessors;
+  params.device = device;
+  return params;
+}
+
+void launch(FfnDecodeParams& params, uintptr_t y, int64_t y_stride, uintptr_t workspace, uintptr_t stream) {
+  params.y = as_pointer<void>(y);
+  params.y_stride = y_stride;
+  params.workspace = as_pointer<void>(workspace);
+  const int code = memvp::ffn_decode_launch(params, as_pointer<void>(stream));
+  if (code == 0) return;
+  const char* limit = code == memvp::kDecodeUnsupported ? memvp::ffn_decode_unsupported(params) : nullptr;
+  throw std::runtime_error(std::string("ffn_decode: ") + (limit ? limit : memvp::ffn_decode_error_text(code)));
+}
+
+py::tuple tensor_names() {
+  py::tuple names(kTensorCount);
+  for (size_t i = 0; i < kTensorCount; ++i) names[i] = kTensors[i].name;
+  return names;
+}
+
+template <class Enum>
+int32_t code(Enum value) {
+  return static_cast<int32_t>(value);
+}
+
+py::dict type_codes() {
+  py::dict codes;
+  codes["bfloat16"] = code(DecodeType::kBFloat16);
+  codes["float16"] = code(DecodeType::kFloat16);
+  codes["float32"] = code(DecodeType::kFloat32);
+  return codes;
+}
+
+py::dict activation_codes() {
+  py::dict codes;
+  codes["relu"] = code(DecodeActivation::kRelu);
+  codes["gelu"] = code(DecodeActivation::kGelu);
+  codes["gelu_tanh"] = code(DecodeActivation::kGeluTanh);
+  codes["silu"] = code(DecodeActivation::kSilu);
+  return codes;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.attr("cuda") = MEMVP_CUDA_VERSION;
+  module.attr("archs") = MEMVP_CUDA_ARCHS;
+  module.attr("max_tokens") = memvp::kDecodeMaxTokens;
+  module.attr("tensor_names") = tensor_names();
+  module.attr("type_codes") = type_codes();
+  module.attr("activation_codes") = activation_codes();
+
+  py::class_<FfnDecodeParams>(module, "FfnDecodeParams")
+      .def(py::init(&make_params), py::arg("tensors"), py::kw_only(), py::arg("type"), py::arg("cu_seqlens"),
+           py::arg("visual_index"), py::arg("visual_lengths"), py::arg("tokens"), py::arg("width"), py::arg("pairs"),
+           py::arg("slots"), py::arg("rank"), py::arg("memories"), py::arg("sequences"), py::arg("length"),
+           py::arg("shared_memory"), py::arg("activation"), py::arg("visual_activation"), py::arg("visual_scale"),
+           py::arg("multiprocessors"), py::arg("device"))
+      .def("unsupported", &memvp::ffn_decode_unsupported)
+      .def("is_fast", &memvp::ffn_decode_is_fast)
+      .def("workspace_bytes", &memvp::ffn_decode_workspace_bytes)
+      .def("launch", &launch, py::arg("y"), py::arg("y_stride"), py::arg("workspace"), py::arg("stream"),
+           py::call_guard<py::gil_scoped_release>());
+}

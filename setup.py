@@ -1,0 +1,171 @@
+"""Build memvp_kernels._C, the CUDA C++ extension, where nvcc is found; everywhere else install without it.
+
+The extension includes no torch header and links the CUDA runtime statically, so one build serves every torch and
+imports on a machine without a driver. Metadata stands in pyproject.toml. Read here and nowhere else:
+
+    MEMVP_CUDA           auto (default): build where nvcc is found; 0: do not build; require: fail where nvcc is missing.
+    MEMVP_CUDA_ARCHS     targets, separated by ; or ",", such as "80;90a;90+PTX". "90" is machine code for that chip;
+                         "90+PTX" is PTX alone, which the driver compiles at load on that chip and all newer ones.
+    CUDA_HOME, CUDA_PATH the toolkit whose bin/nvcc is taken before the one on PATH.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/decode/*.cu"))]
+OLDEST_NVCC = (12, 0)  # the first that knows sm_90a
+ARCHS_FROM = {"80": (12, 0), "90a": (12, 0), "100a": (12, 8), "90+PTX": (12, 0)}  # default target: the nvcc it needs
+
+Version = tuple[int, int]
+
+
+class NoCompilerError(Exception):
+    """Why this machine cannot compile the extension."""
+
+
+def find_nvcc() -> str:
+    """The path of nvcc: of CUDA_HOME or CUDA_PATH, else on PATH, else where the toolkit installs itself."""
+    if not sys.platform.startswith("linux"):
+        raise NoCompilerError(f"the CUDA extension builds on Linux, and this is {sys.platform}")
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [str(Path(home) / "bin") for home in homes if home] + [None, "/usr/local/cuda/bin"]
+    found = next((nvcc for place in places if (nvcc := shutil.which("nvcc", path=place))), None)
+    if found is None:
+        raise NoCompilerError("nvcc was not found in CUDA_HOME, on PATH or in /usr/local/cuda")
+    return found
+
+
+def nvcc_version(nvcc: str) -> Version:
+    """The release of an nvcc, such as (12, 8)."""
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    match = re.search(r"release (\d+)\.(\d+)", text)
+    if match is None:
+        raise NoCompilerError(f"{nvcc} --version does not say which release it is")
+    version = int(match[1]), int(match[2])
+    if version < OLDEST_NVCC:
+        wanted = ".".join(map(str, OLDEST_NVCC))
+        raise NoCompilerError(f"{nvcc} is release {match[1]}.{match[2]}, and {wanted} or newer is needed")
+    return version
+
+
+def target_archs(version: Version) -> list[str]:
+    """The architectures to compile for: those of MEMVP_CUDA_ARCHS, else every default that this nvcc knows."""
+    asked = os.environ.get("MEMVP_CUDA_ARCHS", "").replace(",", ";").split(";")
+    archs = [arch.strip() for arch in asked if arch.strip()]
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", arch):
+            raise SystemExit(f"MEMVP_CUDA_ARCHS: wanted targets such as 80;90a;90+PTX, got {arch!r}")
+    return archs or [arch for arch, needed in ARCHS_FROM.items() if version >= needed]
+
+
+def gencode(arch: str) -> str:
+    """The nvcc flag for one target."""
+    number = arch.removesuffix("+PTX")
+    return f"-gencode=arch=compute_{number},code={'sm' if number == arch else 'compute'}_{number}"
+
+
+def ninja_program() -> str:
+    """The ninja of the build environment (the PyPI package), else the one on PATH."""
+    try:
+        import ninja
+    except ImportError:
+        found = shutil.which("ninja")
+        if found is None:
+            raise SystemExit("ninja was not found: pip install ninja, or build with pip's isolation on") from None
+        return found
+    return str(Path(ninja.BIN_DIR) / "ninja")
+
+
+def copy_headers(source: Path, target: Path) -> None:
+    """Copy changed headers only: pip's isolated environment moves at every build, and ninja would rebuild all."""
+    for header in source.rglob("*.h"):
+        copy = target / header.relative_to(source)
+        if not (copy.exists() and filecmp.cmp(header, copy, shallow=False)):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(header, copy)
+
+
+def shell(words: Iterable[str]) -> str:
+    """Words as they stand in a ninja command."""
+    return " ".join(shlex.quote(word).replace("$", "$$") for word in words)
+
+
+def ninja_path(path: Path) -> str:
+    """A path as it stands in a ninja build line."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def ninja_rules(nvcc: str, version: Version, archs: list[str], sources: list[Path], folder: Path, library: Path) -> str:
+    """The text of build.ninja: an object per source, one library."""
+    includes = [f"-I{folder / 'include'}", f"-I{sysconfig.get_path('include')}", f"-I{ROOT / 'csrc'}"]
+    flags = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xptxas=-warn-spills"]
+    targets = [gencode(arch) for arch in archs]
+    build = [f'-DMEMVP_CUDA_VERSION="{".".join(map(str, version))}"', f'-DMEMVP_CUDA_ARCHS="{";".join(archs)}"']
+    lines = [
+        f"rule compile\n command = {shell([nvcc, *flags, *includes])} $flags -MD -MF $out.d -c $in -o $out",
+        " depfile = $out.d\n deps = gcc",
+        f"rule link\n command = {shell([nvcc, '-shared', '-cudart=static', '-nodlink'])} $in -o $out "
+        "-Xlinker=-s,--exclude-libs,ALL",
+    ]
+    objects = []
+    for source in sources:
+        objects.append(ninja_path(folder / f"{source.name}.o"))
+        lines.append(f"build {objects[-1]}: compile {ninja_path(source)}")
+        lines.append(f" flags = {shell(build if source.suffix == '.cpp' else targets)}")
+    lines.append(f"build {ninja_path(library)}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+class NinjaBuild(build_ext):
+    """Compiles with nvcc under ninja, in a folder that is kept: a second build compiles what has changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        nvcc = find_nvcc()
+        version = nvcc_version(nvcc)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
+        copy_headers(Path(pybind11.get_include()), folder / "include")
+        library = folder / target.name
+        sources = [ROOT / source for source in ext.sources]
+        rules = ninja_rules(nvcc, version, target_archs(version), sources, folder, library)
+        (folder / "build.ninja").write_text(rules)
+        if subprocess.run([ninja_program(), "-C", str(folder)]).returncode != 0:
+            raise SystemExit("memvp_kernels: nvcc failed, see above; MEMVP_CUDA=0 installs without the CUDA extension")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(library, target)
+
+
+def extensions() -> list[Extension]:
+    """The extension, or nothing on a machine that cannot build it (an error there under MEMVP_CUDA=require)."""
+    mode = os.environ.get("MEMVP_CUDA", "auto")
+    if mode not in ("auto", "0", "require"):
+        raise SystemExit(f"MEMVP_CUDA: wanted auto, 0 or require, got {mode!r}")
+    if mode == "0":
+        return []
+    try:
+        nvcc_version(find_nvcc())
+    except NoCompilerError as reason:
+        if mode == "require":
+            raise SystemExit(f"MEMVP_CUDA=require: {reason}") from None
+        print(f"memvp_kernels: {reason}; installing without the CUDA decode kernels", file=sys.stderr)
+        return []
+    return [Extension("memvp_kernels._C", SOURCES)]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild})
