@@ -96,10 +96,7 @@ def run_forward(
     if problem.rows == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format), None, None
     with _without_autocast(x.device):
-        if training or not hasattr(module, "decode"):
-            y, pre, scores = module.forward(problem, save_hidden=save_hidden, save_scores=save_scores)
-        else:
-            y, pre, scores = module.decode(problem), None, None
+        y, pre, scores = module.forward(problem, save_hidden=save_hidden, save_scores=save_scores)
     return y.reshape(x.shape), pre, scores
 
 
