@@ -1,0 +1,101 @@
+"""Image features as users have them, one tensor or one entry per sample, made into one padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["ImageFeatures", "pad_features"]
+
+ImageFeatures: TypeAlias = "Tensor | Sequence[Tensor | Sequence[Tensor] | None]"
+
+
+def pad_features(
+    features: ImageFeatures | None,
+    *,
+    samples: int,
+    vision_dim: int,
+    num_slots: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """One batch of features with the rows that are real marked.
+
+    A sample without an image is a row of zeros marked as padding, and so is every sample of a text-only batch: the
+    projector always runs, and its gradients are zeros rather than missing, which distributed training relies on.
+
+    Args:
+        features: (B, n, vision_dim); or one entry per sample, (n_i, vision_dim), a list of those (several images,
+            concatenated), or None; or None: no images at all.
+        samples: how many samples a batch without images has.
+        vision_dim: wanted width.
+        num_slots: M.
+        dtype: of the result.
+        device: of the result.
+
+    Returns:
+        (B, n, vision_dim) and (B, n) bool.
+
+    Raises:
+        TypeError: something else than the above.
+        ValueError: a wrong shape, or more visual tokens than slots.
+    """
+    if features is None:
+        return (
+            torch.zeros(samples, 1, vision_dim, dtype=dtype, device=device),
+            torch.zeros(samples, 1, dtype=torch.bool, device=device),
+        )
+    if isinstance(features, Tensor):
+        if features.dim() != 3:
+            raise ValueError(f"image_features: wanted (B, n, {vision_dim}), got {tuple(features.shape)}")
+        _check(features, "image_features", vision_dim, num_slots)
+        valid = torch.ones(features.shape[:2], dtype=torch.bool, device=device)
+        return features.to(device, dtype), valid
+    if not isinstance(features, Sequence) or isinstance(features, str):
+        raise TypeError(
+            f"image_features: wanted a tensor, a list with one entry per sample or None, got {type(features).__name__}"
+        )
+    rows = [_entry(entry, i, vision_dim, num_slots) for i, entry in enumerate(features)]
+    longest = max([1, *(row.shape[0] for row in rows if row is not None)])
+    padded = torch.zeros(len(rows), longest, vision_dim, dtype=dtype, device=device)
+    valid = torch.zeros(len(rows), longest, dtype=torch.bool, device=device)
+    for i, row in enumerate(rows):
+        if row is not None:
+            padded[i, : row.shape[0]] = row.to(device, dtype)
+            valid[i, : row.shape[0]] = True
+    return padded, valid
+
+
+def _entry(entry: Tensor | Sequence[Tensor] | None, i: int, vision_dim: int, num_slots: int) -> Tensor | None:
+    name = f"image_features[{i}]"
+    if entry is None:
+        return None
+    if not isinstance(entry, Tensor):
+        if not isinstance(entry, Sequence) or not all(isinstance(image, Tensor) for image in entry):
+            raise TypeError(f"{name}: wanted a tensor, a list of tensors or None, got {type(entry).__name__}")
+        if not entry:
+            return None
+        for j, image in enumerate(entry):
+            if image.dim() != 2:
+                raise ValueError(f"{name}[{j}]: wanted (n, {vision_dim}), got {tuple(image.shape)}")
+            _check(image, f"{name}[{j}]", vision_dim, num_slots)
+        entry = torch.cat(list(entry))
+    if entry.dim() != 2:
+        raise ValueError(f"{name}: wanted (n, {vision_dim}), got {tuple(entry.shape)}")
+    _check(entry, name, vision_dim, num_slots)
+    return entry
+
+
+def _check(features: Tensor, name: str, vision_dim: int, num_slots: int) -> None:
+    if not features.is_floating_point():
+        raise TypeError(f"{name}: wanted floating-point features, got {features.dtype}; pixels go into pixel_values")
+    if features.shape[-1] != vision_dim:
+        raise ValueError(f"{name}: wanted width vision_dim = {vision_dim}, got {tuple(features.shape)}")
+    if features.shape[-2] > num_slots:
+        raise ValueError(
+            f"{name}: {features.shape[-2]} visual tokens do not fit {num_slots} slots; pass fewer (smaller or fewer "
+            "images, pooled features) or train with a larger num_slots"
+        )

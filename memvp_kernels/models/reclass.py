@@ -1,0 +1,67 @@
+"""Put a mixin in front of one instance's class and take it away again; no other instance notices.
+
+The combined class keeps the name and module of the class it stands in for, so that everything that goes by class
+names (device maps that must not split a layer, sharding policies, the choice of a loss, a saved config's
+architectures) sees what it saw before.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Reclassed", "is_reclassed", "reclass", "restore"]
+
+
+class Reclassed(nn.Module):
+    """Base of the mixins: pickles and copies as (mixin, base class), since the combined class cannot be imported."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if not is_reclassed(self):  # a class derived from ours (FSDP's) pickles its own way
+            return reduced
+        mixin, base = type(self).__bases__
+        return (_blank, (mixin, base), *reduced[2:])
+
+
+def reclass(module: nn.Module, mixin: type[Reclassed]) -> None:
+    """Make ``module`` an instance of ``mixin`` in front of its present class."""
+    module.__class__ = _combined(mixin, type(module))
+
+
+def is_reclassed(module: nn.Module) -> bool:
+    """Whether ``module``'s class is one that :func:`reclass` made."""
+    return "_reclassed_from" in type(module).__dict__
+
+
+def restore(module: nn.Module) -> None:
+    """Undo :func:`reclass`; a module that it never touched stays as it is.
+
+    Raises:
+        RuntimeError: something else has changed the instance's class since.
+    """
+    if is_reclassed(module):
+        module.__class__ = type(module)._reclassed_from  # type: ignore[assignment]
+    elif isinstance(module, Reclassed):
+        raise RuntimeError(
+            f"this {type(module).__name__} has been given another class since it was wrapped (sharding does this); "
+            "undo that before unload()"
+        )
+
+
+@functools.cache
+def _combined(mixin: type[Reclassed], base: type[nn.Module]) -> type[nn.Module]:
+    namespace = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_reclassed_from": base,
+    }
+    return type(base.__name__, (mixin, base), namespace)
+
+
+def _blank(mixin: type[Reclassed], base: type[nn.Module]) -> nn.Module:
+    kind = _combined(mixin, base)
+    return kind.__new__(kind)
