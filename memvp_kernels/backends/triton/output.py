@@ -18,7 +18,7 @@ from memvp_kernels.backends.triton.operands import BY_POINTER, BY_ROW, load_memo
 from memvp_kernels.backends.triton.segments import memory_row, sequence_bounds, sequence_of_row, valid_slots
 from memvp_kernels.problem import Segments
 
-__all__ = ["output_forward", "output_fwd_kernel"]
+__all__ = ["add_memory", "output_forward", "output_fwd_kernel"]
 
 
 def output_forward(
@@ -110,22 +110,10 @@ def output_fwd_kernel(
             )  # fmt: skip
             acc = tl.dot(b_hidden, b_value, acc, input_precision=PRECISION)
     if memory is not None:
-        if STRADDLES:
-            first_sequence = tl.maximum(sequence_of_row(row, cu_seqlens, S, T), 0)
-            last_sequence = tl.minimum(sequence_of_row(tl.minimum(row + BLOCK_N, N) - 1, cu_seqlens, S, T), S - 1)
-            for sequence in tl.range(first_sequence, last_sequence + 1):
-                first, end = sequence_bounds(sequence, cu_seqlens, S, T, N)
-                part = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-                part = _add_memory(
-                    part, sequence, row, column, visual, memory, index, lengths, stride_visual_n, stride_visual_m, stride_memory_r,
-                    stride_memory_m, stride_memory_d, N, S, R, d, M, BLOCK_N, BLOCK_D, BLOCK_K, FORM, PRECISION,
-                )  # fmt: skip
-                acc += tl.where((o_row[:, None] >= first) & (o_row[:, None] < end), part, 0.0)
-        else:
-            acc = _add_memory(
-                acc, row // T, row, column, visual, memory, index, lengths, stride_visual_n, stride_visual_m, stride_memory_r,
-                stride_memory_m, stride_memory_d, N, S, R, d, M, BLOCK_N, BLOCK_D, BLOCK_K, FORM, PRECISION,
-            )  # fmt: skip
+        acc = add_memory(
+            acc, row, column, visual, memory, cu_seqlens, index, lengths, stride_visual_n, stride_visual_m, stride_memory_r,
+            stride_memory_m, stride_memory_d, N, T, S, R, d, M, BLOCK_N, BLOCK_D, BLOCK_K, STRADDLES, FORM, PRECISION,
+        )  # fmt: skip
 
     inside = (o_row[:, None] < N) & (o_column[None, :] < d)
     wide_column = o_column.to(tl.int64)
@@ -138,21 +126,47 @@ def output_fwd_kernel(
 
 
 @triton.jit
-def _add_memory(
-    acc, sequence, row, column, visual, memory, index, lengths, stride_visual_n, stride_visual_m, stride_memory_r,
-    stride_memory_m, stride_memory_d, N, S, R, d: tl.constexpr, M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
+def add_memory(
+    acc, row, column, left, memory, cu_seqlens, index, lengths, stride_left_n, stride_left_m, stride_memory_r, stride_memory_m,
+    stride_memory_d, N, T, S, R, d: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    STRADDLES: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + visual Vv for the memory row of one sequence."""
+    """acc + left · memory, each row of left (N, M) times the memory row (M, d) that its sequence reads."""
+    if STRADDLES:
+        o_row = row + tl.arange(0, BLOCK_N)
+        first_sequence = tl.maximum(sequence_of_row(row, cu_seqlens, S, T), 0)
+        last_sequence = tl.minimum(sequence_of_row(tl.minimum(row + BLOCK_N, N) - 1, cu_seqlens, S, T), S - 1)
+        for sequence in tl.range(first_sequence, last_sequence + 1):
+            first, end = sequence_bounds(sequence, cu_seqlens, S, T, N)
+            part = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+            part = _add_one_memory(
+                part, sequence, row, column, left, memory, index, lengths, stride_left_n, stride_left_m, stride_memory_r,
+                stride_memory_m, stride_memory_d, N, S, R, d, M, BLOCK_N, BLOCK_D, BLOCK_K, FORM, PRECISION,
+            )  # fmt: skip
+            acc += tl.where((o_row[:, None] >= first) & (o_row[:, None] < end), part, 0.0)
+    else:
+        acc = _add_one_memory(
+            acc, row // T, row, column, left, memory, index, lengths, stride_left_n, stride_left_m, stride_memory_r,
+            stride_memory_m, stride_memory_d, N, S, R, d, M, BLOCK_N, BLOCK_D, BLOCK_K, FORM, PRECISION,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def _add_one_memory(
+    acc, sequence, row, column, left, memory, index, lengths, stride_left_n, stride_left_m, stride_memory_r, stride_memory_m,
+    stride_memory_d, N, S, R, d: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    FORM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     read = memory_row(sequence, index, S, R)
     slots = valid_slots(read, lengths, M)
     if FORM == BY_ROW:
         # A sequence without memory reads past the end, where TMA gives zeros: cheaper than a branch round the accumulator.
         read = tl.where(read < 0, R, read)
     for k in tl.range(0, M, BLOCK_K):
-        b_visual = load_tile(visual, row, k, N, M, stride_visual_n, stride_visual_m, BLOCK_N, BLOCK_K, FORM)
+        b_left = load_tile(left, row, k, N, M, stride_left_n, stride_left_m, BLOCK_N, BLOCK_K, FORM)
         b_memory = load_memory_tile(
             memory, read, k, column, slots, d, stride_memory_r, stride_memory_m, stride_memory_d, BLOCK_K, BLOCK_D, FORM, d % BLOCK_D == 0
         )  # fmt: skip
-        acc = tl.dot(b_visual, b_memory, acc, input_precision=PRECISION)
+        acc = tl.dot(b_left, b_memory, acc, input_precision=PRECISION)
     return acc
