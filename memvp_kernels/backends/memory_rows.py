@@ -142,20 +142,14 @@ class Gathered:
 
 class Masked:
     def __init__(self, segments: Segments, memories: int) -> None:
+        assert segments.cu_seqlens is not None
         self.memories = memories
-        device = (segments.cu_seqlens if segments.cu_seqlens is not None else segments.index).device  # type: ignore[union-attr]
-        rows = torch.arange(segments.rows, device=device)
-        if segments.cu_seqlens is None:
-            sequence = rows // max(segments.length or 0, 1)
-        else:
-            sequence = (
-                torch.searchsorted(segments.cu_seqlens.contiguous(), rows.to(segments.cu_seqlens.dtype), right=True) - 1
-            )
+        rows = torch.arange(segments.rows, dtype=torch.int32, device=segments.cu_seqlens.device)
+        sequence = torch.searchsorted(segments.cu_seqlens.contiguous(), rows, right=True) - 1
         inside = (sequence >= 0) & (sequence < segments.sequences)
+        row = sequence
         if segments.index is not None and segments.sequences:
             row = segments.index.long()[sequence.clamp(0, segments.sequences - 1)]
-        else:
-            row = sequence.long()
         self.row = torch.where(inside & (row >= 0) & (row < memories), row, -1)
 
     def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:

@@ -1,0 +1,174 @@
+"""The operator among PyTorch's own: opcheck, gradcheck, torch.compile, checkpointing, autocast, repeated backwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from memvp_kernels import fused_ffn, ops
+from memvp_kernels.arguments import TENSORS
+from tests import cases, yardstick
+
+FORMS = [
+    "one_each-plain",
+    "index-plain",
+    "index-factored",
+    "packed_index_lengths-factored",
+    "gated_biased_residual-plain",
+    "text_only_plain",
+]
+
+
+def leaves(a: dict[str, Any], *names: str) -> dict[str, Any]:
+    chosen = names or tuple(n for n in yardstick.FLOATING if a.get(n) is not None)
+    return {n: v.detach().clone().requires_grad_() if n in chosen else v for n, v in a.items()}
+
+
+def flat(a: dict[str, Any], *, save: bool) -> tuple[Any, ...]:
+    seed = torch.tensor([5]) if a.get("dropout_p") else None
+    return (*(a.get(n) for n in TENSORS), seed, "silu", "silu", 0.5, a.get("dropout_p", 0.0), save, save, True, "torch")
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_opcheck_forward(name: str) -> None:
+    torch.library.opcheck(ops.forward_op, flat(leaves(cases.build(name, torch.float32)), save=True))
+
+
+def test_opcheck_forward_with_dropout_and_nothing_kept() -> None:
+    a = leaves(cases.build("index-factored", torch.float32)) | {"dropout_p": 0.3}
+    torch.library.opcheck(ops.forward_op, flat(a, save=False))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_opcheck_backward(name: str) -> None:
+    a = cases.build(name, torch.float32)
+    _, pre, scores = ops.forward_op(*flat(a, save=True))
+    needs = [a.get(n) is not None for n in ops.DIFFERENTIABLE]
+    tensors = [a.get(n) for n in TENSORS if n != "residual"]
+    torch.library.opcheck(
+        ops.backward_op,
+        (torch.randn_like(a["x"]), *tensors, None, pre, scores, "silu", "silu", 0.5, 0.0, needs, "torch"),
+    )
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize(
+    "name", ["index-plain", "packed_index_lengths-factored", "gated_biased_residual-plain", "plain_ffn_biased-factored"]
+)
+def test_gradcheck(name: str, activation: str) -> None:
+    torch.manual_seed(3)  # keeps relu's kink further away than the step of the numerical derivative
+    a = leaves(cases.build(name, torch.float64))
+    names = [n for n in yardstick.FLOATING if a.get(n) is not None]
+    assert torch.autograd.gradcheck(
+        lambda *t: fused_ffn(**{**a, **dict(zip(names, t, strict=True))}, activation=activation),
+        [a[n] for n in names],
+        fast_mode=True,
+    )
+
+
+def test_second_derivatives_say_so() -> None:
+    a = leaves(cases.build("one_each-plain", torch.float32))
+    (first,) = torch.autograd.grad(fused_ffn(**a).square().sum(), a["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"autograd|differentiable|backward"):
+        first.sum().backward()
+
+
+def test_retain_graph_twice() -> None:
+    a = leaves(cases.build("index-factored", torch.float32))
+    out = fused_ffn(**a)
+    one = torch.autograd.grad(out.square().sum(), a["visual_key"], retain_graph=True)[0]
+    two = torch.autograd.grad(out.square().sum(), a["visual_key"])[0]
+    assert torch.equal(one, two)
+
+
+def test_in_place_change_of_a_kept_input_is_noticed() -> None:
+    a = leaves(cases.build("one_each-plain", torch.float32), "visual_key")
+    out = fused_ffn(**a)
+    a["key"].add_(1)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["one_each-plain", "index-factored", "alone_residual-plain", "text_only_biased"])
+def test_compile_fullgraph(name: str) -> None:
+    a = cases.build(name, torch.float32)
+    names = [n for n in yardstick.FLOATING if a.get(n) is not None]
+    grad = torch.randn_like(a["x"])
+    expected = yardstick.gradients(fused_ffn, a, names, grad)
+    torch._dynamo.reset()
+    got = yardstick.gradients(torch.compile(fused_ffn, fullgraph=True, backend="aot_eager"), a, names, grad)
+    torch.testing.assert_close(got, expected)
+
+
+def test_compile_once_for_every_length() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fused_ffn, fullgraph=True, dynamic=True, backend=counter)
+    frames = set()
+    for length in (5, 6, 9, 13):
+        a = cases.memory(cases.ffn(torch.float32, T=length), R=3)
+        torch.testing.assert_close(compiled(**a), fused_ffn(**a))
+        frames.add(counter.frame_count)
+    assert len(frames) == 1  # whatever the first length took, the others took nothing
+
+
+def test_inductor() -> None:
+    torch._dynamo.reset()
+    a = cases.build("index-factored", torch.float32)
+
+    def block(x: Tensor) -> Tensor:
+        return torch.relu(fused_ffn(**{**a, "x": x * 2}) + 1)
+
+    torch.testing.assert_close(torch.compile(block, fullgraph=True)(a["x"]), block(a["x"]))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_activation_checkpointing(recompute: bool, p: float) -> None:
+    a = leaves(cases.build("one_each-factored", torch.float32), "visual_key", "visual_basis", "x")
+
+    def block(x: Tensor) -> Tensor:
+        return fused_ffn(**{**a, "x": x}, recompute=recompute, dropout_p=p)
+
+    def run(checkpointed: bool) -> list[Tensor]:
+        torch.manual_seed(7)
+        out = checkpoint(block, a["x"], use_reentrant=False) if checkpointed else block(a["x"])
+        return list(torch.autograd.grad(out.square().sum(), [a["visual_key"], a["visual_basis"], a["x"]]))
+
+    assert all(torch.equal(p, q) for p, q in zip(run(False), run(True), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_the_cast_form(dtype: torch.dtype) -> None:
+    a = leaves(cases.build("gated_biased_residual-plain", torch.float32))
+    names = [n for n in yardstick.FLOATING if a.get(n) is not None]
+    with torch.autocast("cpu", dtype):
+        out = fused_ffn(**a)
+        cast = {n: v.to(dtype) if n in ("x", "key", "value", "gate", "residual") else v for n, v in a.items()}
+        grads = torch.autograd.grad(out.float().square().sum(), [a[n] for n in names])
+    expected = fused_ffn(**cast)
+    assert out.dtype == dtype
+    assert torch.equal(out, expected)
+    expected_grads = torch.autograd.grad(expected.float().square().sum(), [a[n] for n in names])
+    assert all(g.dtype == torch.float32 and torch.equal(g, e) for g, e in zip(grads, expected_grads, strict=True))
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    a = cases.build("one_each-plain", torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused_ffn(**a).dtype == torch.float64
+
+
+def test_same_inputs_same_bits() -> None:
+    """Deterministic: the same inputs give the same bits, forward and backward."""
+    a = cases.build("index-factored", torch.bfloat16)
+    names = [n for n in yardstick.FLOATING if a.get(n) is not None]
+    grad = torch.randn_like(a["x"])
+    first, second = (yardstick.gradients(fused_ffn, a, names, grad) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(first[1][n], second[1][n]) for n in names)
