@@ -1,0 +1,221 @@
+"""Proof that the image is used: how much of each FFN's output is the memory's, and which slots it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memvp_kernels.models.weights import activation_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from memvp_kernels.models.memory import Memory
+    from memvp_kernels.models.model import MemVPModel
+    from memvp_kernels.models.site import MemoryFFN
+
+__all__ = ["LayerAttribution", "MemoryAttribution", "explain_memory"]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda scores: F.gelu(scores, approximate="tanh"),
+}
+
+
+@dataclass(frozen=True)
+class LayerAttribution:
+    """One FFN with memory, in one forward pass.
+
+    With m = Σ_j s·vact(x·Kv_j)·Vv_j, the memory's part of the FFN's output y:
+
+    Attributes:
+        name: of the FFN in the language model.
+        share: (B, T), ‖m‖ / (‖m‖ + ‖y − m‖), 0 where the memory adds nothing and 1 where the FFN's own part is nothing.
+        slots: (B, T, M), ‖s·vact(x·Kv_j)·Vv_j‖, what slot j adds.
+        valid: (B, T) bool, False on padding.
+    """
+
+    name: str
+    share: Tensor
+    slots: Tensor
+    valid: Tensor
+
+    def mean_share(self) -> Tensor:
+        """(B,): :attr:`share` averaged over each sample's tokens; 0 for a sample without tokens."""
+        return _token_mean(self.share.unsqueeze(-1), self.valid).squeeze(-1)
+
+    def mean_slots(self) -> Tensor:
+        """(B, M): :attr:`slots` averaged over each sample's tokens."""
+        return _token_mean(self.slots, self.valid)
+
+    def top(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k slots that add most to each token: their norms and indices, (B, T, k) each, greatest first.
+
+        Raises:
+            ValueError: k is not in [1, M].
+        """
+        return _top(self.slots, k)
+
+
+@dataclass(frozen=True)
+class MemoryAttribution:
+    """What :func:`explain_memory` found.
+
+    Attributes:
+        layers: one entry per FFN with memory, in the order in which they run.
+        visual_tokens: (B,), the slots that hold the image; those past it are free learned memory.
+    """
+
+    layers: tuple[LayerAttribution, ...]
+    visual_tokens: Tensor
+
+    def shares(self) -> Tensor:
+        """(B, layers): each layer's share, averaged over the sample's tokens."""
+        return torch.stack([layer.mean_share() for layer in self.layers], dim=1)
+
+    def slots(self) -> Tensor:
+        """(B, M): what each slot adds, averaged over the sample's tokens and summed over layers."""
+        return torch.stack([layer.mean_slots() for layer in self.layers]).sum(dim=0)
+
+    def top(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k slots that add most over all tokens and layers: norms and indices, (B, k) each, greatest first.
+
+        Raises:
+            ValueError: k is not in [1, M].
+        """
+        return _top(self.slots(), k)
+
+    def __str__(self) -> str:
+        width = max(len(layer.name) for layer in self.layers)
+        shares = self.shares().mean(dim=0)
+        lines = [f"{'feed-forward':<{width}}  memory's share"]
+        lines += [f"{layer.name:<{width}}  {share:13.1%}" for layer, share in zip(self.layers, shares, strict=True)]
+        return "\n".join(lines)
+
+    def plot(
+        self,
+        image: Tensor,
+        *,
+        sample: int = 0,
+        grid: tuple[int, int] | None = None,
+        layers: Sequence[int] | None = None,
+        path: str | Path | None = None,
+    ) -> Figure:
+        """The image with what each of its patches adds, per layer, and the layers' shares as bars.
+
+        Args:
+            image: (height, width), (height, width, 3) or (3, height, width), values that imshow takes.
+            sample: which of the batch.
+            grid: (rows, columns) of patches; default: square.
+            layers: positions in :attr:`layers` to show; default: all, at most six, spread evenly.
+            path: where to save the figure, if anywhere.
+
+        Returns:
+            The matplotlib figure (the ``plots`` extra).
+
+        Raises:
+            IndexError: no such sample or layer.
+            ValueError: the sample has no image, or ``grid`` is not that of its visual tokens.
+        """
+        from memvp_kernels.models import attribution_plot
+
+        return attribution_plot.draw(self, image, sample=sample, grid=grid, layers=layers, path=path)
+
+
+@torch.no_grad()
+def explain_memory(
+    model: MemVPModel, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
+) -> MemoryAttribution:
+    """Run one forward pass and measure, per layer and token, what the memory adds to the FFN's output.
+
+    The model's dropout is off meanwhile. The memory is taken apart slot by slot, which a forward never does: that costs
+    B·T·M numbers per layer and a formed memory, (R, M, d), of one layer at a time.
+
+    Args:
+        model: the MemVPModel.
+        input_ids: (B, T), the prompt, or prompt and answer.
+        attention_mask: (B, T); its zeros are left out of every average.
+        **inputs: the images, and whatever else the model's forward takes.
+
+    Returns:
+        The measurements, on the CPU in float32.
+    """
+    ffns = model.memory_ffns()
+    found: dict[int, LayerAttribution] = {}
+    image_slots: list[Tensor] = []
+    ones_column = model.projector.fc2.in_features  # of the core: 1 on rows that hold a visual token
+
+    def observe(layer: int, x: Tensor, y: Tensor) -> None:
+        name, ffn = ffns[layer]
+        assert ffn.memory is not None
+        core = _rows(ffn.memory.core, ffn.memory_index, x.shape[0])
+        if not image_slots:
+            image_slots.append((core[..., ones_column] != 0).sum(dim=-1).cpu())
+        share, slots = _take_apart(ffn, ffn.memory, core, layer, x, y)
+        valid = _valid(model, name, x, attention_mask, inputs.get("decoder_attention_mask"))
+        found[layer] = LayerAttribution(name=name, share=share.cpu(), slots=slots.cpu(), valid=valid.cpu())
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with model.observing(observe):
+            model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return MemoryAttribution(layers=tuple(found[layer] for layer in sorted(found)), visual_tokens=image_slots[0])
+
+
+def _rows(core: Tensor, index: Tensor | None, samples: int) -> Tensor:
+    """(B, M, r): each sample's core; zeros for a sample that reads none."""
+    if index is None:
+        return core.expand(samples, -1, -1)
+    inside = (index >= 0) & (index < core.shape[0])
+    return core[index.where(inside, 0)] * inside[:, None, None]
+
+
+def _take_apart(
+    ffn: MemoryFFN, memory: Memory, core: Tensor, layer: int, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """share (B, T) and slots (B, T, M) of one FFN, in float32."""
+    key_position, value_position = memory.positions(layer)
+    rows = core.float() @ memory.basis.float()
+    key, value = rows + key_position.float(), rows + value_position.float()
+    activation = _ACTIVATIONS[activation_name(ffn.ffn_activation()) or ""]
+    reads = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    if ffn.memory_index is not None:
+        reads = (ffn.memory_index >= 0) & (ffn.memory_index < memory.core.shape[0])
+    visual = memory.scale * activation(x.float() @ key.transpose(1, 2)) * reads[:, None, None]
+    added = visual @ value
+    norm, rest = added.norm(dim=-1), (y.float() - added).norm(dim=-1)
+    share = norm / (norm + rest).clamp_min(torch.finfo(torch.float32).tiny)
+    return share, visual.abs() * value.norm(dim=-1).unsqueeze(1)
+
+
+def _valid(model: MemVPModel, name: str, x: Tensor, encoder: Tensor | None, decoder: Tensor | None) -> Tensor:
+    """(B, T) bool: the tokens that are no padding, of the side of the model that the FFN is on."""
+    side = decoder if model.config.is_encoder_decoder and "decoder" in name.split(".") else encoder
+    if side is None:
+        return torch.ones(x.shape[:2], dtype=torch.bool)
+    return side.bool()
+
+
+def _token_mean(values: Tensor, valid: Tensor) -> Tensor:
+    """(B, T, k) to (B, k) over valid tokens."""
+    kept = values * valid.unsqueeze(-1)
+    return kept.sum(dim=1) / valid.sum(dim=1).clamp_min(1).unsqueeze(-1)
+
+
+def _top(slots: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if not 1 <= k <= slots.shape[-1]:
+        raise ValueError(f"k must be in [1, {slots.shape[-1]}], the number of slots, got {k}")
+    norms, indices = slots.topk(k, dim=-1)
+    return norms, indices

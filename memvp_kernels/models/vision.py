@@ -1,0 +1,244 @@
+"""Pixels to image features: the official feature selection, and the adapters that MemVP trains inside CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memvp_kernels.models.reclass import Reclassed, is_reclassed, reclass, restore
+
+__all__ = [
+    "ADAPTER_DIM",
+    "ClipAdapter",
+    "PixelValues",
+    "adapters",
+    "attach_adapters",
+    "detach_adapters",
+    "encode",
+    "encode_batch",
+    "freeze",
+    "prepare_adapters",
+    "tower",
+]
+
+PixelValues: TypeAlias = "Tensor | Sequence[Tensor | None]"
+
+ADAPTER_DIM = 12
+"""Inner width of the official CLIP adapters."""
+
+_TOWER = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
+
+
+def encode(vision_model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Patch features as the official code selects them (paper, section 4.1).
+
+    The hidden state of the last-but-one block, its class token dropped, under the post-layernorm; no projection. The
+    last block is not run.
+
+    Args:
+        vision_model: a transformers CLIPVisionModel, or a model that holds one as ``vision_model``.
+        pixel_values: (B, 3, height, width), preprocessed as that CLIP expects; cast to its dtype and device.
+
+    Returns:
+        (B, patches, vision width).
+
+    Raises:
+        TypeError: ``vision_model`` is not a CLIP vision tower, or ``pixel_values`` not a floating-point tensor.
+        ValueError: ``pixel_values`` is not (B, 3, height, width).
+    """
+    clip = tower(vision_model)
+    if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
+        got = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
+        raise TypeError(f"pixel_values must be a floating-point tensor, got {got}: normalise the image first")
+    if pixel_values.dim() != 4:
+        raise ValueError(f"pixel_values must be (B, channels, height, width), got shape {tuple(pixel_values.shape)}")
+    patch = clip.embeddings.patch_embedding.weight
+    h = clip.pre_layrnorm(clip.embeddings(pixel_values.to(patch)))
+    for layer in clip.encoder.layers[:-1]:
+        h = layer(h, attention_mask=None)
+    features: Tensor = clip.post_layernorm(h[:, 1:])
+    return features
+
+
+def encode_batch(vision_model: nn.Module, pixel_values: PixelValues) -> Tensor | list[Tensor | None]:
+    """:func:`encode` for a batch whose samples may have no image, one, or several; all images run in one pass.
+
+    Args:
+        vision_model: as in :func:`encode`.
+        pixel_values: (B, 3, height, width); or one entry per sample: (3, height, width), (k, 3, height, width) or None.
+
+    Returns:
+        (B, patches, vision width); or, for a list, one entry per sample: (k * patches, vision width) or None.
+
+    Raises:
+        TypeError: as :func:`encode`; an entry that is neither a tensor nor None.
+        ValueError: an entry of another shape; images of different sizes, which one pass cannot take.
+    """
+    if isinstance(pixel_values, Tensor):
+        return encode(vision_model, pixel_values)
+    if not isinstance(pixel_values, Sequence):
+        raise TypeError(
+            f"pixel_values must be a tensor or a list with one entry per sample, got {type(pixel_values).__name__}"
+        )
+    images = [_images(entry, i) for i, entry in enumerate(pixel_values)]
+    sizes = {tuple(entry.shape[1:]) for entry in images if entry is not None}
+    if not sizes:
+        return [None] * len(images)
+    if len(sizes) > 1:
+        raise ValueError(f"pixel_values has images of different sizes {sorted(sizes)}: resize them to one")
+    features = iter(encode(vision_model, torch.cat([entry for entry in images if entry is not None])))
+    return [None if entry is None else torch.cat([next(features) for _ in entry]) for entry in images]
+
+
+class ClipAdapter(nn.Module):
+    """fc2(dropout(gelu(fc1(h)))), no biases, beside a CLIP block's MLP; zero until trained, because fc2 is.
+
+    Args:
+        width: of the vision model.
+        hidden_dim: inner width.
+        dropout: of the inner activations, in training.
+        dtype: of the parameters, which may be wider than the vision model's.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden_dim: int = ADAPTER_DIM,
+        *,
+        dropout: float = 0.1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden_dim, bias=False, dtype=dtype, device=device)
+        self.fc2 = nn.Linear(hidden_dim, width, bias=False, dtype=dtype, device=device)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.zeros_(self.fc2.weight)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(…, width) to (…, width), computed in h's dtype."""
+        inner = self.dropout(F.gelu(F.linear(h, self.fc1.weight.to(h.dtype))))
+        return F.linear(inner, self.fc2.weight.to(h.dtype))
+
+
+class _AdaptedMLP(Reclassed):
+    """In front of a CLIP block's MLP: mlp(h) + scale · adapter(h). The block adds the residual, h being its ln_2 x."""
+
+    adapter_mlp: ClipAdapter
+    adapter_scale: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, tokens, width) to (B, tokens, width)."""
+        own: Tensor = super().forward(hidden_states)
+        return own + self.adapter_scale * self.adapter_mlp(hidden_states)
+
+
+def attach_adapters(
+    vision_model: nn.Module, *, hidden_dim: int = ADAPTER_DIM, scale: float = 0.1, dropout: float = 0.1
+) -> list[ClipAdapter]:
+    """Give every block that :func:`encode` runs an adapter; this instance only, its parameters keep their names.
+
+    The output is unchanged until the adapters are trained. The adapters are trainable, float32 and new: call
+    :func:`detach_adapters` first to start over.
+
+    Args:
+        vision_model: a transformers CLIPVisionModel, or a model that holds one as ``vision_model``.
+        hidden_dim: inner width (official: 12).
+        scale: multiplies the adapter's output (official: 0.1).
+        dropout: of the inner activations, in training (official: 0.1).
+
+    Returns:
+        The adapters in the order of the blocks. The last block, which is never run, gets none.
+
+    Raises:
+        TypeError: ``vision_model`` is not a CLIP vision tower.
+        ValueError: it has adapters already.
+    """
+    if adapters(vision_model):
+        raise ValueError("vision_model has adapters already: detach_adapters(vision_model) takes them off")
+    for mlp in _mlps(vision_model):
+        weight = mlp.fc1.weight
+        adapter = ClipAdapter(mlp.fc1.in_features, hidden_dim, dropout=dropout, device=weight.device)
+        reclass(mlp, _AdaptedMLP)
+        mlp.adapter_mlp = adapter.train(mlp.training)
+        mlp.adapter_scale = scale
+    return adapters(vision_model)
+
+
+def detach_adapters(vision_model: nn.Module) -> None:
+    """Undo :func:`attach_adapters`: same modules, same state_dict keys, same output. Without adapters, do nothing.
+
+    Raises:
+        TypeError: ``vision_model`` is not a CLIP vision tower.
+    """
+    for mlp in _mlps(vision_model):
+        if _is_adapted(mlp):
+            restore(mlp)
+            del mlp.adapter_mlp, mlp.adapter_scale
+
+
+def adapters(vision_model: nn.Module) -> list[ClipAdapter]:
+    """The adapters in the order of the blocks; empty when there are none.
+
+    Raises:
+        TypeError: ``vision_model`` is not a CLIP vision tower.
+    """
+    return [mlp.adapter_mlp for mlp in _mlps(vision_model) if _is_adapted(mlp)]
+
+
+def freeze(vision_model: nn.Module) -> nn.Module:
+    """Freeze all but the adapters: what is left trainable is what MemVP trains."""
+    vision_model.requires_grad_(False)
+    for adapter in adapters(vision_model):
+        adapter.requires_grad_(True)
+    return vision_model
+
+
+def prepare_adapters(vision_model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Attach adapters of the inner width that ``state`` (parameter name → value) speaks of, unless there are some."""
+    inner = [tensor.shape[0] for name, tensor in state.items() if name.endswith(".adapter_mlp.fc1.weight")]
+    if inner and not adapters(vision_model):
+        attach_adapters(vision_model, hidden_dim=inner[0])
+
+
+def _images(entry: Tensor | None, i: int) -> Tensor | None:
+    if entry is None:
+        return None
+    if not isinstance(entry, Tensor):
+        raise TypeError(f"pixel_values[{i}] must be a tensor or None, got {type(entry).__name__}")
+    if entry.dim() not in (3, 4):
+        raise ValueError(
+            f"pixel_values[{i}] must be (channels, height, width) or (k, channels, height, width), "
+            f"got shape {tuple(entry.shape)}"
+        )
+    if entry.numel() == 0:
+        return None
+    return entry if entry.dim() == 4 else entry.unsqueeze(0)
+
+
+def _is_adapted(mlp: nn.Module) -> bool:
+    return is_reclassed(mlp) and isinstance(mlp, _AdaptedMLP)
+
+
+def _mlps(vision_model: nn.Module) -> list[Any]:
+    return [layer.mlp for layer in tower(vision_model).encoder.layers[:-1]]
+
+
+def tower(vision_model: nn.Module) -> Any:
+    """The module that holds the embeddings and the blocks: the model itself or its ``vision_model``.
+
+    Raises:
+        TypeError: neither is a CLIP vision tower.
+    """
+    for module in (vision_model, getattr(vision_model, "vision_model", None)):
+        if all(hasattr(module, name) for name in _TOWER):
+            return module
+    raise TypeError(
+        f"vision_model must be a transformers CLIPVisionModel, got {type(vision_model).__name__}; "
+        "for another vision model compute the features yourself and pass image_features="
+    )
