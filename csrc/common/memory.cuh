@@ -1,0 +1,116 @@
+// Loads by who may write what they read, copies into shared memory, shared memory itself, and the order of chained launches.
+#pragma once
+#include "common/platform.cuh"
+
+namespace memvp {
+
+// 16 bytes of an input that no thread writes during the call and that is read once: past L1.
+MEMVP_DEVICE uint4 load_input16(const void* p) {
+#ifdef __CUDACC__
+  uint4 v;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+#else
+  return host_run::load_input<uint4>(p);
+#endif
+}
+
+// One number of such an input.
+template <class V>
+MEMVP_DEVICE V load_input(const V* p) {
+#ifdef __CUDACC__
+  static_assert(sizeof(V) == 2 || sizeof(V) == 4, "16 or 32 bits");
+  V v;
+  if constexpr (sizeof(V) == 2) {
+    const unsigned short bits = __ldg(reinterpret_cast<const unsigned short*>(p));
+    memcpy(&v, &bits, 2);
+  } else {
+    const unsigned bits = __ldg(reinterpret_cast<const unsigned*>(p));
+    memcpy(&v, &bits, 4);
+  }
+  return v;
+#else
+  return host_run::load_input<V>(p);
+#endif
+}
+
+// What an earlier launch of the chain, or this block before a barrier, wrote: an ordinary load, never the read-only path.
+template <class V>
+MEMVP_DEVICE V load_written(const void* p) {
+#ifdef __CUDACC__
+  return *static_cast<const V*>(p);
+#else
+  return host_run::load_written<V>(p);
+#endif
+}
+
+// Brings a line of an input to L2, where another launch's write to it would still be seen.
+MEMVP_DEVICE void prefetch_line(const void* p) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#else
+  host_run::check_input(p, 1);
+#endif
+}
+
+// Starts a copy of 16 bytes to shared memory, or of 16 zero bytes without touching `global` when not `valid`.
+MEMVP_DEVICE void copy16_async(void* shared, const void* global, bool valid) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+#else
+  host_run::copy_async(shared, global, valid ? 16 : 0, 16);
+#endif
+}
+MEMVP_DEVICE void commit_copies() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  host_run::commit_copies();
+#endif
+}
+// Until at most kPending of this thread's committed groups are in flight.
+template <int kPending>
+MEMVP_DEVICE void wait_copies() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#else
+  host_run::wait_copies(kPending);
+#endif
+}
+
+// `count` elements of the dynamic shared memory from `offset` bytes on (on the host an allocation of its own, so that
+// reading past its end is noticed).
+template <class V>
+MEMVP_DEVICE V* shared_at(size_t offset, size_t count) {
+#ifdef __CUDACC__
+  extern __shared__ __align__(128) unsigned char memvp_shared[];
+  return reinterpret_cast<V*>(memvp_shared + offset);
+#else
+  return host_run::shared_at<V>(offset, count);
+#endif
+}
+
+// Programmatic dependent launch. A grid of the chain may begin before the one ahead of it has ended; what that one writes
+// may be read only after wait_for_previous_grid. Without sm_90 the launches just follow one another.
+MEMVP_DEVICE void wait_for_previous_grid() {
+#ifdef __CUDACC__
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+#else
+  host_run::wait_for_previous_grid();
+#endif
+}
+MEMVP_DEVICE void let_next_grid_begin() {
+#ifdef __CUDACC__
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+#else
+  host_run::let_next_grid_begin();
+#endif
+}
+
+}  // namespace memvp

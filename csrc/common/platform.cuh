@@ -1,0 +1,35 @@
+// The one switch between the two compilers. nvcc sees CUDA; any other compiler sees csrc/host_run, which runs the same
+// kernels on a CPU. Files outside csrc/common name no PTX, no CUDA header and no compiler.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define MEMVP_DEVICE static __device__ __forceinline__
+#define MEMVP_HOST_DEVICE __host__ __device__
+#else
+#include "host_run/cuda_host_run.h"
+#define MEMVP_DEVICE static inline
+#define MEMVP_HOST_DEVICE
+#endif
+
+namespace memvp {
+
+template <class I>
+MEMVP_HOST_DEVICE constexpr I ceil_div(I a, I b) {
+  return (a + b - 1) / b;
+}
+template <class I>
+MEMVP_HOST_DEVICE constexpr I round_up(I a, I b) {
+  return ceil_div(a, b) * b;
+}
+template <class I>
+MEMVP_HOST_DEVICE constexpr I least(I a, I b) {
+  return a < b ? a : b;
+}
+template <class I>
+MEMVP_HOST_DEVICE constexpr I greatest(I a, I b) {
+  return a < b ? b : a;
+}
+
+}  // namespace memvp

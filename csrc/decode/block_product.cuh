@@ -1,0 +1,95 @@
+// Products of at most eight tokens that one block computes straight from global memory: the memory's rows and columns, and
+// every weight that the ring cannot take. The warps share out k; their sums are added in the warps' order.
+#pragma once
+#include "common/mma.cuh"
+#include "decode/arguments.cuh"
+
+namespace memvp::decode {
+
+// Whose result a lane holds: accumulators c[0], c[1] are of tokens 2t, 2t + 1, operands are of token g.
+MEMVP_DEVICE int warp_of_thread() { return static_cast<int>(threadIdx.x) / 32; }
+MEMVP_DEVICE int group_of_lane() { return static_cast<int>(threadIdx.x) % 32 / 4; }
+MEMVP_DEVICE int member_of_lane() { return static_cast<int>(threadIdx.x) % 4; }
+
+// How many loads of a lane are under way at once where they are of 16 bytes; element by element they fill the registers alone.
+template <bool kBy16>
+constexpr int kLoadsAhead = kBy16 ? 4 : 1;
+
+constexpr size_t kRowSumsBytes = kWarps * kRowTile * kTokenTile * sizeof(float);
+constexpr size_t kColumnSumsBytes = kWarps * kColumnTile * kTokenTile * sizeof(float);
+
+// sum += 16 rows · 8 tokens over the pieces of 32 elements of k from `first` on, every `step`-th. load(k) gives a lane's eight
+// elements from k of row g, of row g + 8 and of token g.
+struct RowOperands {
+  uint4 row, row8, token;
+};
+template <class T, int kUnroll, class Load>
+MEMVP_DEVICE void add_rows(float (&sum)[4], int first, int step, int64_t k_end, Load load) {
+#pragma unroll kUnroll
+  for (int64_t k = static_cast<int64_t>(first) * 32 + member_of_lane() * 8; k - member_of_lane() * 8 < k_end; k += step * 32) {
+    const RowOperands v = load(k);
+    mma_rows<T>(sum, v.row, v.row8, v.token);
+  }
+}
+
+// All warps: 16 rows · 8 tokens over all of k, then store(g, token, sum of row g, sum of row g + 8) once for each.
+template <class T, int kUnroll, class Load, class Store>
+MEMVP_DEVICE void block_rows(int64_t k_end, Load load, Store store) {
+  float* sums = shared_at<float>(0, kRowSumsBytes / sizeof(float));  // [warp][row][token]
+  float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  add_rows<T, kUnroll>(sum, warp_of_thread(), kWarps, k_end, load);
+  float* mine = sums + warp_of_thread() * kRowTile * kTokenTile;
+  const int g = group_of_lane(), t = member_of_lane();
+  mine[g * kTokenTile + 2 * t] = sum[0];
+  mine[g * kTokenTile + 2 * t + 1] = sum[1];
+  mine[(g + 8) * kTokenTile + 2 * t] = sum[2];
+  mine[(g + 8) * kTokenTile + 2 * t + 1] = sum[3];
+  __syncthreads();
+  for (int i = threadIdx.x; i < kPairTile * kTokenTile; i += kThreads) {
+    float low = 0.0f, high = 0.0f;
+    for (int warp = 0; warp < kWarps; ++warp) {
+      low += sums[warp * kRowTile * kTokenTile + i];
+      high += sums[warp * kRowTile * kTokenTile + kPairTile * kTokenTile + i];
+    }
+    store(i % kPairTile, i / kPairTile, low, high);
+  }
+}
+
+// sum += 64 columns · 8 tokens over the rows k_begin .. k_end in steps of 16, this warp's share. load(k) gives a lane's eight
+// columns of row k; the four k of a lane's token start at token[k], zero past k_end up to a multiple of 16 (nullptr: no token).
+template <class T, class Load>
+MEMVP_DEVICE void add_columns(float (&sum)[4][4], int64_t k_begin, int64_t k_end, const T* token, Load load) {
+#pragma unroll 2
+  for (int64_t k0 = k_begin + warp_of_thread() * 16; k0 < k_end; k0 += kWarps * 16) {
+    const int64_t k = k0 + member_of_lane() * 4;
+    uint4 row[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) row[i] = load(k + i);
+    mma_columns<T>(sum, row, token == nullptr ? uint2{0, 0} : load_written<uint2>(token + k));
+  }
+}
+
+// All warps' sums together, then store(column of the 64, token of the 8, sum) once for each. Begins and ends with a barrier's
+// safety: the shared sums may be in use before, and again after.
+template <class Store>
+MEMVP_DEVICE void store_columns(const float (&sum)[4][4], Store store) {
+  float* sums = shared_at<float>(0, kColumnSumsBytes / sizeof(float));  // [warp][token][column]
+  float* mine = sums + warp_of_thread() * kColumnTile * kTokenTile;
+  const int g = group_of_lane(), t = member_of_lane();
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    mine[2 * t * kColumnTile + g * 8 + 2 * i] = sum[i][0];
+    mine[(2 * t + 1) * kColumnTile + g * 8 + 2 * i] = sum[i][1];
+    mine[2 * t * kColumnTile + g * 8 + 2 * i + 1] = sum[i][2];
+    mine[(2 * t + 1) * kColumnTile + g * 8 + 2 * i + 1] = sum[i][3];
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kColumnTile * kTokenTile; i += kThreads) {
+    float all = 0.0f;
+    for (int warp = 0; warp < kWarps; ++warp) all += sums[warp * kColumnTile * kTokenTile + i];
+    store(i % kColumnTile, i / kColumnTile, all);
+  }
+}
+
+}  // namespace memvp::decode

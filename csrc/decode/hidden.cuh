@@ -1,0 +1,164 @@
+// First launch of a step: every product with x. Blocks of the FFN's activations,
+//     hidden = act(x G^T + b_G) * (x K^T + b_K), or act(x K^T + b_K),
+// then blocks of the memory's scores: x W^T and x p^k^T where it is factored, else visual = s vact(x Kv^T).
+#pragma once
+#include "common/activations.cuh"
+#include "decode/block_product.cuh"
+#include "decode/ring.cuh"
+#include "decode/token_memory.cuh"
+
+namespace memvp::decode {
+
+// Stores what pair `pair` of row sums means for `token`. Gated: the gate's and the key's sum of hidden unit `pair`; plain: the
+// sums of units 2 pair and 2 pair + 1. Units past F are zero: they pad the second product's k.
+template <class T>
+MEMVP_DEVICE void store_hidden(const DecodeArgs& args, int token, int pair, float low, float high) {
+  const FfnDecodeParams& p = args.p;
+  T* hidden = in_workspace<T>(args, args.plan.at.hidden) + static_cast<int64_t>(token) * args.plan.hidden_stride;
+  if (p.gate.data != nullptr) {
+    float h = 0.0f;
+    if (pair < p.pairs)
+      h = activate(p.activation, low + element_or_zero<T>(p.gate_bias, pair)) * (high + element_or_zero<T>(p.key_bias, pair));
+    hidden[pair] = round_to<T>(h);
+    return;
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int unit = 2 * pair + half;
+    const float sum = half == 0 ? low : high;
+    hidden[unit] = round_to<T>(unit < p.pairs ? activate(p.activation, sum + element_or_zero<T>(p.key_bias, unit)) : 0.0f);
+  }
+}
+
+template <class T, int kTokenTiles>
+MEMVP_DEVICE void hidden_by_ring(const DecodeArgs& args, int block) {
+  const FfnDecodeParams& p = args.p;
+  RowPairs<T> rows = neighbours<T>(p.key.data, p.key.strides[0], p.pairs);
+  if (p.gate.data != nullptr)
+    rows = {{static_cast<const T*>(p.gate.data), static_cast<const T*>(p.key.data)},
+            {p.gate.strides[0], p.key.strides[0]},
+            {p.pairs, p.pairs}};
+  Ring<T, kTokenTiles> ring(args.plan.hidden, rows, {static_cast<const T*>(p.x.data), p.x.strides[0], p.tokens}, block, p.width);
+  RingSums<kTokenTiles> sums;
+  ring.start_rows();
+  ring.run(sums);
+  const int pairs = p.gate.data != nullptr ? args.plan.hidden_stride : args.plan.hidden_stride / 2;
+#pragma unroll
+  for (int i = 0; i < kMaxRowTilesPerWarp; ++i) {
+    const int pair = ring.pair_of_lane(i);
+    if (!ring.pair_exists(i) || pair >= pairs) continue;
+#pragma unroll
+    for (int b = 0; b < kTokenTiles; ++b)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int token = b * kTokenTile + 2 * member_of_lane() + j;
+        if (token < p.tokens) store_hidden<T>(args, token, pair, sums.c[i][b][j], sums.c[i][b][2 + j]);
+      }
+  }
+}
+
+// A row that is past the last one, or of a tensor that is absent, reads as zeros: `end` 0.
+template <class T, bool kBy16>
+MEMVP_DEVICE void hidden_by_block(const DecodeArgs& args, int block) {
+  const FfnDecodeParams& p = args.p;
+  const int row_tiles = ceil_div(p.gate.data != nullptr ? args.plan.hidden_stride : args.plan.hidden_stride / 2, kPairTile);
+  const int first_pair = block % row_tiles * kPairTile, first_token = block / row_tiles * kTokenTile;
+  const int pair = first_pair + group_of_lane(), token = first_token + group_of_lane();
+  const bool gated = p.gate.data != nullptr;
+  const int low = gated ? pair : 2 * pair, high = gated ? pair : 2 * pair + 1;
+  const Row row = row_of(gated ? p.gate : p.key, low), row8 = row_of(p.key, high), x = row_of(p.x, token);
+  block_rows<T, kLoadsAhead<kBy16>>(
+      p.width,
+      [&](int64_t k) -> RowOperands {
+        return {load8<T, kBy16>(row, k, low < p.pairs ? p.width : 0), load8<T, kBy16>(row8, k, high < p.pairs ? p.width : 0),
+                load8<T, kBy16>(x, k, token < p.tokens ? p.width : 0)};
+      },
+      [&](int g, int t, float sum, float sum8) {
+        if (first_token + t < p.tokens) store_hidden<T>(args, first_token + t, first_pair + g, sum, sum8);
+      });
+}
+
+// Factored memory: 16 rows of [W; p^k], shared by all images, against eight tokens.
+template <class T, bool kBy16>
+MEMVP_DEVICE void shared_scores(const DecodeArgs& args, int block) {
+  const FfnDecodeParams& p = args.p;
+  const int rank_tiles = args.plan.rank_stride / kRowTile, tiles = rank_tiles + args.plan.slot_stride / kRowTile;
+  const int tile = block % tiles, first_token = block / tiles * kTokenTile;
+  const bool of_basis = tile < rank_tiles;
+  const int first_row = (of_basis ? tile : tile - rank_tiles) * kRowTile, token = first_token + group_of_lane();
+  const DecodeTensor& source = of_basis ? p.visual_basis : p.key_position;
+  const int rows = source.data == nullptr ? 0 : of_basis ? p.rank : p.slots;
+  const int low = first_row + group_of_lane(), high = low + 8;
+  const Row row = row_of(source, low), row8 = row_of(source, high), x = row_of(p.x, token);
+  T* basis_scores = in_workspace<T>(args, args.plan.at.basis_scores);
+  float* slot_scores = in_workspace<float>(args, args.plan.at.slot_scores);
+  block_rows<T, kLoadsAhead<kBy16>>(
+      rows == 0 ? 0 : p.width,
+      [&](int64_t k) -> RowOperands {
+        return {load8<T, kBy16>(row, k, low < rows ? p.width : 0), load8<T, kBy16>(row8, k, high < rows ? p.width : 0),
+                load8<T, kBy16>(x, k, token < p.tokens ? p.width : 0)};
+      },
+      [&](int g, int t, float sum, float sum8) {
+        const int64_t n = first_token + t;
+        if (n >= p.tokens) return;
+        if (of_basis) {
+          basis_scores[n * args.plan.rank_stride + first_row + g] = round_to<T>(sum);
+          basis_scores[n * args.plan.rank_stride + first_row + g + 8] = round_to<T>(sum8);
+        } else {
+          slot_scores[n * args.plan.slot_stride + first_row + g] = sum;
+          slot_scores[n * args.plan.slot_stride + first_row + g + 8] = sum8;
+        }
+      });
+}
+
+MEMVP_DEVICE float visual_of_score(const FfnDecodeParams& p, float score) {
+  return p.visual_scale * activate(p.visual_activation, score);
+}
+
+// Memory of width d: 16 slots of one memory row against the tokens that read it, Kv formed on the way.
+template <class T, bool kBy16>
+MEMVP_DEVICE void memory_scores(const DecodeArgs& args, int block) {
+  const FfnDecodeParams& p = args.p;
+  int32_t* members;
+  const TokenGroup group = find_group(p, block % p.tokens, kRowSumsBytes, members);
+  if (group.count == 0 || group.memory == kNoMemory) return;
+  const int first_slot = block / p.tokens * kRowTile, low = first_slot + group_of_lane(), high = low + 8;
+  const int token = members[group_of_lane()];
+  const Row row = slot_of(p.visual_key, group.memory, low), row8 = slot_of(p.visual_key, group.memory, high);
+  const Row position = row_of(p.key_position, low), position8 = row_of(p.key_position, high), x = row_of(p.x, greatest(token, 0));
+  T* visual = in_workspace<T>(args, args.plan.at.visual);
+  block_rows<T, kLoadsAhead<kBy16>>(
+      first_slot < group.slots ? p.width : 0,
+      [&](int64_t k) -> RowOperands {
+        return {load8<T, kBy16>(row, position, k, low < group.slots ? p.width : 0),
+                load8<T, kBy16>(row8, position8, k, high < group.slots ? p.width : 0),
+                load8<T, kBy16>(x, k, token >= 0 ? p.width : 0)};
+      },
+      [&](int g, int t, float score, float score8) {
+        if (t >= group.count) return;
+        T* out = visual + static_cast<int64_t>(members[t]) * args.plan.visual_stride + first_slot + g;
+        out[0] = round_to<T>(first_slot + g < group.slots ? visual_of_score(p, score) : 0.0f);
+        out[8] = round_to<T>(first_slot + g + 8 < group.slots ? visual_of_score(p, score8) : 0.0f);
+      });
+}
+
+// kTokenTiles 0: nothing can be read by 16 bytes, and the activations go the slow road too.
+template <class T, int kTokenTiles>
+__global__ void __launch_bounds__(kThreads, 2) hidden_kernel(const __grid_constant__ DecodeArgs args) {
+  constexpr bool kBy16 = kTokenTiles > 0;
+  const int block = blockIdx.x;
+  if (block < args.plan.hidden_blocks) {
+    if constexpr (kBy16)
+      hidden_by_ring<T, kTokenTiles>(args, block);
+    else
+      hidden_by_block<T, kBy16>(args, block);
+  } else {
+    let_next_grid_begin();
+    if (args.p.visual_basis.data != nullptr)
+      shared_scores<T, kBy16>(args, block - args.plan.hidden_blocks);
+    else
+      memory_scores<T, kBy16>(args, block - args.plan.hidden_blocks);
+  }
+}
+
+}  // namespace memvp::decode

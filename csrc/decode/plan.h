@@ -1,0 +1,153 @@
+// How one decode step is cut into blocks, and where its intermediate results lie in the workspace. Plain arithmetic on the
+// params, the same on every call: what makes the result repeatable, and the step capturable in a graph.
+#pragma once
+#include "common/platform.cuh"
+#include "decode/limits.h"
+
+namespace memvp::decode {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kTokenTile = 8;    // tokens of one mma
+constexpr int kRowTile = 16;     // weight rows of one mma
+constexpr int kPairTile = 8;     // the same in pairs: rows g and g + 8 of an mma belong together (a gate row and its key row)
+constexpr int kColumnTile = 64;  // columns of one block where the weight is contiguous along them
+constexpr int kSlice = 64;       // elements of k in a slice of the ring: a 128-byte line of every row
+constexpr int kSliceBytes = 2 * kSlice;
+constexpr int kStages = 4;
+constexpr int kMaxRowTilesPerWarp = 2;
+constexpr int kMaxSplits = 16;
+// A stage of the ring, weights and tokens. Four fit the 99 KB that every chip since sm_80 gives a block, and twice four an
+// H100's multiprocessor: there the next launch of the chain fills its ring while this one drains.
+constexpr int kStageBytes = 24 * 1024;
+
+// A product of weight rows that run along k with all tokens. Block b does pairs [b % row_blocks] and k part [b / row_blocks].
+struct RingPlan {
+  int32_t pairs_per_block = 0, row_blocks = 0, splits = 0;
+  int32_t slices = 0, slices_per_split = 0, slices_per_stage = 0;
+
+  MEMVP_HOST_DEVICE int row_tiles() const { return ceil_div(pairs_per_block, kPairTile); }
+  MEMVP_HOST_DEVICE int blocks() const { return row_blocks * splits; }
+};
+
+// Bytes from the workspace's start.
+struct Workspace {
+  size_t hidden = 0;        // T [tokens][hidden_stride]: the activations, zero past `pairs`
+  size_t visual = 0;        // T [tokens][visual_stride]: factored [visual A_v | visual], else visual; zero past a memory's end
+  size_t basis_scores = 0;  // T [tokens][rank_stride]: x W^T, zero past `rank`
+  size_t slot_scores = 0;   // float [tokens][slot_stride]: x p^k^T
+  size_t parts = 0;         // float [parts][tokens][width]: what y is the sum of
+  size_t bytes = 0;
+};
+
+struct DecodePlan {
+  bool fast = false;        // 16-byte loads and the ring; else element by element
+  bool value_ring = false;  // the ring also for value, which then runs along the pairs
+  int32_t token_tiles = 0;  // tiles of 8 tokens that a ring block computes: 1, 2, 4 or 8
+  int32_t token_groups = 0;
+  RingPlan hidden, value;
+  int32_t parts = 0;        // the splits of hidden · value, and where memory is not factored one for visual · Vv
+  int32_t hidden_stride = 0, rank_stride = 0, slot_stride = 0, visual_stride = 0;
+  int32_t hidden_blocks = 0, score_blocks = 0;         // first launch
+  int32_t value_blocks = 0, memory_blocks = 0;         // second
+  int32_t finish_blocks = 0;                           // third
+  Workspace at;
+};
+
+inline int max_row_tiles(int token_tiles) {
+  return least((kStageBytes / kSliceBytes - kTokenTile * token_tiles) / kRowTile, kWarps * kMaxRowTilesPerWarp);
+}
+inline size_t ring_bytes(const RingPlan& ring, int token_tiles) {
+  const size_t rows = ring.row_tiles() * kRowTile + token_tiles * kTokenTile;
+  return kStages * rows * ring.slices_per_stage * kSliceBytes;
+}
+
+// Cuts `row_pairs` rows-by-two and k so that every multiprocessor has the same number of bytes to read. A split of k lets a
+// block be taller, which reads the tokens fewer times, and costs partial sums: with 64 tokens both count.
+inline RingPlan plan_ring(int row_pairs, int k, int tokens, int token_tiles, int multiprocessors, int max_splits) {
+  RingPlan best;
+  double least_bytes = 0;
+  const int slices = ceil_div(k, kSlice), tallest = max_row_tiles(token_tiles) * kPairTile;
+  const int rounds_needed = ceil_div(row_pairs, multiprocessors * tallest);
+  for (int rounds = rounds_needed; rounds <= rounds_needed * 2; ++rounds)
+    for (int splits = 1; splits <= least(max_splits, greatest(slices, 1)); ++splits) {
+      RingPlan ring;
+      ring.pairs_per_block = ceil_div(row_pairs, greatest(multiprocessors * rounds / splits, 1));
+      if (ring.pairs_per_block > tallest) continue;
+      ring.row_blocks = ceil_div(row_pairs, ring.pairs_per_block);
+      ring.slices = slices;
+      ring.slices_per_split = ceil_div(slices, splits);
+      ring.splits = greatest(ceil_div(slices, greatest(ring.slices_per_split, 1)), 1);
+      // Tokens and partial sums come from L2, at about twice the rate of the weights; a block costs about 16 KB of waiting.
+      const double weights = 2.0 * ring.pairs_per_block * kSliceBytes, from_l2 = 0.5 * tokens * kSliceBytes;
+      const double sums = max_splits > 1 ? 0.5 * 2 * 4 * tokens * 2.0 * ring.pairs_per_block : 0;
+      const double bytes = rounds * ((weights + from_l2) * ring.slices_per_split + sums + 16384);
+      if (best.row_blocks == 0 || bytes < least_bytes) {
+        best = ring;
+        least_bytes = bytes;
+      }
+    }
+  const int slice_bytes = kSliceBytes * (best.row_tiles() * kRowTile + token_tiles * kTokenTile);
+  best.slices_per_stage = least(greatest(kStageBytes / slice_bytes, 1), greatest(best.slices_per_split, 1));
+  return best;
+}
+
+inline size_t take(size_t& bytes, size_t wanted) {
+  const size_t at = bytes;
+  bytes = round_up<size_t>(bytes + wanted, 256);
+  return at;
+}
+
+inline DecodePlan make_plan(const FfnDecodeParams& p) {
+  DecodePlan plan;
+  plan.fast = is_fast(p);
+  plan.token_groups = ceil_div(p.tokens, kTokenTile);
+  plan.token_tiles = plan.token_groups <= 2 ? plan.token_groups : plan.token_groups <= 4 ? 4 : 8;
+  plan.hidden_stride = round_up(p.pairs, kRowTile);
+  plan.rank_stride = is_factored(p) ? round_up(p.rank, kRowTile) : 0;
+  plan.slot_stride = has_memory(p) ? round_up(p.slots, kRowTile) : 0;
+  plan.visual_stride = plan.rank_stride + plan.slot_stride;
+  const int width_blocks = ceil_div(p.width, kColumnTile);
+
+  if (has_ffn(p) && p.pairs > 0) {
+    const int row_pairs = present(p.gate) ? plan.hidden_stride : plan.hidden_stride / 2;
+    plan.value_ring = plan.fast && value_along_pairs(p);
+    if (plan.fast) {
+      plan.hidden = plan_ring(row_pairs, p.width, p.tokens, plan.token_tiles, p.multiprocessors, 1);
+      plan.hidden_blocks = plan.hidden.blocks();
+    } else {
+      plan.hidden_blocks = ceil_div(row_pairs, kPairTile) * plan.token_groups;
+    }
+    if (plan.value_ring) {
+      plan.value = plan_ring(ceil_div(p.width, 2), p.pairs, p.tokens, plan.token_tiles, p.multiprocessors, kMaxSplits);
+      plan.value_blocks = plan.value.blocks();
+    } else {
+      RingPlan& value = plan.value;  // only its cut along k is used
+      value.slices = ceil_div(p.pairs, kSlice);
+      const int wanted = least(kMaxSplits, ceil_div(2 * p.multiprocessors, width_blocks * plan.token_groups));
+      value.slices_per_split = ceil_div(value.slices, wanted);
+      value.splits = ceil_div(value.slices, value.slices_per_split);
+      plan.value_blocks = width_blocks * value.splits * plan.token_groups;
+    }
+    plan.parts = plan.value.splits;
+  }
+  if (is_factored(p)) {
+    plan.score_blocks = (plan.rank_stride + plan.slot_stride) / kRowTile * plan.token_groups;
+    plan.memory_blocks = p.tokens;
+  } else if (has_memory(p)) {
+    plan.score_blocks = p.tokens * (plan.slot_stride / kRowTile);
+    plan.memory_blocks = p.tokens * width_blocks;
+    plan.parts += 1;
+  }
+  plan.finish_blocks = width_blocks * plan.token_groups;
+
+  const size_t tokens = p.tokens;
+  plan.at.hidden = take(plan.at.bytes, 2 * tokens * plan.hidden_stride);
+  plan.at.visual = take(plan.at.bytes, 2 * tokens * plan.visual_stride);
+  plan.at.basis_scores = take(plan.at.bytes, 2 * tokens * plan.rank_stride);
+  plan.at.slot_scores = take(plan.at.bytes, is_factored(p) ? 4 * tokens * plan.slot_stride : 0);
+  plan.at.parts = take(plan.at.bytes, 4 * tokens * p.width * plan.parts);
+  return plan;
+}
+
+}  // namespace memvp::decode

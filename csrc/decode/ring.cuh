@@ -1,0 +1,161 @@
+// Weight rows times tokens at the memory's speed: four stages of shared memory, filled by asynchronous copies far ahead of
+// the tensor cores that empty them. The weights are the tall operand and the tokens the narrow one, so that one token costs
+// the same reads as eight.
+#pragma once
+#include "common/mma.cuh"
+#include "decode/arguments.cuh"
+
+namespace memvp::decode {
+
+// The weight rows of a product, by two: pair u is row u of `base[0]` and of `base[1]`, `stride[h]` elements apart.
+template <class T>
+struct RowPairs {
+  const T* base[2];
+  int64_t stride[2];
+  int32_t count[2];  // rows that exist; the others are not read, and their results mean nothing
+};
+
+// Rows 2u and 2u + 1 of one matrix.
+template <class T>
+MEMVP_DEVICE RowPairs<T> neighbours(const void* data, int64_t stride, int rows) {
+  const T* base = static_cast<const T*>(data);
+  return {{base, base + stride}, {2 * stride, 2 * stride}, {(rows + 1) / 2, rows / 2}};
+}
+
+// Rows of T that run along k, one per token.
+template <class T>
+struct TokenRows {
+  const T* base;
+  int64_t stride;
+  int32_t count;
+};
+
+template <int kTokenTiles>
+struct RingSums {
+  float c[kMaxRowTilesPerWarp][kTokenTiles][4];
+};
+
+// Row tile i of a warp, in the block; its pairs are 8 tile + g.
+MEMVP_DEVICE int row_tile_of_warp(int i) { return static_cast<int>(threadIdx.x) / 32 + i * kWarps; }
+
+// The place of 16 bytes, piece `piece` of a row's 128-byte slice: rows of odd number have their halves swapped, so that the
+// two rows a quarter-warp reads at once lie in different banks.
+MEMVP_DEVICE int swizzled(int row, int piece) { return row * 8 + (piece ^ (row & 1) << 2); }
+
+template <class T, int kTokenTiles>
+class Ring {
+ public:
+  __device__ Ring(const RingPlan& plan, const RowPairs<T>& rows, const TokenRows<T>& tokens, int block, int64_t k_end)
+      : rows_(rows), tokens_(tokens), first_pair_((block % plan.row_blocks) * plan.pairs_per_block), pairs_(plan.pairs_per_block),
+        row_tiles_(plan.row_tiles()), slices_(plan.slices_per_stage) {
+    const int64_t part = static_cast<int64_t>(plan.slices_per_split) * kSlice;
+    k_begin_ = block / plan.row_blocks * part;
+    k_end_ = least(k_end, k_begin_ + part);
+    steps_ = static_cast<int>(ceil_div<int64_t>(greatest<int64_t>(k_end_ - k_begin_, 0), slices_ * kSlice));
+    row_pieces_ = row_tiles_ * kRowTile * 8;
+    token_pieces_ = kTokenTiles * kTokenTile * 8;
+    const size_t row_bytes = static_cast<size_t>(kStages) * slices_ * row_pieces_ * 16;
+    shared_rows_ = shared_at<uint4>(0, row_bytes / 16);
+    shared_tokens_ = shared_at<uint4>(row_bytes, static_cast<size_t>(kStages) * slices_ * token_pieces_);
+  }
+
+  // Weights are inputs of the call: their first stages may be under way before the launch that makes the tokens has ended.
+  __device__ void start_rows() {
+    for (int step = 0; step < kStages - 1; ++step)
+      if (step < steps_) copy_rows(step);
+  }
+
+  // sums = rows · tokens over this block's part of k. Call start_rows first, and wait for whoever writes the tokens.
+  __device__ void run(RingSums<kTokenTiles>& sums) {
+#pragma unroll
+    for (int i = 0; i < kMaxRowTilesPerWarp; ++i)
+#pragma unroll
+      for (int b = 0; b < kTokenTiles; ++b)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums.c[i][b][j] = 0.0f;
+    for (int step = 0; step < kStages - 1; ++step) {
+      if (step < steps_) copy_tokens(step);
+      commit_copies();
+    }
+    for (int step = 0; step < steps_; ++step) {
+      wait_copies<kStages - 2>();
+      __syncthreads();  // all copies of this step have landed, and nobody reads the slot that is filled next
+      const int ahead = step + kStages - 1;
+      if (ahead < steps_) {
+        copy_rows(ahead);
+        copy_tokens(ahead);
+      } else if (ahead == steps_) {
+        let_next_grid_begin();  // every read of this block is on its way: the next launch's may follow
+      }
+      commit_copies();
+      for (int slice = 0; slice < slices_; ++slice) multiply(sums, (step % kStages) * slices_ + slice);
+    }
+    wait_copies<0>();
+  }
+
+  __device__ int pair_of_lane(int i) const { return first_pair_ + pair_in_block(i); }
+  __device__ bool pair_exists(int i) const { return pair_in_block(i) < pairs_; }
+
+ private:
+  __device__ int pair_in_block(int i) const { return row_tile_of_warp(i) * kPairTile + static_cast<int>(threadIdx.x) % 32 / 4; }
+
+  __device__ void copy_rows(int step) {
+    uint4* to = shared_rows_ + static_cast<size_t>(step % kStages) * slices_ * row_pieces_;
+    const int piece = threadIdx.x % 8;
+    for (int slice = 0; slice < slices_; ++slice, to += row_pieces_) {
+      const int64_t k = k_begin_ + (static_cast<int64_t>(step) * slices_ + slice) * kSlice + piece * 8;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll 2
+        for (int in_block = threadIdx.x / 8; in_block < pairs_; in_block += kThreads / 8) {
+          const int row = in_block / kPairTile * kRowTile + half * kPairTile + in_block % kPairTile;
+          const int pair = first_pair_ + in_block;
+          if (pair < rows_.count[half])
+            copy16_async(to + swizzled(row, piece), rows_.base[half] + pair * rows_.stride[half] + (k < k_end_ ? k : 0), k < k_end_);
+        }
+    }
+  }
+
+  __device__ void copy_tokens(int step) {
+    uint4* to = shared_tokens_ + static_cast<size_t>(step % kStages) * slices_ * token_pieces_;
+    const int piece = threadIdx.x % 8;
+    for (int slice = 0; slice < slices_; ++slice, to += token_pieces_) {
+      const int64_t k = k_begin_ + (static_cast<int64_t>(step) * slices_ + slice) * kSlice + piece * 8;
+      for (int token = threadIdx.x / 8; token < tokens_.count; token += kThreads / 8)
+        copy16_async(to + swizzled(token, piece), tokens_.base + token * tokens_.stride + (k < k_end_ ? k : 0), k < k_end_);
+    }
+  }
+
+  __device__ void multiply(RingSums<kTokenTiles>& sums, int slot) {
+    const uint4* rows = shared_rows_ + static_cast<size_t>(slot) * row_pieces_;
+    const uint4* tokens = shared_tokens_ + static_cast<size_t>(slot) * token_pieces_;
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint4 row[kMaxRowTilesPerWarp], row8[kMaxRowTilesPerWarp];
+#pragma unroll
+      for (int i = 0; i < kMaxRowTilesPerWarp; ++i) {
+        const int tile = row_tile_of_warp(i);
+        if (tile < row_tiles_) {
+          row[i] = rows[swizzled(tile * kRowTile + g, half * 4 + t)];
+          row8[i] = rows[swizzled(tile * kRowTile + 8 + g, half * 4 + t)];
+        }
+      }
+#pragma unroll
+      for (int b = 0; b < kTokenTiles; ++b) {
+        const uint4 token = tokens[swizzled(b * kTokenTile + g, half * 4 + t)];
+#pragma unroll
+        for (int i = 0; i < kMaxRowTilesPerWarp; ++i)
+          if (row_tile_of_warp(i) < row_tiles_) mma_rows<T>(sums.c[i][b], row[i], row8[i], token);
+      }
+    }
+  }
+
+  RowPairs<T> rows_;
+  TokenRows<T> tokens_;
+  int first_pair_, pairs_, row_tiles_, slices_, steps_, row_pieces_, token_pieces_;
+  int64_t k_begin_, k_end_;
+  uint4 *shared_rows_, *shared_tokens_;
+};
+
+}  // namespace memvp::decode
