@@ -20,7 +20,6 @@ __all__ = [
     "detach_adapters",
     "encode",
     "encode_batch",
-    "freeze",
     "prepare_adapters",
     "tower",
 ]
@@ -189,14 +188,6 @@ def adapters(vision_model: nn.Module) -> list[ClipAdapter]:
         TypeError: ``vision_model`` is not a CLIP vision tower.
     """
     return [mlp.adapter_mlp for mlp in _mlps(vision_model) if _is_adapted(mlp)]
-
-
-def freeze(vision_model: nn.Module) -> nn.Module:
-    """Freeze all but the adapters: what is left trainable is what MemVP trains."""
-    vision_model.requires_grad_(False)
-    for adapter in adapters(vision_model):
-        adapter.requires_grad_(True)
-    return vision_model
 
 
 def prepare_adapters(vision_model: nn.Module, state: Mapping[str, Tensor]) -> None:
