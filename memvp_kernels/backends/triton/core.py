@@ -48,9 +48,9 @@ def core_forward(
         core_fwd_kernel[grid](
             c, key_core, value_core, middle, middle[:, rank:] if value_position else None, scores, visual.seed,
             segments.cu_seqlens, segments.index, segments.lengths,
-            c.stride(0), *key_core.stride(), *value_core.stride(), middle.stride(0),
+            c.stride(0), key_core.stride(0), value_core.stride(0), middle.stride(0),
             rows, segments.length or 0, segments.sequences, memories, visual.scale, visual.threshold,
-            M=slots, RANK=rank, KEY_POSITION=c.shape[1] > rank, BLOCK_N=tile.block_n, BLOCK_M=tile.block_k,
+            *key_core.stride()[1:], *value_core.stride()[1:], M=slots, RANK=rank, KEY_POSITION=c.shape[1] > rank, BLOCK_N=tile.block_n, BLOCK_M=tile.block_k,
             BLOCK_R=min(tile.columns, 64), BLOCK_U=tile.columns, VISUAL_ACTIVATION=visual.activation,
             PRECISION=precision, DTYPE=launch.element_type(c.dtype), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -60,12 +60,15 @@ def core_forward(
 @triton.jit(do_not_specialize=["N", "T", "S", "R", "threshold"])
 def core_fwd_kernel(
     c, key_core, value_core, middle, visual, scores, seed, cu_seqlens, index, lengths,
-    stride_c_n, stride_key_r, stride_key_m, stride_key_rank, stride_value_r, stride_value_m, stride_value_rank, stride_middle_n,
-    N, T, S, R, scale, threshold, M: tl.constexpr, RANK: tl.constexpr, KEY_POSITION: tl.constexpr,
+    stride_c_n, stride_key_r, stride_value_r, stride_middle_n, N, T, S, R, scale, threshold,
+    stride_key_m: tl.constexpr, stride_key_rank: tl.constexpr, stride_value_m: tl.constexpr, stride_value_rank: tl.constexpr, M: tl.constexpr, RANK: tl.constexpr, KEY_POSITION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr,
     VISUAL_ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(N, BLOCK_N) + S, cdiv(RANK, BLOCK_U)); a rank wider than BLOCK_U forms the scores again for each part of u."""
+    """Grid (cdiv(N, BLOCK_N) + S, cdiv(RANK, BLOCK_U)); a rank wider than BLOCK_U forms the scores again for each part of u.
+
+    A core's inner strides are compiled in: a rank such as 136 is a multiple of 8, which Triton would not learn from an argument.
+    """
     WIDTH: tl.constexpr = RANK + M if KEY_POSITION else RANK
     row_tile, sequence = tile_sequence(tl.program_id(0), cu_seqlens, S, T, BLOCK_N)
     part = tl.program_id(1) * BLOCK_U

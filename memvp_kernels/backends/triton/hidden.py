@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -271,8 +270,31 @@ def _memory_tile(
                     memory, read, slot, k, M, d, stride_memory_r, stride_memory_m, stride_memory_d, BLOCK_M, BLOCK_K, FORM, WHOLE
                 )  # fmt: skip
                 acc = tl.dot(b_x, b_memory.T, acc, input_precision=PRECISION)
-        store_visual(
+        _store_pieces(
             acc, visual, scores, seed, stride_visual_n, row, slot, first, end, slots, scale, threshold, M,
+            BLOCK_N, BLOCK_M, VISUAL_ACTIVATION, DTYPE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_pieces(
+    b_scores, visual, scores, seed, stride_visual_n, row, slot, first, end, slots, scale, threshold,
+    M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, VISUAL_ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """`store_visual` in pieces of 32 columns: dropout's generator on a whole tile of 256 needs more registers than a thread has."""
+    if BLOCK_M > 32:
+        low, high = tl.split(tl.permute(tl.reshape(b_scores, (BLOCK_N, 2, BLOCK_M // 2)), (0, 2, 1)))
+        _store_pieces(
+            low, visual, scores, seed, stride_visual_n, row, slot, first, end, slots, scale, threshold, M,
+            BLOCK_N, BLOCK_M // 2, VISUAL_ACTIVATION, DTYPE,
+        )  # fmt: skip
+        _store_pieces(
+            high, visual, scores, seed, stride_visual_n, row, slot + BLOCK_M // 2, first, end, slots, scale, threshold, M,
+            BLOCK_N, BLOCK_M // 2, VISUAL_ACTIVATION, DTYPE,
+        )  # fmt: skip
+    else:
+        store_visual(
+            b_scores, visual, scores, seed, stride_visual_n, row, slot, first, end, slots, scale, threshold, M,
             BLOCK_N, BLOCK_M, VISUAL_ACTIVATION, DTYPE,
         )  # fmt: skip
 

@@ -50,9 +50,8 @@ def architecture(device: torch.device) -> int:
 
 def chip(device: torch.device) -> Chip:
     """The device as the cost model knows it."""
-    if interpreted():
-        return chip_of(_INTERPRETED_AS)
-    return chip_of(architecture(device), torch.cuda.get_device_properties(device).multi_processor_count)
+    count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
+    return chip_of(architecture(device), count)
 
 
 def has_tma(device: torch.device) -> bool:
@@ -129,7 +128,9 @@ def describe_pair(first: Tensor, second: Tensor, block: Sequence[int]) -> Tensor
 
 
 def empty_rows(rows: int, columns: int, like: Tensor, *, zero: bool = False) -> Tensor:
-    """(rows, columns) in `like`'s dtype whose rows start at multiples of 16 bytes, so that TMA can read it whatever the width."""
-    unit = 16 // like.element_size()
+    """(rows, columns) in `like`'s dtype whose rows start at multiples of 16 elements, whatever the width.
+
+    TMA asks for 16 bytes; Triton vectorises pointers whose stride it knows to be a multiple of 16.
+    """
     make = torch.zeros if zero else torch.empty
-    return make(rows, -(-columns // unit) * unit, dtype=like.dtype, device=like.device)[:, :columns]
+    return make(rows, -(-columns // 16) * 16, dtype=like.dtype, device=like.device)[:, :columns]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -93,13 +93,11 @@ _SHAPES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
     "descriptors": (
         (128, 256, 64, 8, 4),
         (128, 128, 64, 8, 6),
-        (64, 256, 64, 4, 5),
         (64, 128, 64, 4, 6),
         (64, 64, 128, 4, 6),
         (64, 32, 128, 4, 8),
     ),
     "pointers": (
-        (128, 256, 64, 8, 3),
         (128, 128, 64, 8, 3),
         (128, 128, 32, 8, 4),
         (64, 128, 64, 4, 4),
@@ -122,11 +120,9 @@ def _kind(dtype: torch.dtype, precision: str, descriptors: bool) -> str:
     return "descriptors" if descriptors else "pointers"
 
 
-def _accumulator_limit(chip: Chip, kind: str) -> int:
+def _accumulator_limit(kind: str) -> int:
     """Float32 accumulators a thread may hold without spilling, as the compiled kernels show."""
-    if kind == "descriptors" and chip.family != "mma":
-        return 128
-    return 64 if kind != "ieee" else 32
+    return {"descriptors": 128, "pointers": 64, "tf32": 64, "ieee": 32}[kind]
 
 
 def candidates(
@@ -143,7 +139,7 @@ def candidates(
         stage = (block_n + wide) * block_k * dtype.itemsize
         stages = min(most, (chip.shared - _RESERVE) // stage)
         registers = accumulators * block_n * wide // (32 * warps)
-        if stages >= 2 and registers <= _accumulator_limit(chip, kind):
+        if stages >= 2 and registers <= _accumulator_limit(kind):
             yield Tile(block_n, wide // halves, block_k, warps, stages)
 
 
@@ -169,7 +165,7 @@ def hidden_tile(
     return _hidden_tile(chip, dtype, precision, _bucket(rows), width, pairs, slots, _bucket(sequences), gated, descriptors)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _hidden_tile(
     chip: Chip, dtype: torch.dtype, precision: str, rows: int, width: int, pairs: int, slots: int, sequences: int, gated: bool, descriptors: bool
 ) -> Tile:
@@ -210,7 +206,7 @@ def output_tile(
     return _output_tile(chip, dtype, precision, _bucket(rows), width, pairs, slots, _bucket(sequences), min(whole, 1 << 10), descriptors)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _output_tile(
     chip: Chip, dtype: torch.dtype, precision: str, rows: int, width: int, pairs: int, slots: int, sequences: int, whole: int, descriptors: bool
 ) -> Tile:
@@ -261,7 +257,7 @@ def core_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: int, rank
     if dtype == torch.float32:
         return Tile(16 if precision == "ieee" else 32, columns, 32, 4, 2)
     block_n = 64 if _bucket(rows) >= 64 * chip.multiprocessors // 2 else 32 if rows > 256 else 16
-    return Tile(block_n, columns, 64, 4, 2)
+    return Tile(block_n, columns, 64, 8 if block_n == 64 else 4, 2)
 
 
 def _bucket(count: int, least: int = 16) -> int:
