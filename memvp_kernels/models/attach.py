@@ -10,11 +10,14 @@ from torch import nn
 
 from memvp_kernels.models.config import MemVPConfig
 from memvp_kernels.models.families import find_layers
-from memvp_kernels.models.reclass import Reclassed, is_reclassed, reclass, restore
+from memvp_kernels.models.reclass import is_reclassed, reclass, restore
 from memvp_kernels.models.site import MemoryFFN, MemoryLanguageModel, MemoryLayer, say_opaque
 from memvp_kernels.models.weights import Opaque, activation_name
 
-__all__ = ["Attachment", "attach", "detach", "memory_ffns", "memory_layers", "uses_peft"]
+__all__ = ["Attachment", "attach", "detach", "first_layer", "memory_ffns", "uses_peft"]
+
+
+_MIXINS = (MemoryLanguageModel, MemoryLayer, MemoryFFN)
 
 
 class Attachment(NamedTuple):
@@ -45,7 +48,7 @@ def attach(language_model: nn.Module, config: MemVPConfig) -> Attachment:
             does not compute, or a forward set on an instance, which would run instead of ours.
     """
     layers = find_layers(language_model)
-    if any(isinstance(module, Reclassed) for module in language_model.modules()):
+    if any(isinstance(module, _MIXINS) for module in language_model.modules()):
         raise ValueError("this language model has memory already; call unload() on its MemVPModel first")
     top = _pretrained(language_model)
     chosen = config.chosen_layers(len(layers))
@@ -95,7 +98,7 @@ def detach(language_model: nn.Module, frozen: tuple[str, ...]) -> None:
     Raises:
         RuntimeError: something else has changed a class since; nothing is undone then.
     """
-    ours = [module for module in language_model.modules() if isinstance(module, Reclassed)]
+    ours = [module for module in language_model.modules() if isinstance(module, _MIXINS)]
     for module in sorted(ours, key=is_reclassed):  # a class that cannot be restored raises before any is
         restore(module)
         for name in ("memory_layer", "memory", "memory_index", "_ffn_input"):
@@ -105,9 +108,9 @@ def detach(language_model: nn.Module, frozen: tuple[str, ...]) -> None:
             parameter.requires_grad_(True)
 
 
-def memory_layers(language_model: nn.Module) -> list[MemoryLayer]:
-    """The layers, in the order in which they run, those without memory included."""
-    return [module for module in language_model.modules() if isinstance(module, MemoryLayer)]
+def first_layer(language_model: nn.Module) -> MemoryLayer | None:
+    """The first layer; None once detached."""
+    return next((module for module in language_model.modules() if isinstance(module, MemoryLayer)), None)
 
 
 def memory_ffns(language_model: nn.Module) -> list[tuple[str, MemoryFFN]]:

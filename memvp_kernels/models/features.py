@@ -6,11 +6,50 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["ImageFeatures", "pad_features"]
+from memvp_kernels.models import vision
+
+__all__ = ["ImageFeatures", "Pixels", "encode_pixels", "pad_features"]
 
 ImageFeatures: TypeAlias = "Tensor | Sequence[Tensor | Sequence[Tensor] | None]"
+Pixels: TypeAlias = "Tensor | Sequence[Tensor | None]"
+
+
+def encode_pixels(vision_model: nn.Module, pixel_values: Pixels) -> ImageFeatures:
+    """Image features of pixels, all images of the batch in one pass.
+
+    Args:
+        vision_model: a transformers CLIPVisionModel.
+        pixel_values: (B, 3, H, W); or one entry per sample: (3, H, W), (k, 3, H, W) for k images, or None.
+
+    Returns:
+        What :func:`pad_features` takes, shaped like ``pixel_values``.
+
+    Raises:
+        TypeError: an entry is something else.
+        ValueError: an entry has another shape.
+    """
+    trains = any(p.requires_grad for p in vision_model.parameters())
+    with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+        if isinstance(pixel_values, Tensor):
+            return vision.encode(vision_model, pixel_values)
+        images = [_images(entry, i) for i, entry in enumerate(pixel_values)]
+        given = [entry for entry in images if entry is not None]
+        if not given:
+            return [None] * len(images)
+        counts = iter(torch.split(vision.encode(vision_model, torch.cat(given)), [len(entry) for entry in given]))
+        return [None if entry is None else list(next(counts)) for entry in images]
+
+
+def _images(entry: Tensor | None, i: int) -> Tensor | None:
+    if entry is None:
+        return None
+    if not isinstance(entry, Tensor):
+        raise TypeError(f"pixel_values[{i}]: wanted a tensor or None, got {type(entry).__name__}")
+    if entry.dim() not in (3, 4):
+        raise ValueError(f"pixel_values[{i}]: wanted (3, H, W) or (k, 3, H, W), got {tuple(entry.shape)}")
+    return entry if entry.dim() == 4 else entry.unsqueeze(0)
 
 
 def pad_features(

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from memvp_kernels.models import saving
-from memvp_kernels.models.attach import attach, detach, memory_ffns, memory_layers
+from memvp_kernels.models.attach import Attachment, attach, detach, first_layer, memory_ffns
+from memvp_kernels.models.checkpoint import CheckpointReport, load_official_checkpoint
 from memvp_kernels.models.config import MemVPConfig
-from memvp_kernels.models.features import ImageFeatures, pad_features
+from memvp_kernels.models.features import ImageFeatures, Pixels, encode_pixels, pad_features
 from memvp_kernels.models.memory import Memory, Observer, VisualMemory
 from memvp_kernels.models.projector import Projector
 from memvp_kernels.models.site import MemoryFFN
+from memvp_kernels.models.vision import ClipAdapter
 
 __all__ = ["MemVPModel"]
 
@@ -63,19 +65,20 @@ class MemVPModel(nn.Module):
         super().__init__()
         if not isinstance(config, MemVPConfig):
             raise TypeError(f"config: wanted a MemVPConfig, got {type(config).__name__}")
-        self._attachment = attach(language_model, config)
-        self.language_model = language_model
-        self.vision_model = vision_model.requires_grad_(False) if vision_model is not None else None
+        attachment = attach(language_model, config)
+        self._attachment: Attachment | None = attachment
+        self.language_model: Any = language_model
+        self.vision_model = _frozen(vision_model)
         self.memvp_config = config
         self.backend = backend
         self.recompute = recompute
         self._observer: Observer | None = None
         self.memory = VisualMemory(
             config,
-            width=self._attachment.width,
-            layers=len(self._attachment.layers),
-            dtype=torch.promote_types(self._attachment.dtype, torch.float32),
-            device=self._attachment.device,
+            width=attachment.width,
+            layers=len(attachment.layers),
+            dtype=torch.promote_types(attachment.dtype, torch.float32),
+            device=attachment.device,
         )
 
     @property
@@ -110,7 +113,7 @@ class MemVPModel(nn.Module):
         labels: Tensor | None = None,
         *,
         image_features: ImageFeatures | None = None,
-        pixel_values: Any = None,
+        pixel_values: Pixels | None = None,
         visual_core: Tensor | None = None,
         visual_index: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -159,7 +162,7 @@ class MemVPModel(nn.Module):
         inputs: Tensor | None = None,
         *,
         image_features: ImageFeatures | None = None,
-        pixel_values: Any = None,
+        pixel_values: Pixels | None = None,
         visual_core: Tensor | None = None,
         visual_index: Tensor | None = None,
         **kwargs: Any,
@@ -182,7 +185,9 @@ class MemVPModel(nn.Module):
             visual_index = torch.arange(samples, device=memory.core.device)
         return self.language_model.generate(**kwargs, visual_memory=memory, memory_index=visual_index)
 
-    def encode_images(self, image_features: ImageFeatures | None = None, *, pixel_values: Any = None) -> Tensor:
+    def encode_images(
+        self, image_features: ImageFeatures | None = None, *, pixel_values: Pixels | None = None
+    ) -> Tensor:
         """The cores of images, to keep and to pass as ``visual_core=`` (a conversation, a cache, several questions).
 
         Args:
@@ -261,9 +266,15 @@ class MemVPModel(nn.Module):
             raise
         return model
 
+    def load_official_checkpoint(self, path: str | Path, *, vision_adapters: bool = True) -> CheckpointReport:
+        """Load one of the official repository's ``.pth`` files; see :func:`~.checkpoint.load_official_checkpoint`."""
+        return load_official_checkpoint(self, path, vision_adapters=vision_adapters)
+
     def unload(self) -> nn.Module:
         """Give the language model back as it was: same modules, classes, state_dict keys, trainable flags and outputs."""
-        detach(self.language_model, self._attachment.frozen)
+        if self._attachment is not None:
+            detach(self.language_model, self._attachment.frozen)
+            self._attachment = None
         return self.language_model
 
     def memory_ffns(self) -> list[tuple[str, MemoryFFN]]:
@@ -282,15 +293,15 @@ class MemVPModel(nn.Module):
     def _visual_memory(self) -> VisualMemory:
         return getattr(self.memory, "module", self.memory)  # data-parallel wrappers keep it there
 
-    def _features(self, samples: int, image_features: ImageFeatures | None, pixel_values: Any) -> tuple[Tensor, Tensor]:
+    def _features(
+        self, samples: int, image_features: ImageFeatures | None, pixel_values: Pixels | None
+    ) -> tuple[Tensor, Tensor]:
         if pixel_values is not None:
             if self.vision_model is None:
                 raise ValueError(
                     "pixel_values: wanted a MemVPModel with vision_model=, got one without; pass image_features"
                 )
-            from memvp_kernels.models import vision
-
-            image_features = vision.encode_batch(self.vision_model, pixel_values)
+            image_features = encode_pixels(self.vision_model, pixel_values)
         return pad_features(
             image_features,
             samples=samples,
@@ -304,10 +315,12 @@ class MemVPModel(nn.Module):
         self,
         samples: int,
         image_features: ImageFeatures | None,
-        pixel_values: Any,
+        pixel_values: Pixels | None,
         visual_core: Tensor | None,
         visual_index: Tensor | None,
     ) -> Memory:
+        if self._attachment is None:
+            raise RuntimeError("this MemVPModel was unloaded; wrap its language_model again, or call that")
         given = {"image_features": image_features, "pixel_values": pixel_values, "visual_core": visual_core}
         names = [name for name, images in given.items() if images is not None]
         if len(names) > 1:
@@ -344,16 +357,26 @@ class MemVPModel(nn.Module):
     def _refuse_reentrant_checkpointing(self) -> None:
         if not (self.training and torch.is_grad_enabled()):
             return
-        for layer in memory_layers(self.language_model)[:1]:
-            keywords = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
-            if getattr(layer, "gradient_checkpointing", False) and keywords.get("use_reentrant"):
-                raise RuntimeError(_REENTRANT)
+        layer = first_layer(self.language_model)
+        keywords = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
+        if getattr(layer, "gradient_checkpointing", False) and keywords.get("use_reentrant"):
+            raise RuntimeError(_REENTRANT)
 
 
 _REENTRANT = (
     "activation checkpointing with use_reentrant=True walks the projector's graph once per layer and fails in the second; "
     'pass gradient_checkpointing_kwargs={"use_reentrant": False}'
 )
+
+
+def _frozen(vision_model: nn.Module | None) -> nn.Module | None:
+    """The vision model frozen but for adapters that it has already."""
+    if vision_model is not None:
+        vision_model.requires_grad_(False)
+        for module in vision_model.modules():
+            if isinstance(module, ClipAdapter):
+                module.requires_grad_(True)
+    return vision_model
 
 
 def _samples(inputs: dict[str, Any]) -> int:

@@ -7,7 +7,6 @@ architectures) sees what it saw before.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import nn
@@ -43,7 +42,7 @@ def restore(module: nn.Module) -> None:
         RuntimeError: something else has changed the instance's class since.
     """
     if is_reclassed(module):
-        module.__class__ = type(module)._reclassed_from  # type: ignore[assignment]
+        module.__class__ = vars(type(module))["_reclassed_from"]
     elif isinstance(module, Reclassed):
         raise RuntimeError(
             f"this {type(module).__name__} has been given another class since it was wrapped (sharding does this); "
@@ -51,17 +50,23 @@ def restore(module: nn.Module) -> None:
         )
 
 
-@functools.cache
-def _combined(mixin: type[Reclassed], base: type[nn.Module]) -> type[nn.Module]:
+_COMBINED: dict[tuple[type, type], Any] = {}
+
+
+def _combined(mixin: type[Reclassed], base: type[nn.Module]) -> Any:
+    found = _COMBINED.get((mixin, base))
+    if found is not None:
+        return found
     namespace = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "_reclassed_from": base,
     }
-    return type(base.__name__, (mixin, base), namespace)
+    combined = _COMBINED[mixin, base] = type(base.__name__, (mixin, base), namespace)
+    return combined
 
 
-def _blank(mixin: type[Reclassed], base: type[nn.Module]) -> nn.Module:
+def _blank(mixin: type[Reclassed], base: type[nn.Module]) -> Any:
     kind = _combined(mixin, base)
     return kind.__new__(kind)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from memvp_kernels.models import vision
 from memvp_kernels.models.config import MemVPConfig
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def load_into(model: MemVPModel, state: dict[str, Tensor]) -> None:
 def _prepare_vision(model: MemVPModel, state: dict[str, Tensor]) -> None:
     if model.vision_model is None:
         raise ValueError("the adapter has parameters for a vision model; pass vision_model=")
-    from memvp_kernels.models import vision
-
-    vision.prepare_adapters(model.vision_model, state)
+    if not vision.adapters(model.vision_model):
+        fc1 = next((t for name, t in state.items() if name.endswith("adapter_mlp.fc1.weight")), None)
+        if fc1 is not None:
+            vision.attach_adapters(model.vision_model, hidden_dim=fc1.shape[0])

@@ -29,9 +29,11 @@ class MemoryLanguageModel(Reclassed):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         ours = ("visual_memory", "memory_index")
-        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in ours})  # type: ignore[misc]
-        # encoder-decoders drop an argument there that generate() has already handled
-        model_kwargs.pop("decoder_input_ids", None) if self.config.is_encoder_decoder else None
+        kept = {name: model_kwargs.pop(name) for name in ours if name in model_kwargs}
+        try:
+            super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]
+        finally:
+            model_kwargs.update(kept)
 
 
 class MemoryFFN(Reclassed):

@@ -6,7 +6,7 @@ linears, and a copy kept here would be stale after either.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
@@ -51,7 +51,7 @@ class Matrices(NamedTuple):
     value_bias: Tensor | None
 
 
-def resolve(linear: nn.Module) -> Dense | Opaque:
+def resolve(linear: Any) -> Dense | Opaque:
     """What stands behind ``linear`` at this moment.
 
     Only a plain ``nn.Linear`` whose call would do nothing but ``x Wᵀ + b`` is dense. LoRA layers, quantised layers,
@@ -63,7 +63,7 @@ def resolve(linear: nn.Module) -> Dense | Opaque:
     if "forward" in linear.__dict__:
         return Opaque("has a forward of its own on the instance")
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    if any(hooks) or _module._has_any_global_hook():
+    if any(hooks) or _module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return Opaque("has hooks")
     for tensor in (linear.weight, linear.bias):
         if tensor is not None and type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
@@ -89,7 +89,7 @@ def matrices(owner: nn.Module, *, key: str, value: str, gate: str | None = None)
     for name in (key, value, gate):
         if name is None:
             continue
-        part = resolve(owner._modules[name])  # type: ignore[arg-type]
+        part = resolve(owner._modules[name])
         if isinstance(part, Opaque):
             return Opaque(f"{name} {part.reason}")
         if parts and part.weight.dtype != parts[key].weight.dtype:

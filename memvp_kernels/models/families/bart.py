@@ -70,7 +70,8 @@ class BiasedLayer(MemoryLayer, MemoryFFN):
         weights = self.ffn_matrices()
 
         def with_memory(h: Tensor) -> Tensor:
-            x, self._ffn_input = self._ffn_input if isinstance(weights, Opaque) else h, None
+            remembered, self._ffn_input = self._ffn_input, None
+            x = h if remembered is None else remembered
             return feed_forward(self, x, weights=weights, own=lambda: own(h))
 
         return with_memory

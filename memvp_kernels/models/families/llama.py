@@ -37,7 +37,11 @@ class GatedLayer(MemoryLayer):
 
     def memory_ffn(self) -> MemoryFFN:
         """mlp."""
-        return self.mlp  # type: ignore[return-value]
+        return _ffn_of(self)  # type: ignore[return-value]
+
+
+def _ffn_of(layer: Any) -> nn.Module:
+    return layer.mlp
 
 
 LLAMA = Family(
@@ -52,5 +56,5 @@ LLAMA = Family(
     },
     layer_mixin=GatedLayer,
     ffn_mixin=GatedMLP,
-    ffn_of=lambda layer: layer.mlp,  # type: ignore[return-value]
+    ffn_of=_ffn_of,
 )

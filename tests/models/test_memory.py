@@ -1,0 +1,253 @@
+"""The memory itself: the official semantics, its factors, batches of every mixture, and images that do not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memvp_kernels import MemVPConfig, MemVPModel
+from memvp_kernels.models.memory import VisualMemory
+from memvp_kernels.models.projector import Projector
+from tests.models.tiny import CONFIG, VISION, WIDTH, features, language_model, tokens, with_memory, wrapped
+
+
+def _logits(model: MemVPModel, images: Any, ids: Tensor | None = None, **options: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens(3) if ids is None else ids, image_features=images, **options).logits
+
+
+@pytest.mark.parametrize(("inner", "rank"), [(6, 8), (7, 8), (8, 16), (128, 136)])
+def test_factors_are_the_projector(inner: int, rank: int) -> None:
+    projector = Projector(VISION, inner, WIDTH, dtype=torch.float64)
+    image = torch.randn(5, VISION, dtype=torch.float64)
+    valid = torch.tensor([True, True, False, True, True])
+    rows, basis = projector.factors(image, valid), projector.basis()
+    assert projector.rank == rank and rows.shape == (5, rank) and basis.shape == (rank, WIDTH)
+    torch.testing.assert_close((rows @ basis)[valid], projector(image)[valid])
+    assert not rows[2].any() and not rows[:, inner + 1 :].any() and not basis[inner + 1 :].any()
+
+
+def test_projector_is_linear_silu_linear_with_biases() -> None:
+    model = MemVPModel(language_model(), MemVPConfig(vision_dim=VISION))
+    x = torch.randn(2, 5, VISION)
+    f = model.projector
+    wanted = F.linear(F.silu(F.linear(x, f.fc1.weight, f.fc1.bias)), f.fc2.weight, f.fc2.bias)
+    assert torch.equal(f(x), wanted)
+    assert f.fc1.weight.shape == (128, VISION) and f.fc2.weight.shape == (WIDTH, 128)
+
+
+def test_the_start_is_the_official_one() -> None:
+    model = MemVPModel(language_model(), MemVPConfig(vision_dim=VISION, num_slots=400))
+    assert model.key_position.shape == model.value_position.shape == (400, WIDTH)
+    assert model.key_position.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not model.value_position.any()
+
+
+def test_the_papers_parameter_count() -> None:
+    """3,879,040 of LLaMA-7B less its CLIP adapters (23 of 24 blocks run, all counted) and its unused embedding."""
+    memory = VisualMemory(MemVPConfig(), width=4096, layers=32)
+    counted = sum(p.numel() for p in memory.parameters())
+    assert counted == 3_879_040 - 24 * 2 * 12 * 1024 - 2 * 4096
+
+
+def test_free_slots_and_feature_slots() -> None:
+    """K = f + p^k and V = f + p^v; rows past the image's tokens are the positions alone."""
+    model = wrapped()
+    core = model.encode_images(features(4, 0))
+    memory = model.memory(core=core)
+    f = memory.core @ memory.basis
+    image = features(4, 0)[0]
+    torch.testing.assert_close(f[0, :4], CONFIG.feature_scale * model.projector(image))
+    assert not f[0, 4:].any() and not f[1].any()
+    assert memory.positions(0)[0] is model.key_position and memory.positions(1)[1] is model.value_position
+
+
+def test_scales_are_lambda_and_s() -> None:
+    """Doubling λ is doubling fc2; doubling s is doubling what the memory adds to the last layer."""
+    base = wrapped(config=dataclasses.replace(CONFIG, feature_scale=1.0))
+    doubled = wrapped(config=dataclasses.replace(CONFIG, feature_scale=0.5))
+    with torch.no_grad():
+        for parameter in doubled.projector.fc2.parameters():
+            parameter.mul_(2)
+    images = features(4, 0, 10)
+    torch.testing.assert_close(_logits(base, images), _logits(doubled, images))
+
+    hidden = []
+    for s in (0.0, 0.3, 0.6):
+        model = wrapped(config=dataclasses.replace(CONFIG, memory_scale=s, layers=(1,)))
+        seen: list[Tensor] = []
+        with model.observing(lambda layer, x, y, seen=seen: seen.append(y)):
+            _logits(model, images)
+        hidden += seen
+    torch.testing.assert_close(hidden[2] - hidden[0], 2 * (hidden[1] - hidden[0]))
+
+
+def test_dropout_drops_visual_activations_in_training_only() -> None:
+    config = dataclasses.replace(CONFIG, dropout=0.5)
+    images = features(4, 0, 10)
+    model = wrapped(config=config).eval()
+    quiet = _logits(model, images)
+    assert torch.equal(quiet, _logits(model, images))
+    torch.testing.assert_close(quiet, _logits(wrapped(), images))
+    model.train()
+    first, second = _logits(model, images), _logits(model, images)
+    assert not torch.equal(first, second) and not torch.equal(first, quiet)
+    torch.manual_seed(3)
+    first = _logits(model, images)
+    torch.manual_seed(3)
+    assert torch.equal(first, _logits(model, images))
+
+
+def test_dropout_is_unbiased() -> None:
+    """The mean over many draws is the memory without dropout: kept activations are scaled by 1/(1-p)."""
+    model = wrapped(config=dataclasses.replace(CONFIG, dropout=0.5, layers=(1,)))
+    ids, images = tokens(1), features(4)
+    outputs: list[Tensor] = []
+    with model.observing(lambda layer, x, y: outputs.append(y)):
+        _logits(model, images * 400, ids.expand(400, -1))
+        _logits(model.train(), images * 400, ids.expand(400, -1))
+    quiet, noisy = outputs
+    deviation = noisy.std(0) / 400**0.5
+    assert ((noisy.mean(0) - quiet[0]).abs() <= 5 * deviation + 1e-6).all() and deviation.max() > 1e-4
+
+
+def test_mixed_batches_are_their_samples_alone() -> None:
+    """Image, several images, none, an empty list; each as if it were alone."""
+    model = wrapped()
+    a, b, c = features(4, 3, 10)
+    batch = [a, [b, a], None, [], c, b[:0]]
+    together = _logits(model, batch, tokens(6))
+    for i, alone in enumerate([a, torch.cat([b, a]), None, None, c, None]):
+        torch.testing.assert_close(_logits(model, [alone], tokens(6)[i : i + 1]), together[i : i + 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_tensor_is_a_list_of_its_rows(dtype: torch.dtype) -> None:
+    stacked = torch.stack([*features(4, 4, 4)]).to(dtype)
+    model = wrapped()
+    assert torch.equal(_logits(model, stacked), _logits(model, [*stacked.float()]))
+    assert not torch.equal(_logits(model, stacked), _logits(model, stacked.flip(0)))
+
+
+def test_text_only_keeps_the_positions() -> None:
+    model = wrapped()
+    nothing = _logits(model, None)
+    assert torch.equal(nothing, _logits(model, [None] * 3))
+    torch.testing.assert_close(nothing, _logits(model, torch.zeros(3, 0, VISION)))
+    assert not torch.allclose(nothing, language_model()(input_ids=tokens(3)).logits, atol=1e-3)
+
+
+def test_text_only_batches_still_reach_every_parameter() -> None:
+    """Zeros, not None: a rank with a text-only batch takes part in the gradient exchange like the others."""
+    model = wrapped()
+    model(input_ids=tokens(2), labels=tokens(2)).loss.backward()
+    trainable = [(n, p.grad) for n, p in model.named_parameters() if p.requires_grad]
+    assert all(grad is not None for _, grad in trainable)
+    assert not any(grad.any() for n, grad in trainable if "projector" in n)
+    assert all(grad.any() for n, grad in trainable if "position" in n)
+
+
+def test_several_questions_about_one_image() -> None:
+    model = wrapped()
+    a, b = features(4, 10)
+    index = torch.tensor([1, 0, 1])
+    torch.testing.assert_close(_logits(model, [a, b], visual_index=index), _logits(model, [b, a, b]))
+    none = _logits(model, [a, b], visual_index=torch.tensor([-1, 0, -1]))
+    torch.testing.assert_close(none[0], language_model()(input_ids=tokens(3)).logits[0])
+
+
+def test_gradients_reach_the_images() -> None:
+    model = wrapped()
+    image = torch.randn(3, 4, VISION, requires_grad=True)
+    model(input_ids=tokens(3), labels=tokens(3), image_features=image).loss.backward()
+    assert image.grad is not None and image.grad.abs().amax((1, 2)).min() > 0
+
+
+def test_gradients_through_a_kept_core() -> None:
+    """encode_images under gradients, then visual_core: the projector's gradient is the direct run's."""
+    direct, through = wrapped(), wrapped()
+    inputs = {"input_ids": tokens(3), "labels": tokens(3)}
+    direct(image_features=features(4, 0, 10), **inputs).loss.backward()
+    through(visual_core=through.encode_images(features(4, 0, 10)), **inputs).loss.backward()
+    for a, b in zip(direct.memory.parameters(), through.memory.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    model = wrapped()
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert names == {
+        "memory.key_position", "memory.value_position",
+        "memory.projector.fc1.weight", "memory.projector.fc1.bias",
+        "memory.projector.fc2.weight", "memory.projector.fc2.bias",
+    }  # fmt: skip
+    model.print_trainable_parameters()
+    count = sum(p.numel() for p in model.memory.parameters())
+    total = count + sum(p.numel() for p in model.language_model.parameters())
+    wanted = f"trainable params: {count:,} || all params: {total:,} || trainable%: {100 * count / total:.4f}\n"
+    assert capsys.readouterr().out == wanted
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (torch.zeros(3, 4, VISION + 1), ValueError, r"image_features: wanted width vision_dim = 12, got \(3, 4, 13\)"),
+        (torch.zeros(3, 11, VISION), ValueError, "image_features: 11 visual tokens do not fit 10 slots"),
+        (torch.zeros(4, VISION), ValueError, r"image_features: wanted \(B, n, 12\), got \(4, 12\)"),
+        (torch.zeros(2, 4, VISION), ValueError, "image_features: 2 images for 3 samples.*visual_index"),
+        (torch.zeros(3, 4, VISION, dtype=torch.int64), TypeError, "wanted floating-point features.*pixel_values"),
+        ([None, None], ValueError, "2 images for 3 samples"),
+        ([None, torch.zeros(4, 5), None], ValueError, r"image_features\[1\]: wanted width vision_dim = 12"),
+        (
+            [None, torch.zeros(1, 4, VISION), None],
+            ValueError,
+            r"image_features\[1\]: wanted \(n, 12\), got \(1, 4, 12\)",
+        ),
+        (
+            [[torch.zeros(6, VISION)] * 2, None, None],
+            ValueError,
+            r"image_features\[0\]: 12 visual tokens do not fit 10",
+        ),
+        (
+            [[torch.zeros(6, VISION), 3], None, None],
+            TypeError,
+            r"image_features\[0\]: wanted a tensor, a list of tensors",
+        ),
+        ([[torch.zeros(VISION)], None, None], ValueError, r"image_features\[0\]\[0\]: wanted \(n, 12\), got \(12,\)"),
+        ("image.png", TypeError, "image_features: wanted a tensor, a list with one entry per sample or None, got str"),
+    ],
+)
+def test_images_that_do_not_fit(images: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        _logits(wrapped(), images)
+
+
+def test_arguments_that_do_not_fit() -> None:
+    model = wrapped()
+    with pytest.raises(ValueError, match="image_features and visual_core were given"):
+        _logits(model, features(4, 0, 10), visual_core=torch.zeros(3, 10, 8))
+    with pytest.raises(ValueError, match=r"visual_core: wanted \(B, 10, 8\) from encode_images, got \(3, 10, 9\)"):
+        _logits(model, None, visual_core=torch.zeros(3, 10, 9))
+    with pytest.raises(ValueError, match="visual_core: 1 images for 3 samples"):
+        _logits(model, None, visual_core=torch.zeros(1, 10, 8))
+    with pytest.raises(ValueError, match="visual_index: wanted 3 integers, one per sample, got"):
+        _logits(model, features(4), visual_index=torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match="visual_index: wanted values in"):
+        _logits(model, features(4), visual_index=torch.tensor([0, 0, 1]))
+    with pytest.raises(ValueError, match="pixel_values: wanted a MemVPModel with vision_model="):
+        model(input_ids=tokens(3), pixel_values=torch.zeros(3, 3, 8, 8))
+    with pytest.raises(ValueError, match="wanted image_features or pixel_values, got neither"):
+        model.encode_images()
+    with pytest.raises(TypeError, match="config: wanted a MemVPConfig, got dict"):
+        MemVPModel(language_model(), {})  # type: ignore[arg-type]
+
+
+def test_wide_positions_follow_a_float64_base() -> None:
+    assert with_memory(language_model().double()).key_position.dtype == torch.float64
+    assert with_memory(language_model().half()).key_position.dtype == torch.float32
+    assert isinstance(wrapped().memory.key_position, nn.Parameter)
