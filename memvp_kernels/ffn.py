@@ -14,6 +14,10 @@ __all__ = ["fused_ffn"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
+#: Whose gradient needs the pre-activations, and whose the scores.
+_THROUGH_HIDDEN = ("x", "key", "value", "gate", "key_bias", "gate_bias")
+_THROUGH_SCORES = ("x", "visual_key", "visual_value", "visual_basis", "key_position", "value_position")
+
 
 def fused_ffn(
     x: Tensor,
@@ -114,7 +118,8 @@ def fused_ffn(
         _autocast(tensors, torch.get_autocast_dtype(x.device.type))
     check_tensors(tensors)
     require(backend, x.device)
-    seed = draw_seed(x.device) if dropout_p > 0 and visual_key is not None else None
+    if dropout_p > 0 and visual_key is not None:
+        tensors["seed"] = draw_seed(x.device)
     scalars = {
         "activation": activation,
         "visual_activation": visual_activation or activation,
@@ -122,21 +127,17 @@ def fused_ffn(
         "dropout_p": dropout_p,
     }
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
-    keep = training and not recompute
-    save_hidden = (
-        keep and key is not None and _requires_grad(tensors, "x", "key", "value", "gate", "key_bias", "gate_bias")
-    )
-    save_scores = keep and visual_key is not None and _requires_grad(
-        tensors, "x", "visual_key", "visual_value", "visual_basis", "key_position", "value_position"
-    )  # fmt: skip
     if not training and _plain(tensors):
-        return ops.run_forward(tensors, seed, scalars, False, False, False, backend)[0]
-    y, _, _ = ops.forward_op(*tensors.values(), seed, *scalars.values(), save_hidden, save_scores, training, backend)
-    return y
+        return ops.run_forward(tensors, scalars, 0, False, backend)[0]
+    keep = 0
+    if training and not recompute:
+        keep |= ops.KEEP_HIDDEN * (key is not None and _requires_grad(tensors, _THROUGH_HIDDEN))
+        keep |= ops.KEEP_SCORES * (visual_key is not None and _requires_grad(tensors, _THROUGH_SCORES))
+    return ops.forward_op(*ops.pack(tensors), *scalars.values(), keep, training, backend)[0]
 
 
-def _requires_grad(tensors: dict[str, Tensor | None], *names: str) -> bool:
-    return any((t := tensors[n]) is not None and t.requires_grad for n in names)
+def _requires_grad(tensors: dict[str, Tensor | None], names: tuple[str, ...]) -> bool:
+    return any(t is not None and t.requires_grad for t in map(tensors.get, names))
 
 
 def _plain(tensors: dict[str, Tensor | None]) -> bool:

@@ -1,12 +1,13 @@
 """The operator as PyTorch sees it: two registered ops, forward and backward, and a direct road past the dispatcher.
 
-Arguments cross the ops flat and in one order (`TENSORS`), each side makes the same :class:`Problem` of them, and the backend is
+Arguments cross the ops as a list of the tensors that are there, each side makes the same :class:`Problem` of them, and the backend is
 chosen inside, where real tensors are. What is kept for the backward besides the inputs is the pre-activations and the scores.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,12 +18,13 @@ from memvp_kernels.arguments import TENSORS, check_values
 from memvp_kernels.choose import choose
 from memvp_kernels.problem import Problem, Segments
 
-__all__ = ["DIFFERENTIABLE", "backward_op", "forward_op", "run_forward"]
+__all__ = ["KEEP_HIDDEN", "KEEP_SCORES", "backward_op", "forward_op", "pack", "run_forward"]
 
-#: Arguments with a gradient from the backward op, in its order; residual's is the output's own.
-DIFFERENTIABLE = tuple(
-    name for name in TENSORS if name not in ("residual", "visual_lengths", "visual_index", "cu_seqlens")
-)
+#: What the forward keeps for the backward, as bits.
+KEEP_HIDDEN, KEEP_SCORES = 1, 2
+
+#: Every tensor that crosses an op, by the bit that says whether it does; pre and scores only on the way back.
+_CROSSING = (*TENSORS, "seed", "pre", "scores")
 _SCALARS = ("activation", "visual_activation", "visual_scale", "dropout_p")
 
 
@@ -35,9 +37,9 @@ def _rows(t: Tensor | None, width: int) -> Tensor | None:
     return None if t is None else t.reshape(math.prod(t.shape[:-1]), width)
 
 
-def normalise(tensors: dict[str, Tensor | None], seed: Tensor | None, scalars: dict[str, Any]) -> Problem:
-    """Checked arguments to a Problem: x as rows, memory as (R, M, ·), empty memory as none."""
-    x = tensors["x"]
+def normalise(tensors: Mapping[str, Tensor | None], scalars: Mapping[str, Any]) -> Problem:
+    """Checked arguments (and dropout's seed) to a Problem: x as rows, memory as (R, M, ·), empty memory as none."""
+    x, seed = tensors["x"], tensors.get("seed")
     assert x is not None
     width = x.shape[-1]
     rows = math.prod(x.shape[:-1])
@@ -79,132 +81,125 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def run_forward(
-    tensors: dict[str, Tensor | None],
-    seed: Tensor | None,
-    scalars: dict[str, Any],
-    save_hidden: bool,
-    save_scores: bool,
+    tensors: Mapping[str, Tensor | None],
+    scalars: Mapping[str, Any],
+    keep: int,
     training: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Forward on real tensors, without the dispatcher: y like x, and what the backward keeps."""
     x = tensors["x"]
     assert x is not None
-    problem = normalise(tensors, seed, scalars)
+    problem = normalise(tensors, scalars)
     check_values(problem)
     module = choose(problem, backend, training=training)
     if problem.rows == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format), None, None
     with _without_autocast(x.device):
-        y, pre, scores = module.forward(problem, save_hidden=save_hidden, save_scores=save_scores)
+        y, pre, scores = module.forward(
+            problem, save_hidden=bool(keep & KEEP_HIDDEN), save_scores=bool(keep & KEEP_SCORES)
+        )
     return y.reshape(x.shape), pre, scores
 
 
-def _bind(tensors: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
-    return dict(zip(TENSORS, tensors, strict=True))
+def pack(tensors: Mapping[str, Tensor | None]) -> tuple[list[Tensor], int]:
+    """What crosses an op: the tensors that are there, and a bit for each name in `_CROSSING` that says which.
+
+    A list, because PyTorch's Python dispatch walks the schema once per argument: with two dozen arguments that alone took
+    0.2 ms a call.
+    """
+    there, present = [], 0
+    for bit, name in enumerate(_CROSSING):
+        t = tensors.get(name)
+        if t is not None:
+            there.append(t)
+            present |= 1 << bit
+    return there, present
+
+
+def _unpack(tensors: Sequence[Tensor], present: int) -> dict[str, Tensor | None]:
+    found = iter(tensors)
+    return {name: next(found) if present >> bit & 1 else None for bit, name in enumerate(_CROSSING)}
+
+
+def _kept_shapes(tensors: Mapping[str, Tensor | None], keep: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Shapes of the pre-activations and the scores; (0,) for what isn't kept."""
+    x, key, visual_key = tensors["x"], tensors["key"], tensors["visual_key"]
+    assert x is not None
+    rows = math.prod(x.shape[:-1])
+    pre = (1 if tensors["gate"] is None else 2, rows, key.shape[0]) if keep & KEEP_HIDDEN and key is not None else (0,)
+    scores = (rows, visual_key.shape[-2]) if keep & KEEP_SCORES and visual_key is not None else (0,)
+    return pre, scores
 
 
 @torch.library.custom_op("memvp_kernels::ffn_forward", mutates_args=())
 def forward_op(
-    x: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    visual_key: Tensor | None,
-    visual_value: Tensor | None,
-    visual_basis: Tensor | None,
-    gate: Tensor | None,
-    key_bias: Tensor | None,
-    gate_bias: Tensor | None,
-    value_bias: Tensor | None,
-    key_position: Tensor | None,
-    value_position: Tensor | None,
-    residual: Tensor | None,
-    visual_lengths: Tensor | None,
-    visual_index: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
+    tensors: list[Tensor],
+    present: int,
     activation: str,
     visual_activation: str,
     visual_scale: float,
     dropout_p: float,
-    save_hidden: bool,
-    save_scores: bool,
+    keep: int,
     training: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, pre-activations or empty, scores or empty)."""
-    tensors = _bind((x, key, value, visual_key, visual_value, visual_basis, gate, key_bias, gate_bias, value_bias,
-                     key_position, value_position, residual, visual_lengths, visual_index, cu_seqlens))  # fmt: skip
+    """(y, pre-activations or empty, scores or empty); `keep` is a sum of `KEEP_HIDDEN` and `KEEP_SCORES`."""
+    bound = _unpack(tensors, present)
     scalars = dict(zip(_SCALARS, (activation, visual_activation, visual_scale, dropout_p), strict=True))
-    y, pre, scores = run_forward(tensors, seed, scalars, save_hidden, save_scores, training, backend)
-    shapes = _kept_shapes(tensors, save_hidden, save_scores)
-    kept = [t if t is not None else x.new_empty(shape) for t, shape in zip((pre, scores), shapes, strict=True)]
-    return y, kept[0], kept[1]
-
-
-def _kept_shapes(
-    tensors: dict[str, Tensor | None], save_hidden: bool, save_scores: bool
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    x, key, visual_key = tensors["x"], tensors["key"], tensors["visual_key"]
-    assert x is not None
-    rows = math.prod(x.shape[:-1])
-    pre = (1 if tensors["gate"] is None else 2, rows, key.shape[0]) if save_hidden and key is not None else (0,)
-    scores = (rows, visual_key.shape[-2]) if save_scores and visual_key is not None else (0,)
-    return pre, scores
+    y, *kept = run_forward(bound, scalars, keep, training, backend)
+    pre, scores = (
+        tensors[0].new_empty(shape) if t is None else t
+        for t, shape in zip(kept, _kept_shapes(bound, keep), strict=True)
+    )
+    return y, pre, scores
 
 
 @forward_op.register_fake
-def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = _bind((x, *rest[: len(TENSORS) - 1]))
-    save_hidden, save_scores = rest[-4], rest[-3]
-    pre, scores = _kept_shapes(tensors, save_hidden, save_scores)
+def _(
+    tensors: list[Tensor],
+    present: int,
+    activation: str,
+    visual_activation: str,
+    visual_scale: float,
+    dropout_p: float,
+    keep: int,
+    training: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = tensors[0]
+    pre, scores = _kept_shapes(_unpack(tensors, present), keep)
     return x.new_empty(x.shape), x.new_empty(pre), x.new_empty(scores)
 
 
 @torch.library.custom_op("memvp_kernels::ffn_backward", mutates_args=())
 def backward_op(
     grad: Tensor,
-    x: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    visual_key: Tensor | None,
-    visual_value: Tensor | None,
-    visual_basis: Tensor | None,
-    gate: Tensor | None,
-    key_bias: Tensor | None,
-    gate_bias: Tensor | None,
-    value_bias: Tensor | None,
-    key_position: Tensor | None,
-    value_position: Tensor | None,
-    visual_lengths: Tensor | None,
-    visual_index: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    pre: Tensor | None,
-    scores: Tensor | None,
+    tensors: list[Tensor],
+    present: int,
     activation: str,
     visual_activation: str,
     visual_scale: float,
     dropout_p: float,
-    needs: list[bool],
+    needs: int,
     backend: str,
 ) -> list[Tensor]:
-    """The gradients of `DIFFERENTIABLE` for which `needs` is true, in that order."""
-    tensors = _bind((x, key, value, visual_key, visual_value, visual_basis, gate, key_bias, gate_bias, value_bias,
-                     key_position, value_position, None, visual_lengths, visual_index, cu_seqlens))  # fmt: skip
+    """The gradients of the tensors whose bit is set in `needs`, in the order of `_CROSSING`."""
+    bound = _unpack(tensors, present)
     scalars = dict(zip(_SCALARS, (activation, visual_activation, visual_scale, dropout_p), strict=True))
-    wanted = [name for name, need in zip(DIFFERENTIABLE, needs, strict=True) if need]
-    problem = normalise(tensors, seed, scalars)
+    problem = normalise(bound, scalars)
+    wanted = [name for bit, name in enumerate(_CROSSING) if needs >> bit & 1]
     # An empty memory was dropped from the problem: its gradients are zeros.
-    present = frozenset(n for n in wanted if getattr(problem, n) is not None)
+    known = frozenset(n for n in wanted if getattr(problem, n) is not None)
     grads: dict[str, Tensor] = {}
-    if problem.rows and present:
-        with _without_autocast(x.device):
+    if problem.rows and known:
+        with _without_autocast(grad.device):
             module = choose(problem, backend, training=True)
-            grads = module.backward(problem, grad.reshape(problem.rows, problem.width), pre, scores, present)
+            flat = grad.reshape(problem.rows, problem.width)
+            grads = module.backward(problem, flat, bound["pre"], bound["scores"], known)
     out = []
     for name in wanted:
-        argument = tensors[name]
+        argument = bound[name]
         assert argument is not None
         found = grads.get(name)
         out.append(argument.new_zeros(argument.shape) if found is None else found.reshape(argument.shape).contiguous())
@@ -212,52 +207,48 @@ def backward_op(
 
 
 @backward_op.register_fake
-def _(grad: Tensor, *rest: Any) -> list[Tensor]:
-    arguments = dict(zip([n for n in TENSORS if n != "residual"], rest[: len(TENSORS) - 1], strict=True))
-    needs = rest[-2]
-    return [arguments[n].new_empty(arguments[n].shape) for n, need in zip(DIFFERENTIABLE, needs, strict=True) if need]
+def _(
+    grad: Tensor,
+    tensors: list[Tensor],
+    present: int,
+    activation: str,
+    visual_activation: str,
+    visual_scale: float,
+    dropout_p: float,
+    needs: int,
+    backend: str,
+) -> list[Tensor]:
+    bound = _unpack(tensors, present)
+    wanted = [bound[name] for bit, name in enumerate(_CROSSING) if needs >> bit & 1]
+    return [t.new_empty(t.shape) for t in wanted if t is not None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    tensors = list(inputs[: len(TENSORS)])
-    tensors[TENSORS.index("residual")] = None
+    tensors, present, *scalars, keep, _, backend = inputs
     _, pre, scores = output
     ctx.mark_non_differentiable(pre, scores)
     ctx.set_materialize_grads(False)
-    # An empty tensor stands for "not kept": the backward forms it again.
-    ctx.save_for_backward(*tensors, inputs[len(TENSORS)], pre if inputs[-4] else None, scores if inputs[-3] else None)
-    ctx.scalars = inputs[len(TENSORS) + 1 : len(TENSORS) + 1 + len(_SCALARS)]
-    ctx.backend = inputs[-1]
+    saved = _unpack(tensors, present)
+    saved["residual"] = None  # its gradient is the output's own
+    saved["pre"] = pre if keep & KEEP_HIDDEN else None
+    saved["scores"] = scores if keep & KEEP_SCORES else None
+    flat, ctx.saved = pack(saved)
+    ctx.save_for_backward(*flat)
+    ctx.present, ctx.scalars, ctx.backend = present, scalars, backend
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    arguments = dict.fromkeys(
-        (
-            *TENSORS,
-            "seed",
-            "activation",
-            "visual_activation",
-            "visual_scale",
-            "dropout_p",
-            "save_hidden",
-            "save_scores",
-            "training",
-            "backend",
-        )
-    )
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    rest = (None,) * 8
+    names = [name for bit, name in enumerate(_CROSSING) if ctx.present >> bit & 1]
     if grad is None:
-        return tuple(arguments.values())
-    saved = ctx.saved_tensors
-    tensors = _bind(saved[: len(TENSORS)])
-    wants = dict(zip(TENSORS, ctx.needs_input_grad, strict=False))
-    needs = [bool(wants[n]) for n in DIFFERENTIABLE]
-    if any(needs):
-        flat = [t for n, t in tensors.items() if n != "residual"]
-        found = iter(backward_op(grad, *flat, *saved[len(TENSORS) :], *ctx.scalars, needs, ctx.backend))
-        arguments.update((n, next(found)) for n, need in zip(DIFFERENTIABLE, needs, strict=True) if need)
-    if wants["residual"]:
-        arguments["residual"] = grad
-    return tuple(arguments.values())
+        return [None] * len(names), *rest
+    wants = dict(zip(names, ctx.needs_input_grad[0], strict=True))
+    residual = grad if wants.pop("residual", False) else None
+    needs = sum(1 << _CROSSING.index(name) for name, want in wants.items() if want)
+    found = iter(
+        backward_op(grad, list(ctx.saved_tensors), ctx.saved, *ctx.scalars, needs, ctx.backend) if needs else ()
+    )
+    return [residual if n == "residual" else next(found) if wants[n] else None for n in names], *rest
 
 
 forward_op.register_autograd(_backward, setup_context=_setup_context)

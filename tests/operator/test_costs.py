@@ -69,7 +69,7 @@ _IN_PLACE = {
 def flops(a: dict[str, Any], needs: set[str]) -> int:
     tensors = {n: a.get(n) for n in ("x", *yardstick.FLOATING, "visual_lengths", "visual_index", "cu_seqlens")}
     scalars = {"activation": "silu", "visual_activation": "silu", "visual_scale": 1.0, "dropout_p": 0.0}
-    problem = normalise(tensors, None, scalars)
+    problem = normalise(tensors, scalars)
     _, pre, scores = eager.forward(problem, save_hidden=True, save_scores=True)
     with FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
         eager.backward(problem, torch.randn(problem.rows, problem.width), pre, scores, frozenset(needs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memvp_kernels import fused_ffn, ffn
+from memvp_kernels import ffn, fused_ffn
 from memvp_kernels.philox import draw_seed, keep_mask, philox4x32
 from tests import cases, yardstick
 

@@ -11,7 +11,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from memvp_kernels import fused_ffn, ops
-from memvp_kernels.arguments import TENSORS
 from tests import cases, yardstick
 
 FORMS = [
@@ -29,31 +28,29 @@ def leaves(a: dict[str, Any], *names: str) -> dict[str, Any]:
     return {n: v.detach().clone().requires_grad_() if n in chosen else v for n, v in a.items()}
 
 
-def flat(a: dict[str, Any], *, save: bool) -> tuple[Any, ...]:
-    seed = torch.tensor([5]) if a.get("dropout_p") else None
-    return (*(a.get(n) for n in TENSORS), seed, "silu", "silu", 0.5, a.get("dropout_p", 0.0), save, save, True, "torch")
+SCALARS = ("silu", "silu", 0.5)
+KEEP = ops.KEEP_HIDDEN | ops.KEEP_SCORES
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_opcheck_forward(name: str) -> None:
-    torch.library.opcheck(ops.forward_op, flat(leaves(cases.build(name, torch.float32)), save=True))
+    a = leaves(cases.build(name, torch.float32))
+    torch.library.opcheck(ops.forward_op, (*ops.pack(a), *SCALARS, 0.0, KEEP, True, "torch"))
 
 
 def test_opcheck_forward_with_dropout_and_nothing_kept() -> None:
-    a = leaves(cases.build("index-factored", torch.float32)) | {"dropout_p": 0.3}
-    torch.library.opcheck(ops.forward_op, flat(a, save=False))
+    a = leaves(cases.build("index-factored", torch.float32)) | {"seed": torch.tensor([5])}
+    torch.library.opcheck(ops.forward_op, (*ops.pack(a), *SCALARS, 0.3, 0, True, "torch"))
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_opcheck_backward(name: str) -> None:
     a = cases.build(name, torch.float32)
-    _, pre, scores = ops.forward_op(*flat(a, save=True))
-    needs = [a.get(n) is not None for n in ops.DIFFERENTIABLE]
-    tensors = [a.get(n) for n in TENSORS if n != "residual"]
-    torch.library.opcheck(
-        ops.backward_op,
-        (torch.randn_like(a["x"]), *tensors, None, pre, scores, "silu", "silu", 0.5, 0.0, needs, "torch"),
-    )
+    _, pre, scores = ops.forward_op(*ops.pack(a), *SCALARS, 0.0, KEEP, True, "torch")
+    kept = {"residual": None, "pre": pre if pre.numel() else None, "scores": scores if scores.numel() else None}
+    _, needs = ops.pack({n: a.get(n) for n in yardstick.FLOATING if n != "residual"})
+    arguments = (torch.randn_like(a["x"]), *ops.pack(a | kept), *SCALARS, 0.0, needs, "torch")
+    torch.library.opcheck(ops.backward_op, arguments)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
