@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+import memvp_kernels
+
 __all__ = ["UNKNOWN_COMMIT", "commit", "device_name", "environment", "slug"]
 
 UNKNOWN_COMMIT = "unknown"
@@ -33,7 +35,7 @@ def environment(device: torch.device, program: str) -> dict[str, Any]:
         "commit": commit(),
         "device": device_name(device),
         "device_type": device.type,
-        "memvp_kernels": _package_version("memvp-kernels") or _source_version(),
+        "memvp_kernels": memvp_kernels.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
@@ -63,7 +65,17 @@ def commit() -> str:
         return os.environ.get("MEMVP_COMMIT", UNKNOWN_COMMIT)
     # Results do not count as changes: a run that wrote latency.json may be followed by one that writes training.json.
     changed = _first_line(
-        [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!benchmarks/REPORT.md", ":!README.md"]
+        [
+            *git,
+            "status",
+            "--porcelain",
+            "--untracked-files=no",
+            "--",
+            ".",
+            ":!benchmarks/results",
+            ":!benchmarks/REPORT.md",
+            ":!README.md",
+        ]
     )
     return head + ("-dirty" if changed else "")
 
@@ -90,13 +102,6 @@ def _package_version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _source_version() -> str:
-    """The version of a package that is run from its checkout without being installed."""
-    project = _REPOSITORY / "pyproject.toml"
-    found = re.search(r'^version\s*=\s*"([^"]+)"', project.read_text(), re.MULTILINE) if project.exists() else None
-    return found.group(1) if found else "source"
 
 
 def _first_line(command: list[str]) -> str | None:

@@ -33,7 +33,10 @@ def tensor_bytes(*tensors: torch.Tensor | None) -> int:
 
 
 def _cpu_peak(call: Callable[[], object]) -> int | None:
-    with _quiet_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+    with (
+        _quiet_stderr(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record,
+    ):
         result = call()
     del result
     try:

@@ -51,4 +51,5 @@ PRESETS = {
     "llama-7b": Preset(width=4096, pairs=11008, heads=32, kv_heads=32, layers=32, vocabulary=32000, slots=320),
     "llama-13b": Preset(width=5120, pairs=13824, heads=40, kv_heads=40, layers=40, vocabulary=32000, slots=400),
     "llama3-8b": Preset(width=4096, pairs=14336, heads=32, kv_heads=8, layers=32, vocabulary=128256, slots=320),
+    "llama-70b": Preset(width=8192, pairs=28672, heads=64, kv_heads=8, layers=80, vocabulary=32000, slots=400),
 }

@@ -22,7 +22,7 @@ def measure_roofs(device: torch.device, dtype: torch.dtype, *, samples: int = 20
     """
     big = device.type == "cuda"
     side = 8192 if big else 1024
-    stream_bytes = 2 * 2**30 if big else 256 * 2**20
+    stream_bytes = 2 * 2**30 if big else 128 * 2**20
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = torch.empty(side, side, dtype=dtype, device=device)
     source = torch.randn(stream_bytes // 4, device=device)

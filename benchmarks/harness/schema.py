@@ -117,14 +117,18 @@ def _row_problems(row: Mapping[str, Any]) -> list[str]:
     found = []
     status = row["status"]
     if status == "ok":
-        found += [f"status ok without {name}" for name in (*_TIMES, "error", "error_allowed", "samples") if row[name] is None]
+        found += [
+            f"status ok without {name}" for name in (*_TIMES, "error", "error_allowed", "samples") if row[name] is None
+        ]
         if not found:
             if not row["error"] <= row["error_allowed"]:
                 found.append(f"status ok, but its error {row['error']} is over the allowed {row['error_allowed']}")
             if not row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]:
                 found.append(f"percentiles out of order: {[row[name] for name in _TIMES]}")
     else:
-        found += [f"status {status}, but it gives {name}" for name in (*_TIMES, "speedup_vs_prompt") if row[name] is not None]
+        found += [
+            f"status {status}, but it gives {name}" for name in (*_TIMES, "speedup_vs_prompt") if row[name] is not None
+        ]
         if not row.get("reason"):
             found.append(f"status {status} without a reason")
     return found

@@ -16,7 +16,7 @@ Call = Callable[[], object]
 #: A sample shorter than this is mostly clock resolution and launch overhead, so short calls are repeated within one sample.
 SHORTEST_SAMPLE_MS = {"cpu": 1.0, "cuda": 1.0}
 #: Operands are rotated until together they are this many times the last-level cache.
-CACHE_MULTIPLE = 10
+CACHE_MULTIPLE = {"cpu": 4, "cuda": 10}
 CPU_CACHE_BYTES = 32 * 2**20
 MOST_OPERAND_SETS = 64
 
@@ -51,7 +51,7 @@ def operand_sets(set_bytes: int, device: torch.device, *, memory_limit: int | No
     if memory_limit is None:
         memory_limit = 2**30
     set_bytes = max(set_bytes, 1)
-    wanted = math.ceil(CACHE_MULTIPLE * cache / set_bytes)
+    wanted = math.ceil(CACHE_MULTIPLE[device.type] * cache / set_bytes)
     return max(1, min(wanted, memory_limit // set_bytes, MOST_OPERAND_SETS))
 
 

@@ -1,0 +1,150 @@
+"""Options that the benchmark programs share, and what they fall back to on the device at hand."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from harness.presets import PRESETS, Preset
+
+__all__ = ["Setting", "common_parser", "settle"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_OUT = Path("out")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The options, with every default filled in.
+
+    Attributes:
+        device, dtype: measured.
+        preset_name, preset: the model's shape.
+        layers: decoder layers of the stack.
+        batch, text_length, visual_tokens: the values of each to run.
+        samples: per variant.
+        compiled: whether torch.compile forms take part.
+        only: names of variants to run, or None for all.
+        seconds: no case is begun after this many seconds; None: no limit.
+        json, plot: files to write; None: not.
+        quiet: no progress bar.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    preset_name: str
+    preset: Preset
+    layers: int
+    batch: tuple[int, ...]
+    text_length: tuple[int, ...]
+    visual_tokens: tuple[int, ...]
+    samples: int
+    compiled: bool
+    only: tuple[str, ...] | None
+    seconds: float | None
+    json: Path | None
+    plot: Path | None
+    quiet: bool
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def element(self) -> int:
+        """Bytes of one number."""
+        return self.dtype.itemsize
+
+    def wants(self, variant: str) -> bool:
+        """Whether `--variants` lets it take part; the baseline of the speedup always does."""
+        return self.only is None or variant in self.only or variant == "prompt"
+
+
+def common_parser(description: str, *, program: str) -> argparse.ArgumentParser:
+    """A parser with the shared options."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "--preset", choices=sorted(PRESETS), help="model shape (default: llama-7b on a GPU, tiny on a CPU)"
+    )
+    parser.add_argument("--batch", type=_positive, nargs="+", metavar="S", help="sequences, each with its own image")
+    parser.add_argument("--text-length", type=_positive, nargs="+", metavar="T", help="text tokens of each sequence")
+    parser.add_argument("--visual-tokens", type=_positive, nargs="+", metavar="n", help="tokens of an image")
+    parser.add_argument(
+        "--layers", type=_positive, help="decoder layers of the model (default: the preset's; 8 at most on a CPU)"
+    )
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these, and the prompt-length one")
+    parser.add_argument(
+        "--samples", type=_positive, default=20, help="samples per variant; the report takes 20 or more"
+    )
+    compiled = parser.add_mutually_exclusive_group()
+    compiled.add_argument(
+        "--compile",
+        dest="compiled",
+        action="store_true",
+        default=None,
+        help="with torch.compile forms (default on a GPU)",
+    )
+    compiled.add_argument("--no-compile", dest="compiled", action="store_false", default=None)
+    parser.add_argument("--seconds", type=float, help="begin no case after this many seconds")
+    parser.add_argument("--json", type=Path, default=_OUT / f"{program}.json", help="result file; 'none' writes none")
+    parser.add_argument("--plot", type=Path, default=_OUT / f"{program}.png", help="picture; 'none' draws none")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def settle(
+    options: argparse.Namespace,
+    *,
+    cpu: dict[str, tuple[int, ...]],
+    cuda: dict[str, tuple[int, ...]],
+) -> Setting:
+    """Fills in what was not asked for.
+
+    Args:
+        options: parsed.
+        cpu, cuda: values of batch, text_length and visual_tokens on either device.
+    """
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            sys.exit("--device: wanted a GPU, but PyTorch sees none; leave the option out to run on the CPU")
+        torch.cuda.set_device(device)
+        device = torch.device("cuda", torch.cuda.current_device())
+    on_gpu = device.type == "cuda"
+    name = options.preset or ("llama-7b" if on_gpu else "tiny")
+    preset = PRESETS[name]
+    defaults = cuda if on_gpu else cpu
+    return Setting(
+        device=device,
+        dtype=DTYPES[options.dtype or ("bfloat16" if on_gpu else "float32")],
+        preset_name=name,
+        preset=preset,
+        layers=options.layers or (preset.layers if on_gpu else min(preset.layers, 8)),
+        batch=tuple(options.batch or defaults["batch"]),
+        text_length=tuple(options.text_length or defaults["text_length"]),
+        visual_tokens=tuple(options.visual_tokens or defaults["visual_tokens"]),
+        samples=options.samples,
+        compiled=on_gpu if options.compiled is None else options.compiled,
+        only=tuple(options.variants) if options.variants else None,
+        seconds=options.seconds,
+        json=_path(options.json),
+        plot=_path(options.plot),
+        quiet=options.quiet,
+    )
+
+
+def _path(path: Path) -> Path | None:
+    return None if str(path) == "none" else path
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"wanted at least 1, got {number}")
+    return number

@@ -1,0 +1,252 @@
+"""What each GPU holds, computes and sends when MemVP trains or serves over several: the counts behind docs/scaling.md.
+
+Everything here is arithmetic on shapes; the tests hold the formulas against runs of a small model whose collectives, parameters
+and quantised weights are counted as they happen. Bytes "moved" are what one GPU sends under the ring algorithms that NCCL uses for
+large messages: (n - 1) / n of an all-gather's or reduce-scatter's whole tensor, twice that for an all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from harness.presets import Preset
+from harness.rooflines import FFNShape, training_step
+
+__all__ = [
+    "MODES",
+    "Collective",
+    "Layout",
+    "adapter_parameters",
+    "base_bytes",
+    "base_parameters",
+    "decode_collectives",
+    "held",
+    "image_bytes",
+    "prompt_bytes",
+    "slots_overhead",
+    "training_collectives",
+    "training_flops",
+]
+
+#: ddp    the frozen base on every GPU, the adapter under DistributedDataParallel
+#: fsdp2  the base sharded by fully_shard, layer by layer, the adapter under DistributedDataParallel
+#: tp     the base split over the GPUs of a node, each node (or part of one) a replica, the memory's slots split with it
+MODES = ("ddp", "fsdp2", "tp")
+
+_GPUS_PER_NODE = 8
+_FLOAT32 = 4
+_ADAM_STATES = 4  # float32 numbers per trained parameter: itself, its gradient, two moments
+
+#: bitsandbytes nf4: half a byte per weight and one float32 scale per block of 64, before double quantisation.
+_NF4_BYTES = 0.5 + _FLOAT32 / 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the GPUs are used.
+
+    Attributes:
+        mode: one of MODES.
+        gpus: all of them.
+    """
+
+    mode: str
+    gpus: int
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode: wanted one of {', '.join(MODES)}, got {self.mode!r}")
+
+    @property
+    def tensor(self) -> int:
+        """GPUs that share the work on the same tokens."""
+        return min(self.gpus, _GPUS_PER_NODE) if self.mode == "tp" else 1
+
+    @property
+    def data(self) -> int:
+        """Groups of GPUs that each see their own part of the batch."""
+        return self.gpus // self.tensor
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of message.
+
+    Attributes:
+        name: what for.
+        kind: "all-reduce" or "all-gather".
+        payload: bytes of the whole tensor (reduced, or after the gathering).
+        group: GPUs that take part.
+        times: per step.
+    """
+
+    name: str
+    kind: str
+    payload: int
+    group: int
+    times: int
+
+    @property
+    def moved(self) -> float:
+        """Bytes that each GPU sends per step."""
+        passes = 2 if self.kind == "all-reduce" else 1
+        return passes * (self.group - 1) / self.group * self.payload * self.times
+
+
+def layer_parameters(preset: Preset) -> int:
+    """Matrices of one decoder layer: q, k, v, o, gate, up, down."""
+    d = preset.width
+    return 2 * d * d + 2 * d * preset.kv_width + 3 * d * preset.pairs
+
+
+def outside_parameters(preset: Preset) -> int:
+    """What belongs to no layer: embeddings, head (untied), final norm."""
+    return 2 * preset.vocabulary * preset.width + preset.width
+
+
+def base_parameters(preset: Preset) -> int:
+    """All of the frozen language model."""
+    return preset.layers * (layer_parameters(preset) + 2 * preset.width) + outside_parameters(preset)
+
+
+def adapter_parameters(preset: Preset) -> int:
+    """What MemVP trains: the projector, and one (p^k, p^v) for all layers."""
+    d, inner = preset.width, preset.projector_width
+    return preset.vision_width * inner + inner + inner * d + d + 2 * preset.slots * d
+
+
+def base_bytes(preset: Preset, *, element: int = 2, nf4: bool = False) -> float:
+    """The base at rest; nf4 quantises the layers' matrices and leaves embeddings, head and norms as they are."""
+    if not nf4:
+        return base_parameters(preset) * element
+    matrices = preset.layers * layer_parameters(preset)
+    return matrices * _NF4_BYTES + (base_parameters(preset) - matrices) * element
+
+
+def held(
+    preset: Preset, layout: Layout, *, sequences: int, length: int, element: int = 2, nf4: bool = False
+) -> dict[str, float]:
+    """Bytes that one GPU holds at the widest point of a training step with activation checkpointing.
+
+    Args:
+        preset: the model.
+        layout: of the GPUs.
+        sequences: per GPU (a tensor-parallel group runs those of all its members).
+        length: tokens of each.
+        element: bytes of a number of the base.
+        nf4: the base in 4 bits (ddp only; fsdp2 and tp are counted in `element`).
+
+    Returns:
+        "base", "gathered" (layers whole for the moment: the running one and the one fetched ahead, and what is outside the
+        layers), "adapter" (with gradient and Adam's moments, float32) and "activations" (one input kept per layer).
+    """
+    rows = sequences * layout.tensor * length
+    base = base_bytes(preset, element=element, nf4=nf4 and layout.mode == "ddp")
+    gathered = 0.0
+    if layout.mode == "fsdp2" and layout.gpus > 1:
+        whole = 2 * (layer_parameters(preset) + 2 * preset.width) + outside_parameters(preset)
+        gathered = whole * element
+        base /= layout.gpus
+    elif layout.mode == "tp":
+        # the plan of transformers splits the matrices, the embeddings and the head; the norms are whole on every rank
+        split = preset.layers * layer_parameters(preset) + 2 * preset.vocabulary * preset.width
+        base = (base_parameters(preset) - split + split / layout.tensor) * element
+    return {
+        "base": base,
+        "gathered": gathered,
+        "adapter": float(adapter_parameters(preset) * _ADAM_STATES * _FLOAT32),
+        "activations": float(preset.layers * rows * preset.width * element),
+    }
+
+
+def training_collectives(
+    preset: Preset, layout: Layout, *, sequences: int, length: int, element: int = 2, visual_tokens: int = 0
+) -> Iterator[Collective]:
+    """Every message of one training step without checkpointing.
+
+    Args:
+        preset, layout, element: as in :func:`held`.
+        sequences: per GPU.
+        length: text tokens of each.
+        visual_tokens: of an image in the prompt instead of the memory; they run as tokens. 0: the image is in the memory.
+    """
+    adapter = adapter_parameters(preset) * _FLOAT32
+    if layout.data > 1:
+        yield Collective("adapter's gradients", "all-reduce", adapter, layout.data, 1)
+    if layout.mode == "fsdp2" and layout.gpus > 1:
+        layer = (layer_parameters(preset) + 2 * preset.width) * element
+        yield Collective("layer, forward and backward", "all-gather", layer, layout.gpus, 2 * preset.layers)
+        yield Collective("embeddings, head", "all-gather", outside_parameters(preset) * element, layout.gpus, 1)
+    if layout.tensor > 1:
+        yield from _tensor_parallel(preset, layout, sequences, length, element, visual_tokens)
+
+
+def _tensor_parallel(
+    preset: Preset, layout: Layout, sequences: int, length: int, element: int, visual_tokens: int
+) -> Iterator[Collective]:
+    n, tp, d = sequences * layout.tensor * (length + visual_tokens), layout.tensor, preset.width
+    rows = n * d * element
+    yield Collective("embeddings", "all-reduce", rows, tp, 1)
+    yield Collective("attention's and FFN's output", "all-reduce", rows, tp, 2 * preset.layers)
+    # Nothing below the first layer's memory trains, so its input has no gradient. transformers reduces the gradient of x once
+    # for each of q, k, v; the fused FFN once for gate, up and memory together.
+    yield Collective("gradients of q's, k's, v's input", "all-reduce", rows, tp, 3 * (preset.layers - 1))
+    yield Collective("gradient of the FFN's input", "all-reduce", rows, tp, preset.layers - 1)
+    yield Collective("logits", "all-gather", n * preset.vocabulary * element, tp, 1)
+    yield Collective("gradient of the head's input", "all-reduce", rows, tp, 1)
+    if not visual_tokens:
+        cores = sequences * tp * preset.slots * preset.rank * _FLOAT32
+        yield Collective("gradient of the cores", "all-gather", cores, tp, 1)
+        yield Collective("gradient of p^k, p^v", "all-gather", preset.slots * d * _FLOAT32, tp, 2)
+        yield Collective("gradient of the basis", "all-reduce", preset.rank * d * _FLOAT32, tp, 1)
+
+
+def decode_collectives(preset: Preset, layout: Layout, *, sequences: int, element: int = 2) -> Iterator[Collective]:
+    """Every message of one generated token for `sequences` sequences; the memory adds none in any mode."""
+    if layout.mode == "fsdp2" and layout.gpus > 1:
+        layer = (layer_parameters(preset) + 2 * preset.width) * element
+        yield Collective("layer", "all-gather", layer, layout.gpus, preset.layers)
+    if layout.tensor > 1:
+        rows = sequences * preset.width * element
+        yield Collective("embeddings", "all-reduce", rows, layout.tensor, 1)
+        yield Collective("attention's and FFN's output", "all-reduce", rows, layout.tensor, 2 * preset.layers)
+        yield Collective("logits", "all-gather", sequences * preset.vocabulary * element, layout.tensor, 1)
+
+
+def slots_overhead(preset: Preset, *, tensor: int) -> float:
+    """Work that the slot split repeats on each GPU, of what the memory's products cost it: x Wᵀ and u W run whole everywhere."""
+    d, m, r = preset.width, preset.slots, preset.rank
+    whole = 4 * d * (r + m) + 4 * m * r
+    split = 4 * d * (r + m / tensor) + 4 * m / tensor * r
+    return split / (whole / tensor) - 1
+
+
+def training_flops(preset: Preset, layout: Layout, *, sequences: int, length: int, form: str = "factored") -> float:
+    """FLOPs per GPU of one step without checkpointing, the slot split's repeated products included."""
+    shape = FFNShape.of(preset, sequences=sequences, tokens=length, visual_tokens=256, element=2)
+    flops = float(training_step(form, preset, shape, layers=preset.layers).flops)
+    if layout.tensor > 1 and form == "factored":
+        # Per token: x W^T and u W forward; dy W^T, t W, x W^T again and the two products of dW backward.
+        repeated = 14 * preset.width * preset.rank * sequences * length * preset.layers
+        flops += repeated * (layout.tensor - 1)
+    return flops
+
+
+def image_bytes(preset: Preset, *, visual_tokens: int = 256, element: int = 2, stored: bool = True) -> int:
+    """One image in memory, for all layers: its core.
+
+    Args:
+        preset: the model.
+        visual_tokens: of the image.
+        element: bytes of a number.
+        stored: as `encode_images` gives it, (M, r) with zero rows and columns; False: its rank times its tokens, no padding.
+    """
+    if stored:
+        return preset.slots * preset.rank * element
+    return visual_tokens * (preset.projector_width + 1) * element
+
+
+def prompt_bytes(preset: Preset, *, visual_tokens: int = 256, element: int = 2) -> int:
+    """The same image as tokens of the prompt: keys and values in every layer's cache."""
+    return 2 * preset.layers * visual_tokens * preset.kv_width * element

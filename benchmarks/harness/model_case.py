@@ -1,0 +1,163 @@
+"""A whole model: time to first token (projector, memory or visual tokens, prefill) and time per generated token (from a full cache)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.cli import Setting
+from harness.ffn_case import too_big
+from harness.footprint import cache_per_image, memory_per_image
+from harness.inputs import text_tokens
+from harness.measure import Candidate, Truth, held_bytes
+from harness.operands import Adapter, Parts
+from harness.rooflines import FFNShape, head, layer
+from harness.stack import FixedCache, Stack
+from harness.timer import Run
+from harness.variants import PLAIN_PYTORCH, Variant, variants
+
+__all__ = ["Model", "candidates"]
+
+#: The check compares this many layers with float64: enough for every product to take part, little enough for any GPU's memory.
+CHECKED_LAYERS = 2
+
+
+@dataclass
+class Model:
+    """Weights that all cases of a run share, made once.
+
+    Attributes:
+        stack: all layers.
+        head: the first CHECKED_LAYERS of them, the same tensors.
+        exact: `head` in float64.
+    """
+
+    stack: Stack
+    head: Stack = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.head = self.stack.first(min(CHECKED_LAYERS, len(self.stack.layers)))
+
+    @functools.cached_property
+    def exact(self) -> Stack:
+        return self.head.double()
+
+    @classmethod
+    def of(cls, setting: Setting) -> Model:
+        """The model of a setting."""
+        return cls(Stack(setting.preset, layers=setting.layers, device=setting.device, dtype=setting.dtype))
+
+
+def candidates(
+    setting: Setting, model: Model, *, sequences: int, text_length: int, visual_tokens: int, decode: bool
+) -> list[Candidate]:
+    """The variants of one forward through the model: of the whole prompt, or of the next token.
+
+    Args:
+        setting: device, dtype, preset.
+        model: weights.
+        sequences, text_length: S and T; every sequence has its own image.
+        visual_tokens: tokens of an image.
+        decode: the next token, T (and the visual tokens, where they stand in the prompt) being in the cache.
+    """
+    device, dtype, preset = setting.device, setting.dtype, setting.preset
+    slots = max(preset.slots, visual_tokens)
+    adapter = Adapter(preset, slots=slots, device=device)
+    features = adapter.batch(sequences, visual_tokens)
+    tokens = text_tokens(sequences, 1 if decode else text_length, preset.vocabulary, device=device)
+    shape = FFNShape.of(
+        preset, sequences=sequences, tokens=tokens.shape[1], visual_tokens=visual_tokens, element=setting.element
+    )
+
+    def start(form: str) -> int:
+        """Position of the first token that runs."""
+        return text_length + (visual_tokens if form == "prompt" else 0) if decode else 0
+
+    @functools.cache
+    def cache(prompt: bool, checked: bool) -> FixedCache:
+        length = text_length + (visual_tokens if prompt else 0) + int(decode)
+        layers = len((model.head if checked else model.stack).layers)
+        return FixedCache(preset, layers=layers, sequences=sequences, length=length, device=device, dtype=dtype)
+
+    def forward(
+        variant: Variant,
+        stack: Stack,
+        bound: list[Any] | None,
+        *,
+        kv: FixedCache,
+        project: Callable[[], tuple[Parts, Tensor]],
+    ) -> Tensor:
+        """Logits; on the way to the first token also everything that comes between the vision encoder and the model."""
+        visual = None
+        if not decode and variant.form != "text":
+            parts, in_front = project()
+            bound = stack.bind(variant, parts)
+            visual = in_front if variant.form == "prompt" else None
+        stack.use(variant, bound=bound)
+        return stack.next_token_logits(stack.embed(tokens, visual), cache=kv, start=start(variant.form))
+
+    def project(variant: Variant) -> tuple[Parts, Tensor]:
+        if variant.form == "prompt":
+            return None, adapter.project(features).to(dtype)  # type: ignore[return-value]
+        return adapter.parts(features, dtype=dtype), None  # type: ignore[return-value]
+
+    def run(variant: Variant, stack: Stack, *, checked: bool) -> tuple[Callable[[], Tensor], int]:
+        kv = cache(variant.form == "prompt", checked)
+        bound = stack.bind(variant, adapter.parts(features, dtype=dtype)) if decode else None
+        call = functools.partial(forward, variant, stack, bound, kv=kv, project=functools.partial(project, variant))
+        return call, kv.bytes + held_bytes(bound if decode else [])
+
+    @functools.cache
+    def truth(kind: str) -> Truth:
+        name = PLAIN_PYTORCH if kind == "memory" else kind
+        variant = variants(device, compiled=False)[name]
+        plain = run(variant, model.head, checked=True)[0]()
+        wide = _wide(project(variant)) if not decode else None
+        bound = None
+        if decode:
+            bound = model.exact.bind(variant, _wide_parts(adapter.parts(features, dtype=dtype)))
+        kv = cache(kind == "prompt", True).double()
+        exact = forward(variant, model.exact, bound, kv=kv, project=lambda: wide)  # type: ignore[arg-type, return-value]
+        return Truth({"logits": plain}, {"logits": exact})
+
+    def build(variant: Variant) -> tuple[dict[str, Tensor], Run, int]:
+        outputs = {"logits": run(variant, model.head, checked=True)[0]()}
+        call, held = run(variant, model.stack, checked=False)
+        return outputs, Run([call]), model.stack.bytes + held
+
+    found = []
+    for variant in variants(device, compiled=setting.compiled).values():
+        if not setting.wants(variant.name) or (variant.rows is not None and tokens.numel() > variant.rows):
+            continue
+        size = {"preset": preset, "layers": setting.layers, "element": setting.element}
+        memory = memory_per_image(variant.form, slots=slots, **size)  # type: ignore[arg-type]
+        count = layer(variant.form, preset, shape, cached=start(variant.form)) * setting.layers
+        found.append(
+            Candidate(
+                name=variant.name,
+                build=functools.partial(build, variant),
+                truth=functools.partial(truth, variant.form if variant.form in ("text", "prompt") else "memory"),
+                count=count + head(preset, rows=sequences, element=setting.element),
+                missing=variant.missing(device) or too_big(sequences * memory, device),
+                memory_per_image=memory,
+                cache_per_image=cache_per_image(variant.form, visual_tokens=visual_tokens, **size),  # type: ignore[arg-type]
+                note=f"checked on {CHECKED_LAYERS} of {setting.layers} layers"
+                if setting.layers > CHECKED_LAYERS
+                else "",
+            )
+        )
+    return found
+
+
+def _wide_parts(parts: Parts) -> Parts:
+    return Parts(*(t.double() for t in parts.tensors), scale=parts.scale)
+
+
+def _wide(projected: tuple[Parts | None, Tensor | None]) -> tuple[Parts | None, Tensor | None]:
+    parts, visual = projected
+    return (None if parts is None else _wide_parts(parts)), (None if visual is None else visual.double())

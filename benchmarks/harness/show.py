@@ -1,0 +1,63 @@
+"""What a program prints when it is done: one table per case, what was left out, where the files are."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+from harness import table
+from harness.cli import Setting
+from harness.results import Results, Row
+
+__all__ = ["COLUMNS", "cells", "show"]
+
+COLUMNS = {
+    "variant": "variant",
+    "median_ms": "median ms",
+    "p20_ms": "p20",
+    "p80_ms": "p80",
+    "speedup_vs_prompt": "× prompt",
+    "speedup_vs_text": "× text only",
+    "percent_of_floor": "% of floor",
+    "peak_mb": "peak MB",
+    "image_mb": "MB/image",
+    "error": "error",
+    "verdict": "",
+}
+
+
+def cells(row: Row) -> dict[str, Any]:
+    """A row's fields with sizes in MB and what went wrong in words."""
+    image = (row.memory_per_image_bytes or 0) + (row.cache_per_image_bytes or 0)
+    return {
+        **vars(row),
+        "peak_mb": None if row.peak_memory_bytes is None else row.peak_memory_bytes / 1e6,
+        "image_mb": image / 1e6 if row.status == "ok" else None,
+        "verdict": "" if row.status == "ok" else f"{row.status}: {row.reason}",
+    }
+
+
+def show(results: Results, setting: Setting, *, left_out: int = 0) -> None:
+    """Prints the tables, the speedups' meaning and the files.
+
+    Args:
+        results: measured.
+        setting: names the files.
+        left_out: cases that `--seconds` left no time for.
+    """
+    environment = results.environment
+    print(
+        f"{environment['device']}, {setting.dtype_name}, {setting.preset_name}, torch {environment['torch']}, commit {environment['commit'][:12]}"
+    )
+    roofs = environment["roofs"]
+    print(
+        f"roofs here: matmul {table.number(roofs['matmul_tflops'])} TFLOP/s, copy {table.number(roofs['copy_gbs'])} GB/s, "
+        f"read-only {table.number(roofs['stream_gbs'])} GB/s; times in ms, × = the other variant's time over this one's"
+    )
+    for case, rows in groupby(results.rows, key=lambda row: row.case):
+        print(f"\n{case}")
+        print(table.text([cells(row) for row in rows], COLUMNS))
+    if left_out:
+        print(f"\n{left_out} cases were not begun: --seconds {setting.seconds:g} were over")
+    if setting.json is not None:
+        print(f"\nrows: {setting.json}")

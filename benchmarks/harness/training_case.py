@@ -1,0 +1,216 @@
+"""A training step: forward, backward and optimiser with the base frozen, of one FFN and of a whole model."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.cli import Setting
+from harness.ffn_case import exact_ffn, too_big
+from harness.footprint import memory_per_image
+from harness.inputs import hidden_states, text_tokens
+from harness.measure import Candidate, Truth, held_bytes
+from harness.model_case import CHECKED_LAYERS, Model
+from harness.operands import Adapter, Weights
+from harness.rooflines import FFNShape, ffn_backward, ffn_forward, training_step
+from harness.stack import Stack
+from harness.timer import Run
+from harness.variants import PLAIN_PYTORCH, Variant, variants
+
+__all__ = ["ffn_candidates", "model_candidates"]
+
+DROPOUT = 0.1  # on the visual activations, as in the paper
+_LEARNING_RATE = 1.125e-3
+
+
+def ffn_candidates(
+    setting: Setting, *, sequences: int, text_length: int, visual_tokens: int, recompute: bool
+) -> list[Candidate]:
+    """The variants of one FFN's training step: gradients of its input and of everything that the adapter trains."""
+    device, dtype, preset = setting.device, setting.dtype, setting.preset
+    shape = _shape(setting, sequences, text_length, visual_tokens)
+    adapter = Adapter(preset, slots=shape.slots, device=device)
+    features = adapter.batch(sequences, visual_tokens)
+    weights = Weights.random(preset, device=device, dtype=dtype, seed=0)
+    x = hidden_states(sequences, text_length, preset.width, device=device, dtype=dtype)
+    grad = hidden_states(sequences, text_length, preset.width, device=device, dtype=dtype, offset=5000)
+    optimiser = _optimiser(adapter)
+
+    def forward(variant: Variant, x: Tensor, dropout: float) -> Tensor:
+        """(S, T, d): the text's rows of the output."""
+        if variant.form == "text":
+            return variant.step(x, weights, None, dropout)
+        if variant.form == "prompt":
+            rows = torch.cat([adapter.project(features).to(dtype), x], dim=1)
+            return variant.step(rows, weights, None, dropout)[:, visual_tokens:]
+        bound = variant.bind(weights, variant.share(adapter.parts(features, dtype=dtype)))
+        return variant.step(x, weights, bound, dropout)
+
+    def gradients(variant: Variant) -> dict[str, Tensor]:
+        """Output and gradients with nothing dropped: for the check."""
+        _clear(adapter)
+        leaf = x.clone().requires_grad_()
+        y = forward(variant, leaf, 0.0)
+        y.backward(grad)
+        return {"y": y.detach(), "x": leaf.grad, **_adapter_gradients(adapter)}
+
+    @functools.cache
+    def truth(kind: str) -> Truth:
+        plain = gradients(variants(device, compiled=False)[PLAIN_PYTORCH if kind == "memory" else kind])
+        wide = copy.deepcopy(adapter).double()
+        _clear(wide)
+        leaf = x.double().requires_grad_()
+        rows = leaf
+        if kind == "prompt":
+            rows = torch.cat([wide.project(features.double()), leaf], dim=1)
+        parts = wide.parts(features.double(), dtype=torch.float64) if kind == "memory" else None
+        y = exact_ffn(rows, weights, parts)[:, -text_length:]
+        y.backward(grad.double())
+        assert leaf.grad is not None
+        return Truth(plain, {"y": y.detach(), "x": leaf.grad, **_adapter_gradients(wide)})
+
+    def build(variant: Variant) -> tuple[dict[str, Tensor], Run, int]:
+        outputs = gradients(variant)
+        leaf = x.clone().requires_grad_()
+
+        def step() -> None:
+            forward(variant, leaf, DROPOUT if variant.has_memory else 0.0).backward(grad)
+            _update(optimiser)
+            leaf.grad = None
+
+        return outputs, Run([step], graph=False), held_bytes(weights, x, grad) + _trained_bytes(adapter)
+
+    return [
+        Candidate(
+            name=variant.name,
+            build=functools.partial(build, variant),
+            truth=functools.partial(truth, _kind(variant)),
+            count=ffn_forward(variant.form, shape, training=True) + ffn_backward(variant.form, shape),
+            missing=variant.missing(device) or _too_big(variant, setting, shape, layers=1),
+            memory_per_image=memory_per_image(
+                variant.form, preset, slots=shape.slots, layers=1, element=setting.element
+            ),
+        )
+        for variant in _trainable(setting, recompute)
+    ]
+
+
+def model_candidates(
+    setting: Setting,
+    model: Model,
+    *,
+    sequences: int,
+    text_length: int,
+    visual_tokens: int,
+    recompute: bool,
+    checkpointing: bool,
+) -> list[Candidate]:
+    """The variants of a whole model's training step: cross entropy of the text, gradients of the adapter, AdamW."""
+    device, dtype, preset = setting.device, setting.dtype, setting.preset
+    shape = _shape(setting, sequences, text_length, visual_tokens)
+    adapter = Adapter(preset, slots=shape.slots, device=device)
+    features = adapter.batch(sequences, visual_tokens)
+    tokens = text_tokens(sequences, text_length, preset.vocabulary, device=device)
+    optimiser = _optimiser(adapter)
+
+    def loss(variant: Variant, stack: Stack, adapter: Adapter, dtype: torch.dtype, dropout: float) -> Tensor:
+        stack.checkpointing = checkpointing
+        features_ = features.to(adapter.fc1_weight.dtype)
+        visual = adapter.project(features_).to(dtype) if variant.form == "prompt" else None
+        shared = variant.share(adapter.parts(features_, dtype=dtype)) if variant.has_memory else None
+        stack.use(variant, shared=shared, dropout=dropout)
+        x = stack.embed(tokens, visual)
+        if variant.form == "text":
+            x = (
+                x.detach().requires_grad_()
+            )  # nothing is trained, but the backward passes through every layer all the same
+        return stack.loss(x, tokens)
+
+    def gradients(variant: Variant, stack: Stack, adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
+        _clear(adapter)
+        value = loss(variant, stack, adapter, dtype, 0.0)
+        value.backward()
+        return {"loss": value.detach(), **_adapter_gradients(adapter)}
+
+    @functools.cache
+    def truth(kind: str) -> Truth:
+        variant = variants(device, compiled=False)[PLAIN_PYTORCH if kind == "memory" else kind]
+        plain = gradients(variant, model.head, adapter, dtype)
+        wide = copy.deepcopy(adapter).double()
+        return Truth(plain, gradients(variant, model.exact, wide, torch.float64))
+
+    def build(variant: Variant) -> tuple[dict[str, Tensor], Run, int]:
+        outputs = gradients(variant, model.head, adapter, dtype)
+
+        def step() -> None:
+            loss(variant, model.stack, adapter, dtype, DROPOUT if variant.has_memory else 0.0).backward()
+            _update(optimiser)
+
+        return outputs, Run([step], graph=False), model.stack.bytes + _trained_bytes(adapter)
+
+    note = f"checked on {CHECKED_LAYERS} of {setting.layers} layers" if setting.layers > CHECKED_LAYERS else ""
+    return [
+        Candidate(
+            name=variant.name,
+            build=functools.partial(build, variant),
+            truth=functools.partial(truth, _kind(variant)),
+            count=training_step(variant.form, preset, shape, layers=setting.layers, checkpointing=checkpointing),
+            missing=variant.missing(device) or _too_big(variant, setting, shape, layers=setting.layers),
+            memory_per_image=memory_per_image(
+                variant.form, preset, slots=shape.slots, layers=setting.layers, element=setting.element
+            ),
+            note=note,
+        )
+        for variant in _trainable(setting, recompute)
+    ]
+
+
+def _trainable(setting: Setting, recompute: bool) -> list[Variant]:
+    found = variants(setting.device, compiled=setting.compiled, recompute=recompute).values()
+    return [variant for variant in found if variant.training and setting.wants(variant.name)]
+
+
+def _kind(variant: Variant) -> str:
+    return "memory" if variant.has_memory else variant.form
+
+
+def _shape(setting: Setting, sequences: int, text_length: int, visual_tokens: int) -> FFNShape:
+    size: dict[str, Any] = {"sequences": sequences, "tokens": text_length, "visual_tokens": visual_tokens}
+    return FFNShape.of(setting.preset, **size, element=setting.element)
+
+
+def _too_big(variant: Variant, setting: Setting, shape: FFNShape, *, layers: int) -> str | None:
+    """Concatenated weights are kept for the backward in every layer, and get gradients of their size."""
+    if variant.form != "concatenated":
+        return None
+    return too_big(
+        2 * shape.sequences * layers * 2 * (shape.pairs + shape.slots) * shape.width * setting.element, setting.device
+    )
+
+
+def _optimiser(adapter: Adapter) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(adapter.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.02)
+
+
+def _update(optimiser: torch.optim.Optimizer) -> None:
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+
+
+def _clear(adapter: Adapter) -> None:
+    for parameter in adapter.parameters():
+        parameter.grad = None
+
+
+def _adapter_gradients(adapter: Adapter) -> dict[str, Tensor]:
+    """Gradients of what the adapter trains; a text-only step gives none."""
+    return {name: p.grad.detach().clone() for name, p in adapter.named_parameters() if p.grad is not None}
+
+
+def _trained_bytes(adapter: Adapter) -> int:
+    """Parameters and AdamW's two moments; the gradients appear within the step."""
+    return 3 * held_bytes(list(adapter.parameters()))
