@@ -15,7 +15,7 @@ MEMVP_DEVICE void prefetch_columns(const DecodeTensor& t, int rows, int64_t firs
 }
 
 template <class T, bool kBy16>
-__global__ void __launch_bounds__(kThreads, 2) finish_kernel(const __grid_constant__ DecodeArgs args) {
+__global__ void __launch_bounds__(kThreads, kBy16 ? 2 : 1) finish_kernel(const __grid_constant__ DecodeArgs args) {
   const FfnDecodeParams& p = args.p;
   const DecodePlan& plan = args.plan;
   const int width_blocks = ceil_div(p.width, kColumnTile), block = blockIdx.x;

@@ -144,7 +144,7 @@ MEMVP_DEVICE void memory_scores(const DecodeArgs& args, int block) {
 
 // kTokenTiles 0: nothing can be read by 16 bytes, and the activations go the slow road too.
 template <class T, int kTokenTiles>
-__global__ void __launch_bounds__(kThreads, 2) hidden_kernel(const __grid_constant__ DecodeArgs args) {
+__global__ void __launch_bounds__(kThreads, kTokenTiles > 0 ? 2 : 1) hidden_kernel(const __grid_constant__ DecodeArgs args) {
   constexpr bool kBy16 = kTokenTiles > 0;
   const int block = blockIdx.x;
   if (block < args.plan.hidden_blocks) {

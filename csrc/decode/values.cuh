@@ -129,7 +129,7 @@ MEMVP_DEVICE void memory_values(const DecodeArgs& args, int block) {
 
 // kTokenTiles 0: value is read by blocks of columns, by 16 bytes or (kBy16 false) element by element.
 template <class T, int kTokenTiles, bool kBy16>
-__global__ void __launch_bounds__(kThreads, 2) values_kernel(const __grid_constant__ DecodeArgs args) {
+__global__ void __launch_bounds__(kThreads, kBy16 ? 2 : 1) values_kernel(const __grid_constant__ DecodeArgs args) {
   const int block = blockIdx.x;
   if (block < args.plan.value_blocks) {
     if constexpr (kTokenTiles > 0)

@@ -1,0 +1,47 @@
+// The host run as a C library, for tests that hand over tensors' addresses.
+#include "host_run/ffn_decode_host.h"
+
+namespace {
+
+using namespace memvp;
+using namespace memvp::host_run;
+
+struct HostRunOptions {
+  int32_t order;  // Order
+  uint32_t resident;
+  uint64_t seed;
+  const Range* inputs;
+  uint64_t input_count;
+};
+
+}  // namespace
+
+extern "C" {
+
+// For the caller to compare with its own picture of the structs.
+uint64_t memvp_host_params_bytes() { return sizeof(FfnDecodeParams); }
+
+// 0, or 1 with a message. Adds to `stats` (switches, barriers, collectives, blocks that began early).
+int memvp_host_decode(const FfnDecodeParams* params, const HostRunOptions* options, uint64_t stats[4], char* message, size_t bytes) {
+  Config config;
+  config.order = static_cast<Order>(options->order);
+  config.resident = options->resident;
+  config.seed = options->seed;
+  config.inputs.assign(options->inputs, options->inputs + options->input_count);
+  try {
+    const Stats run = run_decode(*params, config);
+    stats[0] += run.switches;
+    stats[1] += run.barriers;
+    stats[2] += run.collectives;
+    stats[3] += run.early_blocks;
+    return 0;
+  } catch (const std::exception& error) {
+    snprintf(message, bytes, "%s", error.what());
+    return 1;
+  }
+}
+
+const char* memvp_host_unsupported(const FfnDecodeParams* params) { return decode::why_unsupported(*params); }
+int memvp_host_is_fast(const FfnDecodeParams* params) { return decode::is_fast(*params); }
+uint64_t memvp_host_workspace_bytes(const FfnDecodeParams* params) { return decode::make_plan(*params).at.bytes; }
+}

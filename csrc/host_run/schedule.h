@@ -1,0 +1,374 @@
+// Runs a chain of kernel launches on the CPU, every CUDA thread a fiber: which blocks are resident, which thread is next, what
+// each waits for. Config decides the order, so a run can be repeated exactly, and every seed is another interleaving.
+//
+// What it models: blocks come and go in any order, a few resident at a time; threads give way at barriers, at warp
+// collectives and, by chance, at any primitive; a chained launch may begin before the one ahead of it has ended
+// (programmatic dependent launch). What it does not: time, caches, registers, coalescing.
+#pragma once
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "host_run/fiber.h"
+
+namespace memvp::host_run {
+
+enum class Order { kForward, kReverse, kRandom };
+
+struct Range {
+  const void* data;
+  size_t bytes;
+};
+
+struct Config {
+  Order order = Order::kRandom;
+  uint64_t seed = 1;
+  double yield_chance = 0.1;  // kRandom only: that a thread gives way at a primitive
+  unsigned resident = 4;      // blocks alive at a time
+  std::vector<Range> inputs;  // what load_input may read; nothing may write there
+};
+
+struct Launch {
+  unsigned blocks = 0, threads = 0;
+  size_t shared_bytes = 0;
+  std::function<void()> kernel;
+  bool chained = false;  // may begin when every block of the launch before has begun and let it
+};
+
+struct Stats {
+  uint64_t switches = 0, barriers = 0, collectives = 0, early_blocks = 0;
+};
+
+struct Site {
+  const char* file = "";
+  int line = 0;
+  const char* what = "";
+};
+
+struct Index3 {
+  unsigned x = 0, y = 0, z = 0;
+};
+
+enum class State { kReady, kBarrier, kWarp, kGrid, kDone };
+
+struct PendingCopy {
+  char* to;
+  const char* from;
+  int bytes, filled;  // `bytes` copied, then zeros up to `filled`
+};
+
+struct Block;
+struct Warp;
+
+struct Thread {
+  FiberContext fiber;
+  State state = State::kReady;
+  Site site;
+  Index3 index;
+  unsigned lane = 0;
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  bool waited_for_grid = false;
+  std::vector<std::vector<PendingCopy>> copy_groups;  // committed, oldest first
+  std::vector<PendingCopy> copies;                    // not yet committed
+};
+
+// The lanes of a warp that have arrived at a collective.
+struct Warp {
+  unsigned lanes = 0, arrived = 0;
+  Site site;
+  const void* in[32];
+  void* out[32];
+  Thread* thread[32];
+};
+
+struct Carve {
+  void* data;
+  size_t bytes;
+};
+
+struct Block {
+  Index3 index;
+  unsigned launch = 0, done = 0, barriers = 0;
+  bool let_next_begin = false;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::vector<Thread*> at_barrier;
+  std::map<size_t, Carve> shared;  // by offset; each an allocation of its own
+  char barrier_object[2];          // for the thread sanitizer: this barrier and the next
+};
+
+struct Progress {  // of one launch
+  std::vector<unsigned> order;
+  unsigned admitted = 0, let = 0, done = 0;
+  std::vector<Thread*> waiting;  // threads of the next launch
+  char object = 0;
+};
+
+struct Run {
+  Config config;
+  std::vector<Launch> launches;
+  std::vector<Progress> progress;
+  std::vector<std::unique_ptr<Block>> blocks;  // resident ones; under the thread sanitizer all
+  std::vector<Thread*> ready;
+  size_t first_ready = 0;
+  unsigned alive = 0;
+  Thread main, *current = nullptr;
+  StackPool stacks;
+  Stats stats;
+  std::string error;
+  uint64_t random_state = 1;
+  char end_object = 0;
+
+  uint64_t random() {
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 7;
+    random_state ^= random_state << 17;
+    return random_state >> 11;
+  }
+  bool chance(double p) { return static_cast<double>(random()) * 0x1p-53 < p; }
+};
+
+inline Run*& run_pointer() {
+  static Run* run = nullptr;
+  return run;
+}
+inline Run& run() { return *run_pointer(); }
+inline Thread& this_thread() { return *run().current; }
+
+__attribute__((format(printf, 1, 2))) inline std::string text(const char* format, ...) {
+  char buffer[512];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(buffer, sizeof(buffer), format, arguments);
+  va_end(arguments);
+  return buffer;
+}
+inline std::string name_of(const Thread& t) {
+  return text("launch %u block %u thread %u", t.block->launch, t.block->index.x, t.index.x);
+}
+// Who waits where.
+inline std::string state_table() {
+  std::map<std::string, std::pair<int, std::string>> rows;
+  for (const auto& block : run().blocks)
+    for (const Thread& t : block->threads) {
+      std::string key = t.state == State::kDone ? "returned" : t.state == State::kReady ? "ready" : text("waiting in %s at %s:%d", t.site.what, t.site.file, t.site.line);
+      auto& row = rows[key];
+      if (row.first++ == 0) row.second = name_of(t);
+    }
+  std::string table;
+  for (const auto& [key, row] : rows) table += text("\n  %5d thread(s) %s, first: %s", row.first, key.c_str(), row.second.c_str());
+  return table;
+}
+
+inline void switch_to(Thread& to, bool last = false) {
+  Run& r = run();
+  Thread& from = *r.current;
+  r.current = &to;
+  r.stats.switches++;
+  switch_fiber(from.fiber, to.fiber, last);
+}
+
+// Abandons all fibers; run_chain throws the message.
+[[noreturn]] inline void fail(const std::string& message) {
+  Quiet quiet(this_thread().fiber);
+  Run& r = run();
+  if (r.error.empty()) r.error = message;
+  switch_to(r.main, true);
+  abort();
+}
+
+inline void make_ready(Thread* t) {
+  t->state = State::kReady;
+  run().ready.push_back(t);
+}
+
+inline Thread* next_ready() {
+  Run& r = run();
+  if (r.first_ready == r.ready.size()) {
+    r.ready.clear();
+    r.first_ready = 0;
+    return nullptr;
+  }
+  if (r.config.order == Order::kForward) return r.ready[r.first_ready++];
+  if (r.config.order == Order::kRandom) {
+    const size_t i = r.first_ready + r.random() % (r.ready.size() - r.first_ready);
+    std::swap(r.ready[i], r.ready.back());
+  }
+  Thread* t = r.ready.back();
+  r.ready.pop_back();
+  return t;
+}
+
+// Leaves the processor to another thread; main decides when there is none.
+inline void sleep(State state) {
+  Thread& me = this_thread();
+  me.state = state;
+  release(&run().end_object);
+  Thread* next = next_ready();
+  if (next == nullptr) next = &run().main;
+  if (next != &me) switch_to(*next);
+}
+
+// Called by primitives: under Order::kRandom the thread may give way.
+inline void yield_point() {
+  Quiet quiet(this_thread().fiber);
+  Run& r = run();
+  if (r.config.order != Order::kRandom || !r.chance(r.config.yield_chance)) return;
+  r.ready.push_back(r.current);
+  sleep(State::kReady);
+}
+
+// ---- blocks come and go -------------------------------------------------------------------------
+
+inline void thread_body();
+
+inline bool may_admit(unsigned launch) {
+  Run& r = run();
+  if (launch == 0) return true;
+  const Progress& before = r.progress[launch - 1];
+  const unsigned all = r.launches[launch - 1].blocks;
+  return r.launches[launch].chained ? before.admitted == all && before.let == all : before.done == all;
+}
+
+inline void admit(unsigned launch) {
+  Run& r = run();
+  Progress& progress = r.progress[launch];
+  const Launch& shape = r.launches[launch];
+  auto block = std::make_unique<Block>();
+  block->index.x = progress.order[progress.admitted++];
+  block->launch = launch;
+  block->threads.resize(shape.threads);
+  block->warps.resize((shape.threads + 31) / 32);
+  for (unsigned i = 0; i < shape.threads; ++i) {
+    Thread& t = block->threads[i];
+    t.index.x = i;
+    t.lane = i % 32;
+    t.block = block.get();
+    t.warp = &block->warps[i / 32];
+    t.warp->lanes |= 1u << t.lane;
+    start_fiber(t.fiber, r.stacks.take(), i, thread_body);
+    make_ready(&t);
+  }
+  r.alive++;
+  if (launch > 0 && r.progress[launch - 1].done < r.launches[launch - 1].blocks) r.stats.early_blocks++;
+  r.blocks.push_back(std::move(block));
+}
+
+inline void admit_blocks() {
+  Run& r = run();
+  for (unsigned launch = 0; launch < r.launches.size(); ++launch)
+    while (r.alive < r.config.resident && r.progress[launch].admitted < r.launches[launch].blocks && may_admit(launch)) admit(launch);
+}
+
+inline void free_block(Block& block) {
+  for (Thread& t : block.threads) {
+    run().stacks.give(t.fiber.stack);
+    end_fiber(t.fiber);
+  }
+  for (auto& [offset, carve] : block.shared) free(carve.data);
+}
+
+inline void note_let(Block& block) {
+  if (block.let_next_begin) return;
+  block.let_next_begin = true;
+  run().progress[block.launch].let++;
+}
+
+inline void thread_body() {
+  Run& r = run();
+  Thread& me = this_thread();
+  arrived(me.fiber);
+  try {
+    r.launches[me.block->launch].kernel();
+  } catch (const std::exception& e) {
+    r.error = std::string("exception in kernel: ") + e.what();
+  }
+  Quiet quiet(me.fiber);
+  Block& block = *me.block;
+  Progress& progress = r.progress[block.launch];
+  if (!me.copies.empty() || !me.copy_groups.empty()) r.error = name_of(me) + " returned with copies not waited for";
+  if (r.launches[block.launch].chained && !me.waited_for_grid)
+    r.error = name_of(me) + " of a chained launch returned without waiting for the launch before it";
+  if (!block.at_barrier.empty()) r.error = name_of(me) + " returned while others of its block wait in __syncthreads" + state_table();
+  release(&progress.object);
+  release(&r.end_object);
+  me.state = State::kDone;
+  me.warp->lanes &= ~(1u << me.lane);
+  if (++block.done == block.threads.size()) {
+    note_let(block);
+    r.alive--;
+    if (++progress.done == r.launches[block.launch].blocks) {
+      for (Thread* t : progress.waiting) make_ready(t);
+      progress.waiting.clear();
+    }
+    switch_to(r.main, true);  // which fills the place
+  }
+  Thread* next = r.error.empty() ? next_ready() : nullptr;
+  switch_to(next == nullptr ? r.main : *next, true);
+  abort();
+}
+
+// Runs the launches in their order on this thread. Throws std::runtime_error with the first mistake of the kernels.
+inline Stats run_chain(std::vector<Launch> launches, const Config& config) {
+  if (run_pointer() != nullptr) throw std::runtime_error("host run: a run within a run");
+  Run r;
+  struct Clear {
+    ~Clear() {
+      for (auto& block : run().blocks) free_block(*block);
+      run_pointer() = nullptr;
+    }
+  } clear;
+  run_pointer() = &r;
+  r.current = &r.main;
+  r.config = config;
+  r.launches = std::move(launches);
+  r.progress.resize(r.launches.size());
+  r.random_state = config.seed * 0x9E3779B97F4A7C15ull | 1;
+  for (int i = 0; i < 4; ++i) r.random();
+  adopt_thread(r.main.fiber);
+  std::vector<std::vector<char>> before;
+  for (const Range& range : config.inputs)
+    before.emplace_back(static_cast<const char*>(range.data), static_cast<const char*>(range.data) + range.bytes);
+  for (unsigned launch = 0; launch < r.launches.size(); ++launch) {
+    const Launch& shape = r.launches[launch];
+    if (shape.blocks == 0 || shape.threads == 0 || shape.threads > 1024 || shape.shared_bytes > 227 * 1024)
+      throw std::runtime_error(text("host run: launch %u of %u blocks, %u threads, %zu bytes of shared memory is impossible", launch,
+                                    shape.blocks, shape.threads, shape.shared_bytes));
+    std::vector<unsigned>& order = r.progress[launch].order;
+    for (unsigned i = 0; i < shape.blocks; ++i) order.push_back(config.order == Order::kReverse ? shape.blocks - 1 - i : i);
+    if (config.order == Order::kRandom)
+      for (unsigned i = shape.blocks; i > 1; --i) std::swap(order[i - 1], order[r.random() % i]);
+  }
+  {
+    Quiet quiet(r.main.fiber);
+    for (;;) {
+#ifndef MEMVP_FIBER_TSAN
+      auto finished = [](const std::unique_ptr<Block>& b) { return b->done == b->threads.size(); };
+      for (auto& block : r.blocks)
+        if (finished(block)) free_block(*block);
+      r.blocks.erase(std::remove_if(r.blocks.begin(), r.blocks.end(), finished), r.blocks.end());
+#endif
+      admit_blocks();
+      Thread* next = next_ready();
+      if (next == nullptr && r.alive > 0 && r.error.empty()) r.error = "deadlock: no thread can run" + state_table();
+      if (next == nullptr || !r.error.empty()) break;
+      switch_to(*next);
+      if (!r.error.empty()) break;
+    }
+    acquire(&r.end_object);
+  }
+  for (size_t i = 0; i < before.size() && r.error.empty(); ++i)
+    if (!before[i].empty() && memcmp(before[i].data(), config.inputs[i].data, before[i].size()) != 0)
+      r.error = text("input %zu was written", i);
+  if (!r.error.empty()) throw std::runtime_error("host run: " + r.error);
+  return r.stats;
+}
+
+}  // namespace memvp::host_run
