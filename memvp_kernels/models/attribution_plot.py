@@ -42,25 +42,26 @@ def draw(
     if picture.dim() == 3 and picture.shape[0] in (1, 3):
         picture = picture.permute(1, 2, 0).squeeze(-1)
     height, width = picture.shape[:2]
+    pixels = picture.numpy()
 
     figure = Figure(figsize=(1.9 * (len(chosen) + 1) + 3.2, 2.6), layout="constrained")
     panels: Any = figure.subplots(1, len(chosen) + 2, width_ratios=[1.0] * (len(chosen) + 1) + [1.6])
-    panels[0].imshow(picture, cmap="gray", extent=(0, width, height, 0))
+    panels[0].imshow(pixels, cmap="gray", extent=(0, width, height, 0))
     panels[0].set_title("image", fontsize=9)
     for panel, number in zip(panels[1:-1], chosen, strict=True):
         layer = attribution.layers[number]
         slots = layer.mean_slots()[sample]
         heat = slots[:tokens].reshape(rows, columns)
         free = float(slots[tokens:].sum() / slots.sum().clamp_min(torch.finfo(torch.float32).tiny))
-        panel.imshow(picture, cmap="gray", extent=(0, width, height, 0))
-        panel.imshow(heat, cmap="inferno", alpha=0.65, extent=(0, width, height, 0), interpolation="bilinear")
+        panel.imshow(pixels, cmap="gray", extent=(0, width, height, 0))
+        panel.imshow(heat.numpy(), cmap="inferno", alpha=0.65, extent=(0, width, height, 0), interpolation="bilinear")
         panel.set_title(f"layer {number}" + (f"\nfree slots {free:.0%}" if tokens < len(slots) else ""), fontsize=9)
     for panel in panels[:-1]:
         panel.set_xticks([])
         panel.set_yticks([])
-    shares = attribution.shares()[sample]
+    shares = attribution.shares()[sample].tolist()
     bars = panels[-1]
-    bars.barh(range(count), torch.ones(count), color=_FFN, label="FFN")
+    bars.barh(range(count), 1.0, color=_FFN, label="FFN")
     bars.barh(range(count), shares, color=_MEMORY, label="memory")
     bars.set_yticks(range(count) if count <= 12 else range(0, count, 4))
     bars.invert_yaxis()
