@@ -225,6 +225,22 @@ def _ffn_tile(
             b_weight = load_tile(key, column, k, F, d, stride_key_f, stride_key_d, BLOCK_F, BLOCK_K, FORM_KEY, F % BLOCK_F == 0, WHOLE)
             b_key = tl.dot(b_x, b_weight.T, b_key, input_precision=PRECISION)
 
+    if gate is None and BLOCK_F > 128:
+        # Without a gate the accumulator is all columns: stored by halves, whose addresses fit the registers beside it.
+        low, high = tl.split(tl.permute(tl.reshape(b_key, (BLOCK_N, 2, BLOCK_F // 2)), (0, 2, 1)))
+        HALF: tl.constexpr = BLOCK_F // 2
+        _store_hidden(low, low, row, column, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias, stride_hidden_n, N, F, BLOCK_N, HALF, ACTIVATION, DTYPE)
+        _store_hidden(high, high, row, column + HALF, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias, stride_hidden_n, N, F, BLOCK_N, HALF, ACTIVATION, DTYPE)
+    else:
+        _store_hidden(b_gate, b_key, row, column, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias, stride_hidden_n, N, F, BLOCK_N, BLOCK_F, ACTIVATION, DTYPE)
+
+
+@triton.jit
+def _store_hidden(
+    b_gate, b_key, row, column, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias, stride_hidden_n,
+    N, F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Biases, the pre-activations that the backward keeps, and hidden; `gate` says only whether there is one."""
     o_row = row + tl.arange(0, BLOCK_N)
     o_column = column + tl.arange(0, BLOCK_F)
     inside = (o_row[:, None] < N) & (o_column[None, :] < F)
@@ -281,8 +297,8 @@ def _store_pieces(
     b_scores, visual, scores, seed, stride_visual_n, row, slot, first, end, slots, scale, threshold,
     M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, VISUAL_ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`store_visual` in pieces of 32 columns: dropout's generator on a whole tile of 256 needs more registers than a thread has."""
-    if BLOCK_M > 32:
+    """`store_visual` in pieces of 64 columns: dropout's generator on a whole tile of 256 needs more registers than a thread has."""
+    if BLOCK_M > 64:
         low, high = tl.split(tl.permute(tl.reshape(b_scores, (BLOCK_N, 2, BLOCK_M // 2)), (0, 2, 1)))
         _store_pieces(
             low, visual, scores, seed, stride_visual_n, row, slot, first, end, slots, scale, threshold, M,
