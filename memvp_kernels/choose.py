@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 
+from memvp_kernels.cost import predict, rates_of
 from memvp_kernels.problem import Problem
 
 __all__ = ["available", "choose", "missing"]
@@ -20,7 +21,9 @@ _MODULES = {
     "cuda": "memvp_kernels.backends.cuda",
 }
 
-#: Decode kernels hold every token in registers; above this a tile of the Triton backend reads each weight as rarely.
+_NO_TRITON = "Triton is not installed (pip install triton)"
+
+#: The decode kernel's limit, known here so that a training step never asks for the extension.
 _DECODE_TOKENS = 64
 
 
@@ -42,22 +45,35 @@ def missing(name: str, device: torch.device) -> str | None:
     """Why this machine can't run backend `name` on tensors of `device`; None when it can."""
     if name in ("auto", "torch"):
         return None
-    if name == "triton":
-        if not _has_triton():
-            return "Triton is not installed (pip install triton)"
-        if device.type == "cuda":
-            if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-                return f"the GPU is sm_{''.join(map(str, torch.cuda.get_device_capability(device)))}, and the kernels need sm_80 or newer"
-            return None
-        if _interpreting() and device.type == "cpu":
-            return None
-        return f"x is on {device}, and Triton needs a GPU (or TRITON_INTERPRET=1 in the environment before the first import, for tests on a CPU)"
-    available_, reason, _ = _module("cuda").status()
-    if not available_:
-        return str(reason)
-    if device.type != "cuda":
-        return f"x is on {device}, and the extension's kernels need an NVIDIA GPU"
+    if device.type == "cuda":
+        return _missing_on_gpu(name, device)
+    if name == "cuda":
+        return (
+            f"x is on {device}, and the extension's kernels need an NVIDIA GPU" if _extension()[0] else _extension()[1]
+        )
+    if not _has_triton():
+        return _NO_TRITON
+    if _interpreting() and device.type == "cpu":
+        return None
+    return f"x is on {device}, and Triton needs a GPU (or TRITON_INTERPRET=1 in the environment before the first import, for tests on a CPU)"
+
+
+@functools.cache
+def _missing_on_gpu(name: str, device: torch.device) -> str | None:
+    """The same for a GPU, whose answer can't change while the process runs."""
+    if name == "cuda":
+        return None if _extension()[0] else _extension()[1]
+    if not _has_triton():
+        return _NO_TRITON
+    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and major < 8:
+        return f"the GPU is sm_{major}{minor}, and the kernels need sm_80 or newer"
     return None
+
+
+def _extension() -> tuple[bool, str]:
+    built, reason, _ = _module("cuda").status()
+    return bool(built), str(reason)
 
 
 def available() -> dict[str, str | None]:
@@ -91,13 +107,18 @@ def choose(problem: Problem, backend: str, *, training: bool) -> ModuleType:
         if reason is not None:
             raise RuntimeError(f"backend: wanted {backend!r}, but {reason}; backend='auto' takes one that can")
         return module
-    if problem.x.device.type == "cuda":
-        if not training and problem.rows <= _DECODE_TOKENS and _fits("cuda", problem):
-            return _module("cuda")
-        if _fits("triton", problem):
-            return _module("triton")
-    return _module("torch")
+    device = problem.x.device
+    if device.type != "cuda" or torch.version.hip is not None:
+        return _module("torch")
+    rates = rates_of(torch.cuda.get_device_capability(device))
+    names = [n for n in _MODULES if _fits(n, problem, training)]
+    return _module(min(names, key=lambda n: predict(problem, n, rates)))
 
 
-def _fits(name: str, problem: Problem) -> bool:
-    return missing(name, problem.x.device) is None and _module(name).unsupported(problem) is None
+def _fits(name: str, problem: Problem, training: bool) -> bool:
+    if name == "cuda" and (training or problem.rows > _DECODE_TOKENS):
+        return False
+    if missing(name, problem.x.device) is not None:
+        return False
+    module = _module(name)
+    return module.unsupported(problem) is None and (name != "cuda" or bool(module.is_fast(problem)))

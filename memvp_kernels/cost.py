@@ -1,0 +1,77 @@
+"""What each backend should cost, in seconds: FLOPs, bytes and launches over the chip's rates. Decides "auto"; nothing is timed.
+
+The rates are data-sheet peaks, the efficiencies assumptions (published rates of comparable kernels, not measurements of ours), and
+only the order of the predictions matters: it is the same on every rank and in every run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from memvp_kernels.problem import Problem
+
+__all__ = ["Rates", "predict", "rates_of"]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Peaks of one GPU: FLOP per second on tensor cores in 16 bits (dense), outside them in float32, and bytes per second."""
+
+    tensor: float
+    cuda: float
+    memory: float
+
+
+_RATES = {
+    80: Rates(312e12, 19.5e12, 1.9e12),
+    86: Rates(150e12, 38e12, 0.8e12),
+    89: Rates(330e12, 83e12, 1.0e12),
+    90: Rates(989e12, 67e12, 4.0e12),
+    100: Rates(2250e12, 80e12, 7.5e12),
+    120: Rates(420e12, 105e12, 1.7e12),
+}
+#: Share of the arithmetic peak that large products reach. cuBLAS and pipelined Triton in 16 bits are close to one another; in IEEE
+#: float32 `tl.dot` is a loop of FMAs without cuBLAS's register blocking. The decode kernel is built for bandwidth, not for FLOPs.
+_EFFICIENCY = {"torch": 0.80, "triton": 0.76, "cuda": 0.10}
+_EFFICIENCY_FLOAT32 = {"torch": 0.85, "triton": 0.35, "cuda": 0.0}
+#: Share of the memory bandwidth while weights stream past a few tokens.
+_STREAMING = {"torch": 0.75, "triton": 0.70, "cuda": 0.90}
+_LAUNCH = 4e-6
+
+
+def rates_of(capability: tuple[int, int]) -> Rates:
+    """Peaks by compute capability; one not listed counts as the nearest older one."""
+    number = 10 * capability[0] + capability[1]
+    return _RATES[max((c for c in _RATES if c <= number), default=min(_RATES))]
+
+
+def predict(problem: Problem, backend: str, rates: Rates) -> float:
+    """Predicted seconds of one forward of `problem` in "torch", "triton" or "cuda"."""
+    p = problem
+    size = p.x.element_size()
+    matrices = (2 if p.gated else 1) + 1 if p.key is not None else 0
+    weights = matrices * p.pairs * p.width
+    if p.factored:
+        shared, own = 2 * (p.rank + p.slots) * p.width, 2 * p.memories * p.slots * p.rank
+    else:
+        shared, own = 0, 2 * p.memories * p.slots * p.width
+    per_row = weights + 2 * p.slots * p.width if not p.factored else weights + shared + 2 * p.slots * p.rank
+    flops = 2.0 * p.rows * per_row
+    moved = (weights + shared + own + 2 * p.rows * p.width + 2 * p.rows * p.pairs) * size
+    launches = {"torch": 4 + 5 * p.has_memory + 2 * p.factored, "triton": 2 + 2 * p.has_memory, "cuda": 2 + p.factored}[
+        backend
+    ]
+    # PyTorch's products write the pre-activations, and separate passes read them again, write the hidden and read the scores.
+    passes = p.rows * (2 * max(matrices - 1, 0) * p.pairs + 4 * p.slots) * size if backend == "torch" else 0
+    half = p.x.dtype in (torch.float16, torch.bfloat16)
+    peak = rates.tensor if half else rates.cuda
+    if not half and torch.get_float32_matmul_precision() != "highest":
+        peak = rates.tensor / 2
+        half = True
+    efficiency = (_EFFICIENCY if half else _EFFICIENCY_FLOAT32)[backend]
+    if efficiency == 0.0:
+        return float("inf")
+    bandwidth = rates.memory * _STREAMING[backend]
+    return max(flops / (peak * efficiency), moved / bandwidth) + passes / bandwidth + launches * _LAUNCH

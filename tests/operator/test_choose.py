@@ -1,0 +1,85 @@
+"""Which backend "auto" takes: the cost model's order, without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from memvp_kernels import choose, cost, ops
+from memvp_kernels.problem import Problem
+from tests import cases
+
+HOPPER = cost.rates_of((9, 0))
+
+
+def llama_7b(rows: int, dtype: torch.dtype = torch.bfloat16, images: int = 1, factored: bool = True) -> Problem:
+    """LLaMA-7B's FFN with 320 slots, on no device at all."""
+    with torch.device("meta"):
+        a: dict[str, Any] = {n: torch.empty(11008, 4096, dtype=dtype) for n in ("key", "value", "gate")}
+        a["x"] = torch.empty(images, rows // images, 4096, dtype=dtype)
+        core = torch.empty(images, 320, 136 if factored else 4096, dtype=dtype)
+        a.update(visual_key=core, visual_value=core)
+        if factored:
+            a["visual_basis"] = torch.empty(136, 4096, dtype=dtype)
+    tensors = {n: a.get(n) for n in ops._CROSSING}
+    scalars = {"activation": "silu", "visual_activation": "silu", "visual_scale": 0.1, "dropout_p": 0.0}
+    return ops.normalise(tensors, scalars)
+
+
+def fastest(problem: Problem) -> str:
+    return min(("torch", "triton", "cuda"), key=lambda n: cost.predict(problem, n, HOPPER))
+
+
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("images", [1, 16])
+def test_a_handful_of_tokens_goes_to_the_decode_kernel(images: int, factored: bool) -> None:
+    assert fastest(llama_7b(16, images=images, factored=factored)) == "cuda"
+
+
+@pytest.mark.parametrize("rows", [512, 2048, 8192])
+def test_prefill_and_training_go_to_triton(rows: int) -> None:
+    assert fastest(llama_7b(rows, images=16)) == "triton"
+
+
+def test_ieee_float32_goes_to_pytorch_and_tf32_does_not() -> None:
+    problem = llama_7b(4096, torch.float32)
+    assert fastest(problem) == "torch"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert fastest(problem) == "triton"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_more_work_never_costs_less() -> None:
+    for name in ("torch", "triton", "cuda"):
+        times = [cost.predict(llama_7b(rows), name, HOPPER) for rows in (1, 16, 64, 512, 4096)]
+        assert times == sorted(times)
+
+
+def test_rates_of_a_chip_that_is_not_listed() -> None:
+    assert cost.rates_of((8, 7)) == cost.rates_of((8, 6))
+    assert cost.rates_of((7, 0)) == cost.rates_of((8, 0))
+
+
+def test_auto_on_a_cpu_is_pytorch() -> None:
+    a = cases.build("one_each-plain", torch.float32)
+    problem = ops.normalise(
+        {n: a.get(n) for n in ops._CROSSING},
+        {"activation": "silu", "visual_activation": "silu", "visual_scale": 1.0, "dropout_p": 0.0},
+    )
+    assert choose.choose(problem, "auto", training=False).__name__.endswith("eager")
+
+
+def test_the_decode_kernel_is_refused_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = cases.build("one_each-plain", torch.bfloat16)
+    problem = ops.normalise(
+        {n: a.get(n) for n in ops._CROSSING},
+        {"activation": "silu", "visual_activation": "silu", "visual_scale": 1.0, "dropout_p": 0.0},
+    )
+    monkeypatch.setattr(choose, "missing", lambda name, device: None)
+    monkeypatch.setattr(choose._module("cuda"), "unsupported", lambda problem: None)
+    with pytest.raises(RuntimeError, match=r"backend: wanted 'cuda', but it has no backward.*backend='auto'"):
+        choose.choose(problem, "cuda", training=True)
