@@ -1,0 +1,231 @@
+"""The backward in Triton: with a frozen FFN two launches and one for the memory's own gradients; a core launch more when it is factored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memvp_kernels.backends import eager
+from memvp_kernels.backends.triton import launch
+from memvp_kernels.backends.triton.core import core_forward
+from memvp_kernels.backends.triton.core_backward import CoreGradients, core_backward
+from memvp_kernels.backends.triton.dhidden import HiddenGradients, dhidden_backward
+from memvp_kernels.backends.triton.dinput import dinput_backward
+from memvp_kernels.backends.triton.dmemory import Pair, dense_gradients, memory_gradients
+from memvp_kernels.backends.triton.forward import dense_segments, visual_of, without_memory
+from memvp_kernels.backends.triton.hidden import hidden_forward
+from memvp_kernels.backends.triton.memory import form_memory, shared_operand
+from memvp_kernels.backends.triton.weights import weight_gradients
+from memvp_kernels.problem import Problem
+
+__all__ = ["backward"]
+
+_MEMORY = ("visual_key", "visual_value", "visual_basis", "key_position", "value_position")
+_BEHIND_PRE = frozenset(("x", "key", "gate", "key_bias", "gate_bias"))
+_BEHIND_SCORES = frozenset(("x", "visual_key", "visual_basis", "key_position"))
+_BEHIND_VISUAL = frozenset(("visual_value", "visual_basis", "value_position"))
+
+
+def backward(
+    problem: Problem, grad: Tensor, pre: Tensor | None, scores: Tensor | None, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The gradients named by `needs`, each with its argument's shape and dtype (see `Problem`'s contract).
+
+    Args:
+        grad: dy (N, d), any strides.
+        pre, scores: as the forward kept them, or None where it kept nothing: then they are formed again by the forward's kernels.
+    """
+    empty = problem.rows == 0 or problem.width == 0 or (problem.key is not None and problem.pairs == 0)
+    sizes = (problem.slots, problem.memories, problem.segments.sequences, problem.rank if problem.factored else 1)
+    unread = problem.has_memory and 0 in sizes
+    if empty or (unread and problem.key is None):
+        return eager.backward(problem, grad, pre, scores, needs)
+    if unread:
+        nothing = {n: torch.zeros_like(getattr(problem, n)) for n in needs.intersection(_MEMORY)}
+        return backward(without_memory(problem), grad, pre, None, needs.difference(_MEMORY)) | nothing
+
+    grad = _with_rows(grad)
+    through_ffn = problem.key is not None and not needs.isdisjoint(_BEHIND_PRE)
+    through_memory = problem.has_memory and not needs.isdisjoint(_BEHIND_SCORES | _BEHIND_VISUAL)
+    pre, scores = _kept_or_again(
+        problem, pre, scores, need_pre=through_ffn or "value" in needs, need_scores=through_memory
+    )
+    run = _factored_backward if problem.factored and through_memory else _plain_backward
+    dpre, grads = run(problem, grad, pre if through_ffn else None, scores if through_memory else None, needs)
+    grads |= weight_gradients(problem, grad, pre, dpre, needs)
+    return {name: g.to(getattr(problem, name).dtype) for name, g in grads.items()}
+
+
+def _with_rows(matrix: Tensor) -> Tensor:
+    """The matrix with contiguous rows: a copy of an expanded or transposed one costs less than reading it element by element."""
+    return matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
+
+
+def _kept_or_again(
+    problem: Problem, pre: Tensor | None, scores: Tensor | None, *, need_pre: bool, need_scores: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Pre-activations and scores, formed again where they are needed and were not kept."""
+    again_pre, again_scores = need_pre and pre is None, need_scores and scores is None
+    if again_pre or again_scores:
+        segments, memory = problem.segments, None
+        if again_scores and problem.factored:
+            assert problem.visual_basis is not None
+            segments = dense_segments(problem.rows)
+            memory = shared_operand(problem.visual_basis, problem.key_position, problem.x.dtype)[None]
+        elif again_scores:
+            assert problem.visual_key is not None
+            descriptors = launch.has_tma(problem.x.device)
+            memory = form_memory(
+                problem.visual_key, problem.key_position, None, problem.x.dtype, descriptors=descriptors
+            )
+        made = hidden_forward(
+            problem.x, problem.key if again_pre else None, problem.gate if again_pre else None, problem.key_bias, problem.gate_bias,
+            problem.activation, memory, segments, None, save_hidden=again_pre, save_scores=again_scores,
+        )  # fmt: skip
+        pre = made.pre if again_pre else pre
+        if again_scores:
+            scores = made.scores
+            if problem.factored:
+                assert scores is not None and problem.visual_key is not None and problem.visual_value is not None
+                _, scores = core_forward(
+                    scores, problem.visual_key, problem.visual_value, problem.segments, visual_of(problem),
+                    value_position=False, save_scores=True,
+                )  # fmt: skip
+    return pre if pre is None else pre.contiguous(), scores if scores is None else scores.contiguous()
+
+
+def _plain_backward(
+    problem: Problem, grad: Tensor, pre: Tensor | None, scores: Tensor | None, needs: frozenset[str]
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """dpre, and the gradients of x and of a memory that is d wide; pre and scores are None where nothing behind them is needed."""
+    x, segments, dtype = problem.x, problem.segments, problem.x.dtype
+    descriptors = launch.has_tma(x.device)
+    value_memory = None
+    if scores is not None and not needs.isdisjoint(_BEHIND_SCORES):
+        assert problem.visual_value is not None
+        value_memory = form_memory(problem.visual_value, problem.value_position, None, dtype, descriptors=descriptors)
+    made = HiddenGradients(None, None, None, None)
+    if pre is not None or scores is not None:
+        made = dhidden_backward(
+            grad, problem.value if pre is not None else None, pre, problem.activation, value_memory, problem.memories, scores, segments,
+            visual_of(problem) if scores is not None else None, need_visual=not needs.isdisjoint(_BEHIND_VISUAL),
+        )  # fmt: skip
+
+    grads: dict[str, Tensor] = {}
+    if "x" in needs:
+        key_memory = None
+        if made.dscores is not None:
+            assert problem.visual_key is not None
+            key_memory = form_memory(
+                problem.visual_key, problem.key_position, segments.lengths, dtype, descriptors=descriptors
+            )
+        grads["x"] = dinput_backward(made.dpre, problem.key, problem.gate, made.dscores, key_memory, segments, x)
+
+    # Each side's left and right operand: dKv = dSᵀ x, dVv = visualᵀ dy.
+    sides: dict[str, Pair] = {}
+    if made.dscores is not None:
+        sides["key"] = (made.dscores, _with_rows(x))
+    if made.visual is not None:
+        sides["value"] = (made.visual, grad)
+    memory = {f"visual_{side}": operands for side, operands in sides.items() if f"visual_{side}" in needs}
+    if memory:
+        dtypes = {getattr(problem, name).dtype for name in memory}
+        out = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        grads |= zip(memory, memory_gradients(list(memory.values()), segments, problem.memories, out), strict=True)
+    # A position's gradient is the sum of its memory's over the images; where that was rounded to 16 bits, the product over all rows.
+    dense = {}
+    for side, operands in sides.items():
+        if f"{side}_position" not in needs:
+            continue
+        summand = grads.get(f"visual_{side}")
+        if summand is not None and summand.dtype == torch.float32:
+            grads[f"{side}_position"] = summand.sum(0)
+        else:
+            dense[f"{side}_position"] = operands
+    if dense:
+        grads |= zip(dense, dense_gradients(list(dense.values()), torch.float32), strict=True)
+    return made.dpre, grads
+
+
+def _factored_backward(
+    problem: Problem, grad: Tensor, pre: Tensor | None, scores: Tensor | None, needs: frozenset[str]
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """As `_plain_backward` for a factored memory: every d-wide operand and gradient is shared by the batch, an image has its cores'."""
+    x, dtype, rank = problem.x, problem.x.dtype, problem.rank
+    basis, key_core, value_core = problem.visual_basis, problem.visual_key, problem.visual_value
+    assert scores is not None and basis is not None and key_core is not None and value_core is not None
+    dense = dense_segments(problem.rows)
+    need_key, need_value = not needs.isdisjoint(_BEHIND_SCORES), not needs.isdisjoint(_BEHIND_VISUAL)
+
+    operand = None
+    if need_key:
+        operand = shared_operand(basis, problem.value_position, dtype)[None]
+    elif "visual_value" in needs:
+        operand = shared_operand(basis, None, dtype)[None]
+    e = dpre = None
+    if pre is not None or operand is not None:
+        hidden = dhidden_backward(
+            grad, problem.value if pre is not None else None, pre, problem.activation, operand, 1, None, dense, None,
+            need_visual=False,
+        )  # fmt: skip
+        e, dpre = hidden.columns, hidden.dpre
+    core = core_backward(
+        e if need_key else None, scores, key_core, value_core, problem.segments, visual_of(problem),
+        need_key=need_key, need_value=need_value, through_key=not needs.isdisjoint(("x", "visual_basis")), through_value="visual_basis" in needs,
+    )  # fmt: skip
+
+    grads: dict[str, Tensor] = {}
+    if "x" in needs:
+        assert core.key is not None
+        left = core.key if problem.key_position is not None else core.key[:, :rank]
+        right = shared_operand(basis, problem.key_position, dtype)[None]
+        grads["x"] = dinput_backward(dpre, problem.key, problem.gate, left, right, dense, x)
+
+    cores = {}
+    if "visual_key" in needs:
+        assert core.key is not None
+        cores["visual_key"] = (core.key[:, rank:], _through_basis(problem))
+    if "visual_value" in needs:
+        assert core.value is not None and e is not None
+        cores["visual_value"] = (core.value[:, rank:], e[:, :rank])
+    if cores:
+        dtypes = {getattr(problem, name).dtype for name in cores}
+        out = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        grads |= zip(
+            cores, memory_gradients(list(cores.values()), problem.segments, problem.memories, out), strict=True
+        )
+    return dpre, grads | _shared_gradients(problem, grad, core, needs)
+
+
+def _through_basis(problem: Problem) -> Tensor:
+    """x Wᵀ (N, r), formed again: it is not kept."""
+    assert problem.visual_basis is not None
+    basis = shared_operand(problem.visual_basis, None, problem.x.dtype)[None]
+    made = hidden_forward(
+        problem.x, None, None, None, None, problem.activation, basis, dense_segments(problem.rows), None,
+        save_hidden=False, save_scores=True,
+    )  # fmt: skip
+    assert made.scores is not None
+    return made.scores
+
+
+def _shared_gradients(problem: Problem, grad: Tensor, core: CoreGradients, needs: frozenset[str]) -> dict[str, Tensor]:
+    """Gradients of the basis and the positions: [t | dS]ᵀ x and [u | visual]ᵀ dy over all rows, the columns that are asked for."""
+    rank = problem.rank
+    first = 0 if "visual_basis" in needs else rank
+    products = {}
+    for side, left, right in (("key", core.key, problem.x), ("value", core.value, grad)):
+        end = rank + problem.slots if f"{side}_position" in needs else rank
+        if first < end:
+            assert left is not None
+            products[side] = (left[:, first:end], _with_rows(right))
+    pairs = list(products.values())
+    if len(pairs) == 2 and pairs[0][0].shape != pairs[1][0].shape:
+        sums = [dense_gradients([pair], torch.float32)[0] for pair in pairs]
+    else:
+        sums = dense_gradients(pairs, torch.float32) if pairs else []
+    found = dict(zip(products, sums, strict=True))
+    grads = {f"{side}_position": g[rank - first :] for side, g in found.items() if f"{side}_position" in needs}
+    if "visual_basis" in needs:
+        grads["visual_basis"] = found["key"][:rank] + found["value"][:rank]
+    return grads

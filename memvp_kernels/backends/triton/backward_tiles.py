@@ -1,0 +1,79 @@
+"""Which tile each backward kernel runs with: the same cost model as :mod:`.tiles`, on the backward's own shapes."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+
+from memvp_kernels.backends.triton import tiles
+from memvp_kernels.backends.triton.tiles import Chip, Tile
+
+__all__ = ["core_backward_tile", "dhidden_tile", "dinput_tile", "dmemory_tile", "row_splits"]
+
+_RESERVE = 2 * 1024  # bytes of barriers and descriptors beside the stages
+
+# (slots, columns, rows per step, warps, most stages) of a tile of a memory gradient. Slots come in multiples of 64 (320 = 5 · 64).
+_OUTER_SHAPES = {
+    "descriptors": (64, 256, 64, 4, 4),
+    "pointers": (64, 128, 32, 4, 4),
+    "tf32": (64, 128, 32, 4, 3),
+    "ieee": (64, 64, 32, 8, 2),
+}
+
+
+def dhidden_tile(
+    chip: Chip, dtype: torch.dtype, precision: str, *,
+    rows: int, width: int, pairs: int, slots: int, sequences: int, descriptors: bool,
+) -> Tile:  # fmt: skip
+    """The dHidden kernel's tile: that of a hidden kernel without a gate, whose epilogue works in column pieces and needs no more room."""
+    return tiles.hidden_tile(
+        chip, dtype, precision, rows=rows, width=width, pairs=pairs, slots=slots, sequences=sequences, gated=False,
+        descriptors=descriptors,
+    )  # fmt: skip
+
+
+def dinput_tile(
+    chip: Chip, dtype: torch.dtype, precision: str, *,
+    rows: int, width: int, pairs: int, slots: int, sequences: int, length: int | None, descriptors: bool,
+) -> Tile:  # fmt: skip
+    """The dx kernel's tile: the output kernel's, with `pairs` the length of both dense loops together."""
+    return tiles.output_tile(
+        chip, dtype, precision, rows=rows, width=width, pairs=pairs, slots=slots, sequences=sequences, length=length, descriptors=descriptors
+    )  # fmt: skip
+
+
+def dmemory_tile(chip: Chip, dtype: torch.dtype, precision: str, *, width: int, descriptors: bool) -> Tile:
+    """The tile of dKv and dVv: `block_n` slots by `columns` of the memory, in steps of `block_k` rows of x."""
+    kind = precision if dtype == torch.float32 else "descriptors" if descriptors else "pointers"
+    slots, columns, step, warps, most = _OUTER_SHAPES[kind]
+    if chip.family == "mma" and kind == "descriptors":
+        columns = 128
+    columns = min(columns, tiles._bucket(width))
+    stages = min(most, (chip.shared - _RESERVE) // ((slots + columns) * step * dtype.itemsize))
+    return Tile(slots, columns, step, warps, stages)
+
+
+@cache
+def row_splits(multiprocessors: int, outputs: int, steps: int) -> int:
+    """Into how many parts to cut the rows of a product over all of them, whose partial sums are then added up.
+
+    Args:
+        outputs: tiles of the result.
+        steps: steps of its loop over the rows, as a power of two.
+    """
+
+    def cost(splits: int) -> float:
+        # Storing a partial sum in float32 and reading it back costs about four steps of the loop.
+        return math.ceil(outputs * splits / multiprocessors) * (math.ceil(steps / splits) + 4 * (splits > 1))
+
+    return min((s for s in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if s <= steps), key=cost, default=1)
+
+
+def core_backward_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: int, rank: int) -> Tile:
+    """The core backward's tile: `columns` of dS A and of visual A at once, steps of `block_k` slots."""
+    columns = min(128 if dtype != torch.float32 else 64, tiles._bucket(rank))
+    if dtype == torch.float32:
+        return Tile(16 if precision == "ieee" else 32, columns, 32, 4, 2)
+    return Tile(64 if rows >= 32 * chip.multiprocessors else 32 if rows > 256 else 16, columns, 64, 4, 2)

@@ -1,0 +1,133 @@
+"""dx = dG·G + dU·K + dS·Kv, stored once: three sequential K loops into one accumulator.
+
+The output kernel with a second dense product in front; two products interleaved in one loop would double the shared memory. With a
+factored memory the last loop is dense: [dS A | dS] against [W; p^k], one sequence wide.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memvp_kernels.backends.triton import backward_tiles, launch, tiles
+from memvp_kernels.backends.triton.operands import BY_POINTER, BY_ROW, load_tile, swizzle
+from memvp_kernels.backends.triton.output import add_memory
+from memvp_kernels.problem import Segments
+
+__all__ = ["dinput_backward", "dinput_bwd_kernel"]
+
+
+def dinput_backward(
+    dpre: Tensor | None,
+    key: Tensor | None,
+    gate: Tensor | None,
+    dscores: Tensor | None,
+    memory: Tensor | None,
+    segments: Segments,
+    like: Tensor,
+) -> Tensor:
+    """Launch the kernel.
+
+    Args:
+        dpre: (P, N, F) contiguous, [gate's, key's] or [key's], with key and gate (F, d), any strides; or None and no weights.
+        dscores: (N, M) with memory (R, M, d) in x's dtype, both zero past the valid slots; or both None.
+        like: x, for the result's dtype and device.
+
+    Returns:
+        dx (N, d), contiguous.
+    """
+    rows, width = like.shape
+    pairs = 0 if key is None else key.shape[0]
+    slots = 0 if memory is None else memory.shape[1]
+    dx = torch.empty(rows, width, dtype=like.dtype, device=like.device)
+    dkey = dpre[-1] if dpre is not None else None
+    dgate = dpre[0] if dpre is not None and gate is not None else None
+
+    lefts = [t for t in (dkey, dgate, dscores, memory) if t is not None]
+    weights = [t for t in (key, gate) if t is not None]
+    tma = launch.has_tma(like.device) and all(launch.describable(t) for t in lefts)
+    tma = tma and all(launch.form_of(t) != BY_POINTER.value for t in weights)
+    precision = launch.precision(like.dtype)
+    tile = backward_tiles.dinput_tile(
+        launch.chip(like.device), like.dtype, precision, rows=rows, width=width, pairs=pairs * (1 + (gate is not None)), slots=slots,
+        sequences=segments.sequences, length=segments.length, descriptors=tma,
+    )  # fmt: skip
+    form = BY_ROW.value if tma else BY_POINTER.value
+    form_key = launch.form_of(key, tma) if key is not None else BY_POINTER.value
+    form_gate = launch.form_of(gate, tma) if gate is not None else BY_POINTER.value
+    left, right = (tile.block_n, tile.block_k), (tile.block_k, tile.columns)
+
+    grid = (triton.cdiv(rows, tile.block_n) * triton.cdiv(width, tile.columns),)
+    with launch.on_device(like):
+        dinput_bwd_kernel[grid](
+            launch.describe(dgate, left, form) if dgate is not None else None,
+            launch.describe(gate, right, form_gate) if gate is not None else None,
+            launch.describe(dkey, left, form) if dkey is not None else None,
+            launch.describe(key, right, form_key) if key is not None else None,
+            launch.describe(dscores, left, form) if dscores is not None else None,
+            launch.describe(memory, (1, *right), form) if memory is not None else None,
+            dx, segments.cu_seqlens, segments.index, segments.lengths,
+            *_strides(gate, 2), *_strides(key, 2), *_strides(dscores, 1), *_strides(memory, 3),
+            rows, segments.length or 0, segments.sequences, memory.shape[0] if memory is not None else 0,
+            F=pairs, d=width, M=slots, BLOCK_N=tile.block_n, BLOCK_D=tile.columns, BLOCK_K=tile.block_k, GROUP=tile.group,
+            STRADDLES=memory is not None and tiles.straddles(segments.sequences, segments.length, tile.block_n),
+            FORM=form, FORM_GATE=form_gate, FORM_KEY=form_key,
+            PRECISION=precision, DTYPE=launch.element_type(like.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return dx
+
+
+def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
+    return tensor.stride()[:count] if tensor is not None else (0,) * count
+
+
+@triton.jit(do_not_specialize=["N", "T", "S", "R"])
+def dinput_bwd_kernel(
+    dgate, gate, dkey, key, dscores, memory, dx, cu_seqlens, index, lengths,
+    stride_gate_f, stride_gate_d, stride_key_f, stride_key_d, stride_dscores_n, stride_memory_r, stride_memory_m, stride_memory_d,
+    N, T, S, R, F: tl.constexpr, d: tl.constexpr, M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STRADDLES: tl.constexpr,
+    FORM: tl.constexpr, FORM_GATE: tl.constexpr, FORM_KEY: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One program per tile (BLOCK_N, BLOCK_D) of dx."""
+    row_tile, column_tile = swizzle(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(d, BLOCK_D), GROUP)
+    row = row_tile * BLOCK_N
+    column = column_tile * BLOCK_D
+
+    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    if gate is not None:
+        acc = _add_product(
+            acc, dgate, gate, row, column, stride_gate_f, stride_gate_d, N, F, d, BLOCK_N, BLOCK_D, BLOCK_K, FORM, FORM_GATE, PRECISION
+        )  # fmt: skip
+    if key is not None:
+        acc = _add_product(
+            acc, dkey, key, row, column, stride_key_f, stride_key_d, N, F, d, BLOCK_N, BLOCK_D, BLOCK_K, FORM, FORM_KEY, PRECISION
+        )  # fmt: skip
+    if memory is not None:
+        acc = add_memory(
+            acc, row, column, dscores, memory, cu_seqlens, index, lengths, stride_dscores_n, 1, stride_memory_r, stride_memory_m,
+            stride_memory_d, N, T, S, R, d, M, BLOCK_N, BLOCK_D, BLOCK_K, STRADDLES, FORM, PRECISION,
+        )  # fmt: skip
+
+    o_row = row + tl.arange(0, BLOCK_N)
+    o_column = column + tl.arange(0, BLOCK_D)
+    inside = (o_row[:, None] < N) & (o_column[None, :] < d)
+    tl.store(dx + o_row.to(tl.int64)[:, None] * d + o_column[None, :], acc.to(DTYPE), mask=inside)
+
+
+@triton.jit
+def _add_product(
+    acc, left, weight, row, column, stride_weight_f, stride_weight_d, N, F: tl.constexpr, d: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, FORM: tl.constexpr, FORM_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + left · weight for a dense left (N, F), contiguous."""
+    WHOLE: tl.constexpr = F % BLOCK_K == 0
+    for k in tl.range(0, F, BLOCK_K):
+        b_left = load_tile(left, row, k, N, F, F, 1, BLOCK_N, BLOCK_K, FORM, False, WHOLE)
+        b_weight = load_tile(
+            weight, k, column, F, d, stride_weight_f, stride_weight_d, BLOCK_K, BLOCK_D, FORM_WEIGHT, WHOLE, d % BLOCK_D == 0
+        )  # fmt: skip
+        acc = tl.dot(b_left, b_weight, acc, input_precision=PRECISION)
+    return acc

@@ -1,0 +1,158 @@
+"""Gradients of the memory: dKv = dSᵀ x and dVv = visualᵀ dy of every memory row, summed over the sequences that read it, in one launch.
+
+One program owns a tile of one row's gradient and walks through that row's sequences in order: no atomics, no padding, the same
+bits every time. A sequence is a descriptor whose rows end where it ends, so that its ragged tail is filled with zeros by the copy
+engine, and which of the two products a program works on is a choice between pointers, not between loops.
+
+The gradients of what the batch shares (positions, the basis of a factored memory) are the same product over all rows of x; there the
+rows are cut into parts of equal length, a fixed number for a shape, and the parts' sums are added up in float32.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memvp_kernels.backends.triton import backward_tiles, launch
+from memvp_kernels.backends.triton.operands import BY_POINTER, BY_ROW, load_tile
+from memvp_kernels.backends.triton.segments import sequence_bounds
+from memvp_kernels.problem import Segments
+
+__all__ = ["Pair", "dense_gradients", "dmemory_bwd_kernel", "memory_gradients"]
+
+_SCAN = 256  # entries of the index that a program looks at together
+
+Pair = tuple[Tensor, Tensor]
+
+
+def memory_gradients(pairs: Sequence[Pair], segments: Segments, memories: int, dtype: torch.dtype) -> list[Tensor]:
+    """For each (left, right) the sum of left[n]ᵀ right[n] over the rows n that read a memory row, for every memory row.
+
+    Args:
+        pairs: one or two of left (N, M) and right (N, d), rows contiguous, each pair of the same shapes.
+        segments: which rows read which memory row.
+        memories: R.
+        dtype: of the results; sums are float32 until then.
+
+    Returns:
+        one (R, M, d) for each pair; exact zeros for a row that nobody reads and wherever left is zero.
+    """
+    if segments.shared:
+        return [g[None] for g in dense_gradients(pairs, dtype)]
+    return _launch(pairs, segments, memories, dtype)
+
+
+def dense_gradients(pairs: Sequence[Pair], dtype: torch.dtype) -> list[Tensor]:
+    """leftᵀ right over all rows, (M, d) for each pair; arguments as `memory_gradients`."""
+    left, right = pairs[0]
+    rows, slots, width = right.shape[0], left.shape[1], right.shape[1]
+    tile = backward_tiles.dmemory_tile(
+        launch.chip(right.device), right.dtype, launch.precision(right.dtype), width=width, descriptors=_describable(pairs)
+    )  # fmt: skip
+    outputs = len(pairs) * triton.cdiv(slots, tile.block_n) * triton.cdiv(width, tile.columns)
+    steps = triton.next_power_of_2(triton.cdiv(rows, tile.block_k))
+    splits = backward_tiles.row_splits(launch.chip(right.device).multiprocessors, outputs, steps)
+    if splits == 1:
+        return [g[0] for g in _launch(pairs, Segments(rows, 1, rows), 1, dtype)]
+    parts = _launch(pairs, Segments(rows, splits, triton.cdiv(rows, splits)), splits, torch.float32)
+    return [p.sum(0).to(dtype) for p in parts]
+
+
+def _describable(pairs: Sequence[Pair]) -> bool:
+    return launch.has_tma(pairs[0][0].device) and all(launch.describable(t) for pair in pairs for t in pair)
+
+
+def _launch(pairs: Sequence[Pair], segments: Segments, memories: int, dtype: torch.dtype) -> list[Tensor]:
+    (left, right), (other_left, other_right) = pairs[0], pairs[-1]
+    slots, width = left.shape[1], right.shape[1]
+    outs = [torch.empty(memories, slots, width, dtype=dtype, device=right.device) for _ in pairs]
+    tma = _describable(pairs)
+    precision = launch.precision(right.dtype)
+    tile = backward_tiles.dmemory_tile(launch.chip(right.device), right.dtype, precision, width=width, descriptors=tma)
+    tiles = triton.cdiv(slots, tile.block_n) * triton.cdiv(width, tile.columns)
+
+    def run() -> None:
+        # Descriptors built on the device need room there, for the length of the launch.
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=right.device))
+        dmemory_bwd_kernel[(len(pairs) * memories * tiles,)](
+            left, right, outs[0], other_left, other_right, outs[-1], segments.cu_seqlens, segments.index,
+            left.stride(0), right.stride(0), other_left.stride(0), other_right.stride(0),
+            segments.rows, segments.length or 0, segments.sequences, memories,
+            M=slots, d=width, BLOCK_M=tile.block_n, BLOCK_D=tile.columns, BLOCK_K=tile.block_k, SCAN=_SCAN,
+            FORM=(BY_ROW if tma else BY_POINTER).value, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    with launch.on_device(right):
+        # In a context of its own, so that the allocator is nobody else's.
+        contextvars.copy_context().run(run)
+    return outs
+
+
+@triton.jit(do_not_specialize=["N", "T", "S", "R"])
+def dmemory_bwd_kernel(
+    left, right, out, other_left, other_right, other_out, cu_seqlens, index,
+    stride_left_n, stride_right_n, stride_other_left_n, stride_other_right_n,
+    N, T, S, R, M: tl.constexpr, d: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    SCAN: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program per tile (BLOCK_M, BLOCK_D) of one memory row's gradient; the second pair's programs come after the first's."""
+    SLOT_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    COLUMN_TILES: tl.constexpr = (d + BLOCK_D - 1) // BLOCK_D
+    # Tiles of one block of columns side by side: they share x's columns in L2.
+    slot = tl.program_id(0) % SLOT_TILES * BLOCK_M
+    column = tl.program_id(0) // SLOT_TILES % COLUMN_TILES * BLOCK_D
+    read = tl.program_id(0) // (SLOT_TILES * COLUMN_TILES)
+    if read >= R:
+        read = read - R
+        left = other_left
+        right = other_right
+        out = other_out
+        stride_left_n = stride_other_left_n
+        stride_right_n = stride_other_right_n
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if index is None:
+        first, end = sequence_bounds(read, cu_seqlens, S, T, N)
+        acc = _add_sequence(
+            acc, left, right, first, end, slot, column, stride_left_n, stride_right_n, M, d, BLOCK_M, BLOCK_D, BLOCK_K, FORM, PRECISION
+        )  # fmt: skip
+    else:
+        for start in tl.range(0, S, SCAN):
+            o_sequence = start + tl.arange(0, SCAN)
+            reads = tl.load(index + o_sequence, mask=o_sequence < S, other=-1) == read
+            sequence = start - 1
+            for _ in tl.range(0, tl.sum(reads.to(tl.int32))):
+                sequence = tl.min(tl.where(reads & (o_sequence > sequence), o_sequence, S))
+                first, end = sequence_bounds(sequence, cu_seqlens, S, T, N)
+                acc = _add_sequence(
+                    acc, left, right, first, end, slot, column, stride_left_n, stride_right_n, M, d, BLOCK_M, BLOCK_D, BLOCK_K, FORM, PRECISION
+                )  # fmt: skip
+
+    o_slot = slot + tl.arange(0, BLOCK_M)
+    o_column = column + tl.arange(0, BLOCK_D)
+    inside = (o_slot[:, None] < M) & (o_column[None, :] < d)
+    o_out = (tl.cast(read, tl.int64) * M + o_slot.to(tl.int64)[:, None]) * d + o_column[None, :]
+    tl.store(out + o_out, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_sequence(
+    acc, left, right, first, end, slot, column, stride_left_n, stride_right_n, M: tl.constexpr, d: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + leftᵀ right over rows [first, end)."""
+    if FORM == BY_ROW:
+        left = tl.make_tensor_descriptor(left, [end, M], [tl.cast(stride_left_n, tl.int64), 1], [BLOCK_K, BLOCK_M])
+        right = tl.make_tensor_descriptor(right, [end, d], [tl.cast(stride_right_n, tl.int64), 1], [BLOCK_K, BLOCK_D])
+    for k in tl.range(first, end, BLOCK_K):
+        b_left = load_tile(left, k, slot, end, M, stride_left_n, 1, BLOCK_K, BLOCK_M, FORM, False, M % BLOCK_M == 0)
+        b_right = load_tile(
+            right, k, column, end, d, stride_right_n, 1, BLOCK_K, BLOCK_D, FORM, False, d % BLOCK_D == 0
+        )
+        acc = tl.dot(b_left.T, b_right, acc, input_precision=PRECISION)
+    return acc
