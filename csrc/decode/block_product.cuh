@@ -51,7 +51,7 @@ MEMVP_DEVICE void block_rows(int64_t k_end, Load load, Store store) {
       low += sums[warp * kRowTile * kTokenTile + i];
       high += sums[warp * kRowTile * kTokenTile + kPairTile * kTokenTile + i];
     }
-    store(i % kPairTile, i / kPairTile, low, high);
+    store(i / kTokenTile, i % kTokenTile, low, high);
   }
 }
 

@@ -38,6 +38,7 @@ inline uint16_t half_of_float(float f) {
   const float a = std::fabs(f);
   if (std::isnan(f)) return 0x7FFF;
   if (a >= 65520.0f) return sign | 0x7C00;
+  if (a == 0.0f) return sign;
   int exponent = 0;
   std::frexp(a, &exponent);                          // a = m 2^exponent, m in [0.5, 1)
   const int step = exponent - 11 < -24 ? -24 : exponent - 11;  // of the last bit that is kept
