@@ -31,21 +31,22 @@ def keep_threshold(p: float) -> int:
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a·b for 32-bit words held in int64, without passing 63 bits."""
-    low = a * (b & 0xFFFF)
-    middle = a * (b >> 16) + (low >> 16)
-    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+    """High and low 32 bits of a·b for 32-bit words held in int64; the product wraps past 63 bits, its 64 bits stay right."""
+    product = b * a
+    return (product >> 32).bitwise_and_(_WORD), product.bitwise_and_(_WORD)
 
 
-def philox4x32(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(
+    seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words (in int64) for each counter; the key is the seed's low and high words."""
     c0, c1, c2, c3 = counter
-    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    for _ in range(_ROUNDS):
+    steps = torch.arange(_ROUNDS, dtype=torch.int64, device=seed.device)
+    keys = [((word & _WORD) + steps * weyl) & _WORD for word, weyl in zip((seed, seed >> 32), _WEYL, strict=True)]
+    for k0, k1 in zip(*(k.unbind() for k in keys), strict=True):
         high0, low0 = _multiply(_MULTIPLIERS[0], c0)
         high1, low1 = _multiply(_MULTIPLIERS[1], c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+        c0, c1, c2, c3 = high1 ^ (c1 ^ k0), low1, high0 ^ (c3 ^ k1), low0
     return c0, c1, c2, c3
 
 
