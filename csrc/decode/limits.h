@@ -26,7 +26,7 @@ inline const char* why_unsupported(const FfnDecodeParams& p) {
   if (p.tokens > kDecodeMaxTokens) return "the decode kernels take at most 64 tokens in all";
   if (p.multiprocessors < 1) return "multiprocessors must be the device's own number";
   if (p.tokens == 0 || p.width == 0) return nullptr;  // nothing to do
-  if (!present(p.x) || p.y == nullptr) return "x or y is missing";
+  if (!present(p.x)) return "x is missing";  // y and workspace come with the launch
   if (present(p.key) != present(p.value)) return "key and value go together";
   if (present(p.visual_key) != present(p.visual_value)) return "visual_key and visual_value go together";
   if (present(p.gate) && !present(p.key)) return "gate needs key";
