@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import torch
-
 from harness.cli import Setting, common_parser, settle
 from harness.ffn_case import candidates as ffn_candidates
 from harness.measure import Candidate

@@ -37,12 +37,20 @@ def jobs(setting: Setting, *, recompute: bool, checkpointing: bool) -> Iterator[
     switches = "".join(f", {name}" for name, on in (("checkpointing", checkpointing), ("recompute", recompute)) if on)
 
     def job(level: str, batch: int, length: int, visual: int) -> Job:
-        size = {"sequences": batch, "text_length": length, "visual_tokens": visual}
-
         def found() -> Sequence[Candidate]:
             if level == "ffn":
-                return ffn_candidates(setting, **size, recompute=recompute)
-            return model_candidates(setting, model(), **size, recompute=recompute, checkpointing=checkpointing)
+                return ffn_candidates(
+                    setting, sequences=batch, text_length=length, visual_tokens=visual, recompute=recompute
+                )
+            return model_candidates(
+                setting,
+                model(),
+                sequences=batch,
+                text_length=length,
+                visual_tokens=visual,
+                recompute=recompute,
+                checkpointing=checkpointing,
+            )
 
         template = Row(
             case=f"{level}, training step {batch}×{length}, image {visual}{switches}",
@@ -52,7 +60,9 @@ def jobs(setting: Setting, *, recompute: bool, checkpointing: bool) -> Iterator[
             phase="training",
             preset=setting.preset_name,
             layers=1 if level == "ffn" else setting.layers,
-            **size,
+            sequences=batch,
+            text_length=length,
+            visual_tokens=visual,
         )
         return Job(template, found)
 

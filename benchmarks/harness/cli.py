@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,8 +102,8 @@ def common_parser(description: str, *, program: str) -> argparse.ArgumentParser:
 def settle(
     options: argparse.Namespace,
     *,
-    cpu: dict[str, tuple[int, ...]],
-    cuda: dict[str, tuple[int, ...]],
+    cpu: Mapping[str, tuple[int, ...]],
+    cuda: Mapping[str, tuple[int, ...]],
 ) -> Setting:
     """Fills in what was not asked for.
 

@@ -17,7 +17,7 @@ def relative_error(out: Tensor, exact: Tensor) -> float:
         return math.inf
     difference = (out.detach().double() - exact.detach().double()).norm().item()
     size = exact.detach().double().norm().item()
-    return difference / size if size else difference
+    return float(difference / size if size else difference)
 
 
 def allowed_error(plain: Tensor, exact: Tensor) -> float:

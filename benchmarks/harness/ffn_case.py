@@ -16,7 +16,7 @@ from harness.measure import Candidate, Truth, held_bytes
 from harness.operands import Adapter, Parts, Weights
 from harness.rooflines import FFNShape, ffn_forward
 from harness.timer import Run, operand_sets
-from harness.variants import PLAIN_PYTORCH, Variant, plain_ffn, variants
+from harness.variants import Variant, variants, yardstick
 from memvp_kernels import reference
 
 __all__ = ["candidates", "exact_ffn", "too_big"]
@@ -45,7 +45,7 @@ def candidates(
     slots = max(preset.slots, visual_tokens)
     adapter = Adapter(preset, slots=slots, device=device)
     features = adapter.batch(sequences, visual_tokens)
-    parts = adapter.parts(features, dtype=dtype).detach()
+    parts = adapter.parts(features, dtype=dtype).map(Tensor.detach)
     x = hidden_states(sequences, tokens, preset.width, device=device, dtype=dtype)
     in_front = adapter.project(features).detach()
     in_front = (in_front / in_front.pow(2).mean(-1, keepdim=True).sqrt()).to(dtype)
@@ -55,27 +55,32 @@ def candidates(
     def weights(index: int) -> Weights:
         return Weights.random(preset, device=device, dtype=dtype, seed=index)
 
+    def rows(form: str) -> Tensor:
+        return x_prompt if form == "prompt" else x
+
     @functools.cache
-    def truth(kind: str) -> Truth:
-        w = weights(0)
-        if kind == "memory":
-            eager = variants(device, compiled=False)[PLAIN_PYTORCH]
-            plain = eager.step(x, w, eager.bind(w, eager.share(parts)), 0.0)
-            return Truth({"y": plain}, {"y": exact_ffn(x, w, parts)})
-        rows = x_prompt if kind == "prompt" else x
-        return Truth({"y": plain_ffn(rows, w)}, {"y": exact_ffn(rows, w, None)})
+    def plain(name: str) -> dict[str, Tensor]:
+        variant = variants(device, compiled=False)[name]
+        bound = variant.bind(weights(0), variant.share(parts)) if variant.has_memory else None
+        return {"y": variant.step(rows(variant.form), weights(0), bound, 0.0)}
+
+    @functools.cache
+    def exact(form: str) -> dict[str, Tensor]:
+        return {"y": exact_ffn(rows(form), weights(0), None if form in ("text", "prompt") else parts)}
+
+    def truth(form: str) -> Truth:
+        return Truth(plain(yardstick(form)), exact(form if form in ("text", "prompt") else "memory"))
 
     def build(variant: Variant) -> tuple[dict[str, Tensor], Run, int]:
-        rows = x_prompt if variant.form == "prompt" else x
         first = variant.bind(weights(0), variant.share(parts)) if variant.has_memory else None
         kept = held_bytes(weights(0), first)
         calls: list[Callable[[], object]] = []
         for index in range(operand_sets(kept, device)):
             w = weights(index)
             bound = first if index == 0 or not variant.has_memory else _fresh(variant, w, parts)
-            calls.append(functools.partial(variant.step, rows, w, bound, 0.0))
-        outputs = {"y": variant.step(rows, weights(0), first, 0.0)}
-        return outputs, Run(calls), kept + held_bytes(rows)
+            calls.append(functools.partial(variant.step, rows(variant.form), w, bound, 0.0))
+        outputs = {"y": variant.step(rows(variant.form), weights(0), first, 0.0)}
+        return outputs, Run(calls), kept + held_bytes(rows(variant.form))
 
     found = []
     for variant in variants(device, compiled=setting.compiled).values():
@@ -86,7 +91,7 @@ def candidates(
             Candidate(
                 name=variant.name,
                 build=functools.partial(build, variant),
-                truth=functools.partial(truth, variant.form if variant.form in ("text", "prompt") else "memory"),
+                truth=functools.partial(truth, variant.form),
                 count=ffn_forward(variant.form, shape),
                 missing=variant.missing(device) or too_big(sequences * footprint, device),
                 memory_per_image=footprint,
@@ -121,5 +126,4 @@ def too_big(size: int, device: torch.device) -> str | None:
 
 def _fresh(variant: Variant, weights: Weights, parts: Parts) -> Any:
     """The bound memory of another operand set: new copies, so that nothing of it waits in the cache."""
-    copy = Parts(*(t.clone() for t in parts.tensors), scale=parts.scale)
-    return variant.bind(weights, variant.share(copy))
+    return variant.bind(weights, variant.share(parts.map(Tensor.clone)))

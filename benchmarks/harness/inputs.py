@@ -113,7 +113,9 @@ def _fractal() -> Tensor:
     )
     spectrum = torch.fft.rfft2(torch.randn(3, height, width, generator=generator)) / frequency
     picture = torch.fft.irfft2(spectrum, s=(height, width)).permute(1, 2, 0)
-    return (picture - picture.min()) / (picture.max() - picture.min())
+    low, high = picture.min(), picture.max()
+    scaled: Tensor = (picture - low) / (high - low)
+    return scaled
 
 
 @functools.cache

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from harness.cli import Setting
@@ -19,7 +18,7 @@ from harness.operands import Adapter, Parts
 from harness.rooflines import FFNShape, head, layer
 from harness.stack import FixedCache, Stack
 from harness.timer import Run
-from harness.variants import PLAIN_PYTORCH, Variant, variants
+from harness.variants import PLAIN_PYTORCH, Variant, variants, yardstick
 
 __all__ = ["Model", "candidates"]
 
@@ -113,17 +112,22 @@ def candidates(
         return call, kv.bytes + held_bytes(bound if decode else [])
 
     @functools.cache
-    def truth(kind: str) -> Truth:
-        name = PLAIN_PYTORCH if kind == "memory" else kind
+    def plain(name: str) -> dict[str, Tensor]:
+        return {"logits": run(variants(device, compiled=False)[name], model.head, checked=True)[0]()}
+
+    @functools.cache
+    def exact(name: str) -> dict[str, Tensor]:
         variant = variants(device, compiled=False)[name]
-        plain = run(variant, model.head, checked=True)[0]()
-        wide = _wide(project(variant)) if not decode else None
-        bound = None
+        bound, wide = None, None
         if decode:
-            bound = model.exact.bind(variant, _wide_parts(adapter.parts(features, dtype=dtype)))
-        kv = cache(kind == "prompt", True).double()
-        exact = forward(variant, model.exact, bound, kv=kv, project=lambda: wide)  # type: ignore[arg-type, return-value]
-        return Truth({"logits": plain}, {"logits": exact})
+            bound = model.exact.bind(variant, adapter.parts(features, dtype=dtype).map(Tensor.double))
+        else:
+            wide = _wide(project(variant))
+        kv = cache(variant.form == "prompt", True).double()
+        return {"logits": forward(variant, model.exact, bound, kv=kv, project=lambda: wide)}  # type: ignore[arg-type, return-value]
+
+    def truth(form: str) -> Truth:
+        return Truth(plain(yardstick(form)), exact(form if form in ("text", "prompt") else PLAIN_PYTORCH))
 
     def build(variant: Variant) -> tuple[dict[str, Tensor], Run, int]:
         outputs = {"logits": run(variant, model.head, checked=True)[0]()}
@@ -141,7 +145,7 @@ def candidates(
             Candidate(
                 name=variant.name,
                 build=functools.partial(build, variant),
-                truth=functools.partial(truth, variant.form if variant.form in ("text", "prompt") else "memory"),
+                truth=functools.partial(truth, variant.form),
                 count=count + head(preset, rows=sequences, element=setting.element),
                 missing=variant.missing(device) or too_big(sequences * memory, device),
                 memory_per_image=memory,
@@ -154,10 +158,6 @@ def candidates(
     return found
 
 
-def _wide_parts(parts: Parts) -> Parts:
-    return Parts(*(t.double() for t in parts.tensors), scale=parts.scale)
-
-
 def _wide(projected: tuple[Parts | None, Tensor | None]) -> tuple[Parts | None, Tensor | None]:
     parts, visual = projected
-    return (None if parts is None else _wide_parts(parts)), (None if visual is None else visual.double())
+    return (None if parts is None else parts.map(Tensor.double)), (None if visual is None else visual.double())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,16 +58,17 @@ class Parts:
     scale: float
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.core, self.basis, self.key_position, self.value_position
 
     def features(self) -> Tensor:
         """f = core·basis, (S, M, d)."""
         return self.core @ self.basis
 
-    def detach(self) -> Parts:
-        """The same values, none of them asking for a gradient."""
-        return Parts(*(t.detach() for t in self.tensors), scale=self.scale)
+    def map(self, change: Callable[[Tensor], Tensor]) -> Parts:
+        """The same memory with every tensor changed."""
+        core, basis, key_position, value_position = (change(t) for t in self.tensors)
+        return Parts(core, basis, key_position, value_position, self.scale)
 
 
 class Adapter(nn.Module):
@@ -111,8 +113,7 @@ class Adapter(nn.Module):
         core = F.pad(rows, (0, rank - rows.shape[-1], 0, slots - rows.shape[1]))
         basis = torch.cat([self.fc2_weight.T, self.fc2_bias.unsqueeze(0)])
         basis = F.pad(basis, (0, 0, 0, rank - basis.shape[0]))
-        cast = (t.to(dtype) for t in (core, basis, self.key_position, self.value_position))
-        return Parts(*cast, scale=self.scale)
+        return Parts(core, basis, self.key_position, self.value_position, self.scale).map(lambda t: t.to(dtype))
 
     def batch(self, images: int, visual_tokens: int) -> Tensor:
         """Image features (images, visual_tokens, vision width) on the parameters' device."""

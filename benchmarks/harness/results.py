@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +152,7 @@ class Results:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".partial")
         partial.write_text(json.dumps(document, indent=1) + "\n")
-        os.replace(partial, self._path)
+        partial.replace(self._path)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -172,11 +172,13 @@ class Stack(nn.Module):
                 x = checkpoint(layer, x, use_reentrant=False, **options)
             else:
                 x = layer(x, **options)
-        return self.norm(x)
+        normalised: Tensor = self.norm(x)
+        return normalised
 
     def next_token_logits(self, x: Tensor, *, cache: FixedCache | None = None, start: int = 0) -> Tensor:
         """(S, vocabulary) of the last position."""
-        return self.head(self.hidden(x, cache=cache, start=start)[:, -1])
+        logits: Tensor = self.head(self.hidden(x, cache=cache, start=start)[:, -1])
+        return logits
 
     def loss(self, x: Tensor, tokens: Tensor) -> Tensor:
         """Mean cross entropy of the text; x may have visual tokens in front, which are not predicted."""
@@ -191,7 +193,7 @@ class Stack(nn.Module):
         cut._ffns = self._ffns[:layers]
         return cut
 
-    def double(self) -> Stack:  # type: ignore[override]
+    def double(self) -> Stack:
         """A float64 copy whose FFNs compute the two branches with K and V formed: the reference.
 
         Takes four times the memory of a half-precision stack; check a stack of few layers.
@@ -199,9 +201,7 @@ class Stack(nn.Module):
         twin = copy.deepcopy(self)
         nn.Module.double(twin)
         yardstick = variants(torch.device("cpu"), compiled=False)[PLAIN_PYTORCH]
-        twin._ffns = []
-        for layer in twin.layers:
-            layer.mlp.weights = Weights(*(t.double() for t in layer.mlp.weights.tensors))
-            layer.mlp.variant = yardstick
-            twin._ffns.append(layer.mlp)
+        for ffn in twin._ffns:  # deepcopy kept them the layers' own
+            ffn.weights = Weights(*(t.double() for t in ffn.weights.tensors))
+            ffn.variant = yardstick
         return twin

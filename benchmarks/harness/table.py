@@ -17,7 +17,10 @@ def text(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
     """
     cells, right = _cells(rows, columns)
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = ["  ".join(_pad(cell, width, r) for cell, width, r in zip(line, widths, right)).rstrip() for line in cells]
+    lines = [
+        "  ".join(_pad(cell, width, r) for cell, width, r in zip(line, widths, right, strict=True)).rstrip()
+        for line in cells
+    ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
 

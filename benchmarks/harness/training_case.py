@@ -19,7 +19,7 @@ from harness.operands import Adapter, Weights
 from harness.rooflines import FFNShape, ffn_backward, ffn_forward, training_step
 from harness.stack import Stack
 from harness.timer import Run
-from harness.variants import PLAIN_PYTORCH, Variant, variants
+from harness.variants import PLAIN_PYTORCH, Variant, variants, yardstick
 
 __all__ = ["ffn_candidates", "model_candidates"]
 
@@ -38,9 +38,10 @@ def ffn_candidates(
     weights = Weights.random(preset, device=device, dtype=dtype, seed=0)
     x = hidden_states(sequences, text_length, preset.width, device=device, dtype=dtype)
     grad = hidden_states(sequences, text_length, preset.width, device=device, dtype=dtype, offset=5000)
-    optimiser = _optimiser(adapter)
+    learner = copy.deepcopy(adapter)  # steps change it; the checks' own stays as it is
+    optimiser = _optimiser(learner)
 
-    def forward(variant: Variant, x: Tensor, dropout: float) -> Tensor:
+    def forward(variant: Variant, adapter: Adapter, x: Tensor, dropout: float) -> Tensor:
         """(S, T, d): the text's rows of the output."""
         if variant.form == "text":
             return variant.step(x, weights, None, dropout)
@@ -54,13 +55,17 @@ def ffn_candidates(
         """Output and gradients with nothing dropped: for the check."""
         _clear(adapter)
         leaf = x.clone().requires_grad_()
-        y = forward(variant, leaf, 0.0)
-        y.backward(grad)
+        y = forward(variant, adapter, leaf, 0.0)
+        torch.autograd.backward(y, grad)
+        assert leaf.grad is not None
         return {"y": y.detach(), "x": leaf.grad, **_adapter_gradients(adapter)}
 
     @functools.cache
-    def truth(kind: str) -> Truth:
-        plain = gradients(variants(device, compiled=False)[PLAIN_PYTORCH if kind == "memory" else kind])
+    def plain(name: str) -> dict[str, Tensor]:
+        return gradients(variants(device, compiled=False)[name])
+
+    @functools.cache
+    def exact(kind: str) -> dict[str, Tensor]:
         wide = copy.deepcopy(adapter).double()
         _clear(wide)
         leaf = x.double().requires_grad_()
@@ -69,16 +74,19 @@ def ffn_candidates(
             rows = torch.cat([wide.project(features.double()), leaf], dim=1)
         parts = wide.parts(features.double(), dtype=torch.float64) if kind == "memory" else None
         y = exact_ffn(rows, weights, parts)[:, -text_length:]
-        y.backward(grad.double())
+        torch.autograd.backward(y, grad.double())
         assert leaf.grad is not None
-        return Truth(plain, {"y": y.detach(), "x": leaf.grad, **_adapter_gradients(wide)})
+        return {"y": y.detach(), "x": leaf.grad, **_adapter_gradients(wide)}
+
+    def truth(form: str) -> Truth:
+        return Truth(plain(yardstick(form)), exact(form if form in ("text", "prompt") else "memory"))
 
     def build(variant: Variant) -> tuple[dict[str, Tensor], Run, int]:
         outputs = gradients(variant)
         leaf = x.clone().requires_grad_()
 
         def step() -> None:
-            forward(variant, leaf, DROPOUT if variant.has_memory else 0.0).backward(grad)
+            torch.autograd.backward(forward(variant, learner, leaf, DROPOUT if variant.has_memory else 0.0), grad)
             _update(optimiser)
             leaf.grad = None
 
@@ -88,7 +96,7 @@ def ffn_candidates(
         Candidate(
             name=variant.name,
             build=functools.partial(build, variant),
-            truth=functools.partial(truth, _kind(variant)),
+            truth=functools.partial(truth, variant.form),
             count=ffn_forward(variant.form, shape, training=True) + ffn_backward(variant.form, shape),
             missing=variant.missing(device) or _too_big(variant, setting, shape, layers=1),
             memory_per_image=memory_per_image(
@@ -115,7 +123,8 @@ def model_candidates(
     adapter = Adapter(preset, slots=shape.slots, device=device)
     features = adapter.batch(sequences, visual_tokens)
     tokens = text_tokens(sequences, text_length, preset.vocabulary, device=device)
-    optimiser = _optimiser(adapter)
+    learner = copy.deepcopy(adapter)  # steps change it; the checks' own stays as it is
+    optimiser = _optimiser(learner)
 
     def loss(variant: Variant, stack: Stack, adapter: Adapter, dtype: torch.dtype, dropout: float) -> Tensor:
         stack.checkpointing = checkpointing
@@ -133,21 +142,26 @@ def model_candidates(
     def gradients(variant: Variant, stack: Stack, adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
         _clear(adapter)
         value = loss(variant, stack, adapter, dtype, 0.0)
-        value.backward()
+        torch.autograd.backward(value)
         return {"loss": value.detach(), **_adapter_gradients(adapter)}
 
     @functools.cache
-    def truth(kind: str) -> Truth:
-        variant = variants(device, compiled=False)[PLAIN_PYTORCH if kind == "memory" else kind]
-        plain = gradients(variant, model.head, adapter, dtype)
-        wide = copy.deepcopy(adapter).double()
-        return Truth(plain, gradients(variant, model.exact, wide, torch.float64))
+    def plain(name: str) -> dict[str, Tensor]:
+        return gradients(variants(device, compiled=False)[name], model.head, adapter, dtype)
+
+    @functools.cache
+    def exact(name: str) -> dict[str, Tensor]:
+        variant = variants(device, compiled=False)[name]
+        return gradients(variant, model.exact, copy.deepcopy(adapter).double(), torch.float64)
+
+    def truth(form: str) -> Truth:
+        return Truth(plain(yardstick(form)), exact(form if form in ("text", "prompt") else PLAIN_PYTORCH))
 
     def build(variant: Variant) -> tuple[dict[str, Tensor], Run, int]:
         outputs = gradients(variant, model.head, adapter, dtype)
 
         def step() -> None:
-            loss(variant, model.stack, adapter, dtype, DROPOUT if variant.has_memory else 0.0).backward()
+            torch.autograd.backward(loss(variant, model.stack, learner, dtype, DROPOUT if variant.has_memory else 0.0))
             _update(optimiser)
 
         return outputs, Run([step], graph=False), model.stack.bytes + _trained_bytes(adapter)
@@ -157,7 +171,7 @@ def model_candidates(
         Candidate(
             name=variant.name,
             build=functools.partial(build, variant),
-            truth=functools.partial(truth, _kind(variant)),
+            truth=functools.partial(truth, variant.form),
             count=training_step(variant.form, preset, shape, layers=setting.layers, checkpointing=checkpointing),
             missing=variant.missing(device) or _too_big(variant, setting, shape, layers=setting.layers),
             memory_per_image=memory_per_image(
@@ -172,10 +186,6 @@ def model_candidates(
 def _trainable(setting: Setting, recompute: bool) -> list[Variant]:
     found = variants(setting.device, compiled=setting.compiled, recompute=recompute).values()
     return [variant for variant in found if variant.training and setting.wants(variant.name)]
-
-
-def _kind(variant: Variant) -> str:
-    return "memory" if variant.has_memory else variant.form
 
 
 def _shape(setting: Setting, sequences: int, text_length: int, visual_tokens: int) -> FFNShape:

@@ -15,9 +15,10 @@ from harness.operands import Parts, Weights
 from memvp_kernels import fused_ffn
 from memvp_kernels.choose import missing as missing_backend
 
-__all__ = ["PLAIN_PYTORCH", "Variant", "variants"]
+__all__ = ["PLAIN_PYTORCH", "Variant", "variants", "yardstick"]
 
-#: The variant whose error is the yardstick of all: the two branches in plain PyTorch.
+#: Plain PyTorch's own way to compute each form: the yardstick of its error (twice that is allowed).
+_YARDSTICKS = {"text": "text", "prompt": "prompt", "factored": "factored-eager"}
 PLAIN_PYTORCH = "formed-eager"
 
 Share = Callable[[Parts], Any]
@@ -229,6 +230,11 @@ def _backend_missing(backend: str) -> Callable[[torch.device], str | None]:
 def _backends(device: torch.device) -> tuple[str, ...]:
     """On a CPU "auto" is the torch backend, and the interpreter's speed says nothing."""
     return ("torch", "triton", "cuda", "auto") if device.type == "cuda" else ("torch",)
+
+
+def yardstick(form: str) -> str:
+    """The variant whose error is the measure for all variants of a form."""
+    return _YARDSTICKS.get(form, PLAIN_PYTORCH)
 
 
 def variants(device: torch.device, *, compiled: bool, recompute: bool = False) -> dict[str, Variant]:
