@@ -148,7 +148,9 @@ class NinjaBuild(build_ext):
         if subprocess.run([ninja_program(), "-C", str(folder)]).returncode != 0:
             raise SystemExit("memvp_kernels: nvcc failed, see above; MEMVP_CUDA=0 installs without the CUDA extension")
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(library, target)
+        partial = target.with_suffix(".partial")  # renamed, not written over: a running process may have the old one mapped
+        shutil.copyfile(library, partial)
+        partial.replace(target)
 
 
 def extensions() -> list[Extension]:

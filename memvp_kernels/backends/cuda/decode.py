@@ -66,6 +66,8 @@ def unsupported(problem: Problem) -> str | None:
         return f"x has {problem.rows} tokens, and the decode kernel takes at most {_extension().max_tokens}"
     if problem.dropout_p > 0:
         return f"dropout_p is {problem.dropout_p}, and the decode kernel has no dropout"
+    if problem.factored and problem.rank == 0:
+        return "visual_basis has no rows, and the decode kernel takes an empty tensor for none at all"
     codes = _type_codes()
     for name, tensor in zip(_extension().tensor_names, _tensors()(problem), strict=True):
         if tensor is not None and tensor.dtype not in codes:
@@ -101,7 +103,7 @@ def forward(problem: Problem, *, save_hidden: bool = False, save_scores: bool = 
     y = torch.empty((problem.rows, problem.width), dtype=x.dtype, device=x.device)
     workspace = torch.empty(params.workspace_bytes(), dtype=torch.uint8, device=x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    params.launch(y.data_ptr(), problem.width, workspace.data_ptr(), stream)
+    params.launch(y=y.data_ptr(), y_stride=problem.width, workspace=workspace.data_ptr(), stream=stream)
     return y, None, None
 
 

@@ -1,0 +1,77 @@
+"""The compiled extension for the tests: built once per session by setup.py itself, and again only where a source has changed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from memvp_kernels.backends.cuda import extension as extension_module
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build"
+
+
+def run_setup(*arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """setup.py as pip runs it, with these environment variables added."""
+    command = [sys.executable, "setup.py", "--quiet", *arguments]
+    merged = {**os.environ, **environment}
+    return subprocess.run(command, cwd=folder, env=merged, capture_output=True, text=True)
+
+
+@contextlib.contextmanager
+def build_folder() -> Iterator[Path]:
+    """build/, for one process at a time: pytest-xdist's workers share it, and what is compiled there."""
+    BUILD.mkdir(exist_ok=True)
+    with (BUILD / "tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield BUILD
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """The extension's shared library, for every default architecture."""
+    with build_folder() as folder:
+        done = run_setup("build_ext", "--build-lib", str(folder / "tests"), MEMVP_CUDA="require", MEMVP_CUDA_ARCHS="")
+        if "MEMVP_CUDA=require:" in done.stderr:
+            pytest.skip(f"needs nvcc: {done.stderr.strip().splitlines()[-1]}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        (found,) = (folder / "tests" / "memvp_kernels").glob("_C.*.so")
+    return found
+
+
+def load_extension(library: Path) -> ModuleType:
+    """The module of a library, outside sys.modules."""
+    spec = importlib.util.spec_from_file_location("memvp_kernels._C", library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def built_extension(library: Path) -> ModuleType:
+    return load_extension(library)
+
+
+@pytest.fixture
+def extension(built_extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The freshly built extension in the place of an installed one."""
+    monkeypatch.setitem(sys.modules, "memvp_kernels._C", built_extension)
+    forget_machine()
+    yield built_extension
+    forget_machine()
+
+
+def forget_machine() -> None:
+    """What extension.py remembers of the extension and the GPU."""
+    for remembered in (extension_module.load, extension_module.device_limit, extension_module._machine_limit):
+        remembered.cache_clear()

@@ -1,0 +1,193 @@
+"""How setup.py decides and builds, with a stand-in for nvcc: nothing is compiled here."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+
+from tests.csrc.conftest import ROOT, run_setup
+
+# Answers --version, and "compiles" by writing the output and an empty depfile; each call is one line of $0.log.
+FAKE_NVCC = """#!/bin/sh
+if [ "$1" = --version ]; then echo "Cuda compilation tools, release {release}, V{release}.1"; exit 0; fi
+echo "$@" >> "$0.log"
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -o) out="$2"; shift;;
+    -MF) deps="$2"; shift;;
+    *.cu) case "$1" in *broken*) echo "broken.cu(1): error"; exit 2;; esac; source="$1";;
+    *.cpp) source="$1";;
+  esac
+  shift
+done
+[ -z "$deps" ] || echo "$out: $(echo "$source" | sed 's/ /\\\\ /g; s/\\$/$$/g')" > "$deps"
+echo built > "$out"
+"""
+
+Functions = dict[str, Any]
+MakeNvcc = Callable[[str], Path]
+
+
+@pytest.fixture
+def make_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeNvcc:
+    """make_nvcc("12.8") puts a stand-in of that release into CUDA_HOME and returns its path."""
+
+    def make(release: str) -> Path:
+        nvcc = tmp_path / f"cuda {release}" / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text(FAKE_NVCC.format(release=release))
+        nvcc.chmod(0o755)
+        monkeypatch.setenv("CUDA_HOME", str(nvcc.parents[1]))
+        return nvcc
+
+    return make
+
+
+@pytest.fixture
+def functions(monkeypatch: pytest.MonkeyPatch) -> Functions:
+    """setup.py's functions, without the call to setup()."""
+    for name in ("MEMVP_CUDA", "MEMVP_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what a build reads, in a folder whose name needs quoting everywhere."""
+    folder = tmp_path / "a $HOME & more"
+    for name in ("setup.py", "pyproject.toml", "csrc", "memvp_kernels/__init__.py", "memvp_kernels/version.py"):
+        source, target = ROOT / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
+    return folder
+
+
+def test_builds_where_nvcc_is_found(functions: Functions, make_nvcc: MakeNvcc) -> None:
+    make_nvcc("12.8")
+    (extension,) = functions["extensions"]()
+    assert extension.name == "memvp_kernels._C"
+    assert "csrc/bindings.cpp" in extension.sources
+    assert all((ROOT / source).is_file() for source in extension.sources)
+
+
+def test_cuda_home_comes_before_path(
+    functions: Functions, make_nvcc: MakeNvcc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_path, in_home = make_nvcc("12.0"), make_nvcc("12.9")
+    monkeypatch.setenv("PATH", str(on_path.parent), prepend=":")
+    assert Path(functions["find_nvcc"]()) == in_home
+
+
+def test_zero_does_not_look_for_nvcc(
+    functions: Functions, make_nvcc: MakeNvcc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_nvcc("12.8")
+    monkeypatch.setenv("MEMVP_CUDA", "0")
+    assert functions["extensions"]() == []
+
+
+@pytest.mark.parametrize(
+    ("release", "reason"), [(None, "nvcc was not found"), ("11.8", "release 11.8, and 12.0 or newer is needed")]
+)
+def test_without_a_usable_nvcc(
+    functions: Functions,
+    make_nvcc: MakeNvcc,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    release: str | None,
+    reason: str,
+) -> None:
+    if release is None:
+        monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    else:
+        make_nvcc(release)
+    assert functions["extensions"]() == []
+    printed = capsys.readouterr().err
+    assert reason in printed
+    assert "without the CUDA" in printed
+    monkeypatch.setenv("MEMVP_CUDA", "require")
+    with pytest.raises(SystemExit, match=reason):
+        functions["extensions"]()
+
+
+def test_unknown_mode(functions: Functions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMVP_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"MEMVP_CUDA: wanted auto, 0 or require, got '1'"):
+        functions["extensions"]()
+
+
+@pytest.mark.parametrize(
+    ("asked", "version", "archs"),
+    [
+        ("", (12, 0), ["80", "90a", "90+PTX"]),
+        ("", (12, 8), ["80", "90a", "100a", "90+PTX"]),
+        ("", (13, 0), ["80", "90a", "100a", "90+PTX"]),
+        ("90a", (12, 0), ["90a"]),
+        ("80, 86;120f;", (13, 0), ["80", "86", "120f"]),
+    ],
+)
+def test_target_archs(
+    functions: Functions, monkeypatch: pytest.MonkeyPatch, asked: str, version: tuple[int, int], archs: list[str]
+) -> None:
+    monkeypatch.setenv("MEMVP_CUDA_ARCHS", asked)
+    assert functions["target_archs"](version) == archs
+
+
+@pytest.mark.parametrize("asked", ["9.0", "sm_90", "native", "90+SASS", "90a 80"])
+def test_unknown_archs(functions: Functions, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    monkeypatch.setenv("MEMVP_CUDA_ARCHS", asked)
+    with pytest.raises(SystemExit, match="MEMVP_CUDA_ARCHS: wanted targets such as 80;90a;90\\+PTX, got"):
+        functions["target_archs"]((13, 0))
+
+
+@pytest.mark.parametrize(
+    ("arch", "flag"),
+    [
+        ("80", "-gencode=arch=compute_80,code=sm_80"),
+        ("100a", "-gencode=arch=compute_100a,code=sm_100a"),
+        ("90+PTX", "-gencode=arch=compute_90,code=compute_90"),
+    ],
+)
+def test_gencode(functions: Functions, arch: str, flag: str) -> None:
+    assert functions["gencode"](arch) == flag
+
+
+def test_ninja_compiles_what_changed(checkout: Path, make_nvcc: MakeNvcc) -> None:
+    log = Path(f"{make_nvcc('12.8')}.log")
+
+    def build() -> list[str]:
+        log.write_text("")
+        done = run_setup("build_ext", "--build-lib", "lib", folder=checkout, MEMVP_CUDA_ARCHS="80;90+PTX")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return log.read_text().splitlines()
+
+    sources = [*(checkout / "csrc").glob("*.cpp"), *(checkout / "csrc/decode").glob("*.cu")]
+    first = build()
+    assert len(first) == len(sources) + 1  # and the link
+    assert all(str(checkout) in line for line in first)
+    assert all(
+        ("code=sm_80" in line and "code=compute_90" in line) for line in first if ".cu.o" in line and " -c " in line
+    )
+    (library,) = (checkout / "lib/memvp_kernels").iterdir()
+    assert library.read_text() == "built\n"
+
+    assert build() == []
+    (checkout / "csrc/bindings.cpp").write_text("// changed\n")
+    assert len(build()) == 2
+
+
+def test_a_failed_compilation_says_the_way_out(checkout: Path, make_nvcc: MakeNvcc) -> None:
+    make_nvcc("12.8")
+    (checkout / "csrc/decode/broken.cu").write_text("")
+    done = run_setup("build_ext", "--build-lib", "lib", folder=checkout)
+    assert done.returncode != 0
+    assert "broken.cu(1): error" in done.stdout + done.stderr
+    assert "MEMVP_CUDA=0 installs without" in done.stderr
+    assert not (checkout / "lib").exists()

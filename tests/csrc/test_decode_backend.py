@@ -1,0 +1,346 @@
+"""The Python side of the cuda backend, on a pretended GPU with a stand-in for the extension: what it refuses, what it passes on."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import types
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from memvp_kernels.backends import cuda
+from memvp_kernels.backends.cuda import decode, extension
+from memvp_kernels.problem import Problem
+from tests import cases
+from tests.csrc.conftest import forget_machine
+from tests.csrc.fake_gpu import DEVICE, OnGPU, on_gpu, problem_of
+
+TENSORS = (
+    "x", "key", "value", "gate", "key_bias", "gate_bias", "value_bias", "visual_key", "visual_value", "visual_basis",
+    "key_position", "value_position", "residual",
+)  # fmt: skip
+
+
+class Params:
+    """Stands in for FfnDecodeParams: keeps what it was given."""
+
+    made: ClassVar[list[Params]] = []
+    limit: str | None = None
+    fast = True
+
+    def __init__(self, tensors: tuple[Any, ...], **fields: Any) -> None:
+        self.tensors = dict(zip(TENSORS, tensors, strict=True))
+        self.fields = fields
+        self.launches: list[dict[str, int]] = []
+        Params.made.append(self)
+
+    def unsupported(self) -> str | None:
+        return Params.limit
+
+    def is_fast(self) -> bool:
+        return Params.fast
+
+    def workspace_bytes(self) -> int:
+        return 12345
+
+    def launch(self, **arguments: int) -> None:
+        self.launches.append(arguments)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """A machine with an sm_90 GPU and an extension; its attributes may be changed by the test."""
+    machine = types.SimpleNamespace(capability=(9, 0), stream=77, allocated=[])
+    stand_in = types.ModuleType("memvp_kernels._C")
+    vars(stand_in).update(
+        cuda="13.0",
+        archs="80;90a;90+PTX",
+        max_tokens=64,
+        tensor_names=TENSORS,
+        type_codes={"bfloat16": 0, "float16": 1, "float32": 2},
+        activation_codes={"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3},
+        FfnDecodeParams=Params,
+    )
+    machine.extension = stand_in
+    empty = torch.empty
+
+    def allocate(*shape: Any, device: torch.device, **options: Any) -> OnGPU:
+        assert device == DEVICE
+        machine.allocated.append(OnGPU(empty(*shape, **options)))
+        return machine.allocated[-1]
+
+    def current_stream(device: torch.device) -> types.SimpleNamespace:
+        assert device == DEVICE
+        return types.SimpleNamespace(cuda_stream=machine.stream)
+
+    monkeypatch.setattr(Params, "made", [])
+    monkeypatch.setattr(Params, "limit", None)
+    monkeypatch.setattr(Params, "fast", True)
+    monkeypatch.setattr(decode, "_latest", None)
+    monkeypatch.setattr(extension, "load", lambda: machine.extension)
+    monkeypatch.setattr(decode, "load", lambda: machine.extension)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: machine.capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    monkeypatch.setattr(torch, "empty", allocate)
+    remembered = (decode._type_codes, decode._tensors, decode._multiprocessors)
+    for function in (*remembered, extension.device_limit, extension._machine_limit):
+        function.cache_clear()
+    yield machine
+    for function in (*remembered, extension.device_limit, extension._machine_limit):
+        function.cache_clear()
+
+
+def a_problem(
+    name: str = "gated_biased_residual-factored", dtype: torch.dtype = torch.bfloat16, **changes: Any
+) -> Problem:
+    return on_gpu(problem_of(**cases.build(name, dtype)), **changes)
+
+
+def launched(problem: Problem) -> Params:
+    """The parameters with which the problem was launched."""
+    assert decode.unsupported(problem) is None
+    decode.forward(problem)
+    (params,) = (params for params in Params.made if params.launches)
+    return params
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("name", cases.names())
+def test_every_tensor_is_described(name: str) -> None:
+    problem = a_problem(name)
+    params = launched(problem)
+    for argument in TENSORS:
+        tensor = getattr(problem, argument)
+        codes = {torch.bfloat16: 0, torch.float32: 2}
+        wanted = None if tensor is None else (tensor.data_ptr(), codes[tensor.dtype], *tensor.stride())
+        assert params.tensors[argument] == wanted, argument
+
+
+@pytest.mark.usefixtures("gpu")
+def test_types_are_each_tensors_own() -> None:
+    problem = a_problem("wide-factored", torch.float16)
+    params = launched(problem)
+    assert params.fields["type"] == params.tensors["key"][1] == 1
+    assert params.tensors["visual_key"][1] == params.tensors["visual_basis"][1] == 2
+
+
+@pytest.mark.usefixtures("gpu")
+def test_sizes_and_scalars() -> None:
+    arguments = cases.build("index-factored", torch.bfloat16)
+    problem = on_gpu(problem_of(**arguments, activation="gelu_tanh", visual_activation="relu", visual_scale=0.25))
+    fields = launched(problem).fields
+    assert (fields["tokens"], fields["width"], fields["pairs"]) == (20, 24, 40)
+    assert (fields["memories"], fields["slots"], fields["rank"]) == (3, 7, 9)
+    assert (fields["sequences"], fields["length"], fields["shared_memory"]) == (4, 5, False)
+    assert (fields["activation"], fields["visual_activation"], fields["visual_scale"]) == (2, 0, 0.25)
+    assert (fields["multiprocessors"], fields["device"]) == (132, 0)
+    assert (fields["cu_seqlens"], fields["visual_lengths"]) == (0, 0)
+    assert fields["visual_index"] == problem.segments.index.data_ptr()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_packed_sequences_have_no_length() -> None:
+    problem = a_problem("packed_index_lengths-plain")
+    fields = launched(problem).fields
+    assert (fields["sequences"], fields["length"]) == (5, 0)
+    segments = problem.segments
+    assert fields["cu_seqlens"] == segments.cu_seqlens.data_ptr()
+    assert fields["visual_index"] == segments.index.data_ptr()
+    assert fields["visual_lengths"] == segments.lengths.data_ptr()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_index_with_strides_is_copied_for_the_launch() -> None:
+    arguments = cases.build("index-plain", torch.bfloat16)
+    every_second = torch.tensor([2, 9, -1, 9, 2, 9, 0, 9], dtype=torch.int32)[::2]
+    problem = on_gpu(problem_of(**dict(arguments, visual_index=every_second)))
+    address = launched(problem).fields["visual_index"]
+    copy = decode._latest.indices[1]
+    assert address == copy.data_ptr() != every_second.data_ptr()
+    assert copy.tensor.tolist() == [2, -1, 2, 0]
+
+
+def test_forward_gives_output_workspace_and_stream(gpu: types.SimpleNamespace) -> None:
+    problem = a_problem()
+    y, pre, scores = decode.forward(problem)
+    (params,) = Params.made
+    output, workspace = gpu.allocated
+    assert y is output
+    assert (pre, scores) == (None, None)
+    assert (output.shape, output.dtype) == ((15, 24), torch.bfloat16)
+    assert (workspace.shape, workspace.dtype) == ((12345,), torch.uint8)
+    assert params.launches == [
+        {"y": output.data_ptr(), "y_stride": 24, "workspace": workspace.data_ptr(), "stream": 77}
+    ]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_params_are_made_once_per_problem() -> None:
+    first, second = a_problem(), a_problem("index-factored")
+    for problem in (first, first, second):
+        assert decode.unsupported(problem) is None
+        assert decode.is_fast(problem)
+        decode.forward(problem)
+    assert [params.fields["tokens"] for params in Params.made] == [15, 20]
+    del first
+    address = second.x.data_ptr()
+    decode.forward(a_problem())
+    assert Params.made[-1].tensors["x"][0] != address
+    assert len(Params.made) == 3
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_dead_problem_is_not_mistaken_for_its_successor() -> None:
+    for tokens in range(1, 30):  # CPython gives the next object the last one's address
+        decode.forward(on_gpu(problem_of(**cases.ffn(torch.bfloat16, S=1, T=tokens))))
+        assert Params.made[-1].fields["tokens"] == tokens
+
+
+@pytest.mark.usefixtures("gpu")
+def test_nothing_is_kept_for_a_backward() -> None:
+    with pytest.raises(RuntimeError, match="no backward"):
+        decode.forward(a_problem(), save_hidden=True)
+    with pytest.raises(RuntimeError, match="no backward"):
+        decode.forward(a_problem(), save_scores=True)
+    assert Params.made == []
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: problem_of(**cases.build("text_only", torch.bfloat16)), "x is on cpu, and .* an NVIDIA GPU"),
+        (lambda: a_problem(dtype=torch.float32), "x is float32, and .* bfloat16 or float16"),
+        (lambda: on_gpu(problem_of(**cases.ffn(torch.bfloat16, S=13, T=5))), "x has 65 tokens, and .* at most 64"),
+        (lambda: a_problem(dropout_p=0.1), "dropout_p is 0.1, and .* no dropout"),
+        (lambda: a_problem(visual_basis=OnGPU(torch.ones(0, 24))), "visual_basis has no rows"),
+        (
+            lambda: a_problem(visual_basis=OnGPU(torch.ones(9, 24, dtype=torch.float64))),
+            "visual_basis is float64, and .* float32",
+        ),
+    ],
+)
+def test_refuses(build: Any, reason: str) -> None:
+    found = decode.unsupported(build())
+    assert found is not None
+    assert re.search(reason, found)
+    assert Params.made == []
+
+
+@pytest.mark.usefixtures("gpu")
+def test_takes_64_tokens() -> None:
+    assert decode.unsupported(on_gpu(problem_of(**cases.ffn(torch.float16, S=16, T=4)))) is None
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_kernels_own_limits_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Params, "limit", "the core is too wide")
+    monkeypatch.setattr(Params, "fast", False)
+    problem = a_problem()
+    assert decode.unsupported(problem) == "the core is too wide"
+    assert not decode.is_fast(problem)
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "reason"),
+    [
+        ((7, 5), "75;80", "needs a GPU of compute capability 8.0 or newer, and cuda:0 has 7.5"),
+        ((9, 0), "80", "built for 80, and cuda:0 has compute capability 9.0; .* MEMVP_CUDA_ARCHS"),
+        ((9, 0), "90a", None),
+    ],
+)
+def test_status_of_a_gpu(
+    gpu: types.SimpleNamespace, capability: tuple[int, int], archs: str, reason: str | None
+) -> None:
+    gpu.capability, gpu.extension.archs = capability, archs
+    status = cuda.status()
+    assert status.available == (reason is None)
+    assert status.build == {"cuda": "13.0", "archs": archs}
+    assert re.search(reason or "^$", status.reason)
+    assert decode.unsupported(a_problem()) == (status.reason or None)
+
+
+def test_status_without_the_extension(gpu: types.SimpleNamespace) -> None:
+    gpu.extension = None
+    available, reason, build = cuda.status()
+    assert not available
+    assert "was not built" in reason
+    assert "CUDA_HOME" in reason
+    assert build == {}
+    assert decode.unsupported(a_problem()) == reason
+
+
+@pytest.mark.usefixtures("gpu")
+def test_status_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda.status()[:2] == (False, "PyTorch finds no NVIDIA GPU (no driver, or hidden by CUDA_VISIBLE_DEVICES)")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_status_with_a_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "was built without CUDA" in cuda.status().reason
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("80", (8, 0), True),
+        ("80", (8, 9), True),
+        ("86", (8, 0), False),
+        ("80", (9, 0), False),
+        ("90a", (9, 0), True),
+        ("90", (9, 0), True),
+        ("100a", (10, 3), False),
+        ("100f", (10, 3), True),
+        ("103f", (10, 0), False),
+        ("100f", (12, 0), False),
+        ("90+PTX", (9, 0), True),
+        ("90+PTX", (12, 1), True),
+        ("90+PTX", (8, 9), False),
+        ("90a+PTX", (10, 0), False),
+        ("80;90a;100a;90+PTX", (8, 6), True),
+        ("80;90a;100a;90+PTX", (10, 3), True),
+        ("80;90a;100a", (12, 0), False),
+    ],
+)
+def test_runs_on(archs: str, capability: tuple[int, int], runs: bool) -> None:
+    assert extension.runs_on(archs, capability) is runs
+
+
+@pytest.fixture
+def forgetful() -> Any:
+    forget_machine()
+    yield
+    forget_machine()
+
+
+def fails_with(error: Exception) -> Any:
+    def import_module(name: str) -> None:
+        assert name == "memvp_kernels._C"
+        raise error
+
+    return import_module
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_a_missing_extension_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = ModuleNotFoundError("No module named 'memvp_kernels._C'", name="memvp_kernels._C")
+    monkeypatch.setattr(importlib, "import_module", fails_with(missing))
+    assert extension.load() is None
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.parametrize(
+    "error", [ImportError("undefined symbol: launch"), ModuleNotFoundError("No module named 'other'", name="other")]
+)
+def test_a_broken_extension_is_not_hidden(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setattr(importlib, "import_module", fails_with(error))
+    with pytest.raises(ImportError, match=str(error)):
+        extension.load()

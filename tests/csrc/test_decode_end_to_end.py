@@ -1,0 +1,128 @@
+"""A problem on its whole way: Problem, decode.py, bindings.cpp, struct, kernels, result; with the kernels run on the CPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sysconfig
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from memvp_kernels import reference
+from memvp_kernels.backends.cuda import decode, extension
+from tests import cases, yardstick
+from tests.csrc.conftest import ROOT, load_extension
+from tests.csrc.fake_gpu import OnGPU, on_gpu, problem_of
+
+SOURCES = ("csrc/bindings.cpp", "csrc/host_run/extension.cpp")
+
+
+@pytest.fixture(scope="module")
+def host_extension(tmp_path_factory: pytest.TempPathFactory) -> types.ModuleType:
+    """The bindings over the host run."""
+    pybind11 = pytest.importorskip("pybind11")
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    output = tmp_path_factory.mktemp("host") / "_C.so"
+    build = ['-DMEMVP_CUDA_VERSION="none"', '-DMEMVP_CUDA_ARCHS="90"']
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    sources = [str(ROOT / source) for source in SOURCES]
+    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", *build, *includes, *sources, "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return load_extension(output)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_host(host_extension: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The host's extension, on a pretended GPU of three multiprocessors."""
+    empty = torch.empty
+
+    def allocate(*shape: Any, device: torch.device, **options: Any) -> OnGPU:
+        tensor = empty(*shape, **options)
+        return OnGPU(tensor.fill_(float("nan") if tensor.is_floating_point() else 0xFF))
+
+    monkeypatch.setattr(decode, "_latest", None)
+    for module in (decode, extension):
+        monkeypatch.setattr(module, "load", lambda: host_extension)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(multi_processor_count=3))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: types.SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch, "empty", allocate)
+    remembered = (decode._type_codes, decode._tensors, decode._multiprocessors, extension.device_limit)
+    for function in remembered:
+        function.cache_clear()
+    yield
+    for function in remembered:
+        function.cache_clear()
+
+
+def run(arguments: dict[str, Any]) -> Tensor:
+    """`fused_ffn(**arguments, backend="cuda")` on the pretended GPU."""
+    problem = on_gpu(problem_of(**arguments))
+    assert decode.unsupported(problem) is None
+    y, _, _ = decode.forward(problem)
+    return y.tensor.view(arguments["x"].shape)
+
+
+def check(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    y = run(arguments)
+    monkeypatch.undo()
+    yardstick.assert_within_twice(y, reference.ffn(**arguments), yardstick.plain(**arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", [name for name in cases.names() if name not in ("no_tokens", "no_sequences")])
+def test_matches_float64(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(cases.build(name, dtype), monkeypatch)
+
+
+LAYOUTS = dict(cases.strided(cases.build("gated_biased_residual-plain", torch.bfloat16)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(LAYOUTS[layout], monkeypatch)
+
+
+def test_the_fast_path_with_every_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = cases.memory(cases.ffn(torch.bfloat16, S=4, T=3, d=64, F=128, biased=True), R=3, M=16, r=8, wide=True)
+    arguments |= {
+        "visual_index": torch.tensor([2, -1, 0, 2]),
+        "visual_lengths": torch.tensor([16, 3, 5], dtype=torch.int32),
+        "residual": cases.random(4, 3, 64, dtype=torch.bfloat16),
+        "activation": "gelu_tanh",
+        "visual_activation": "relu",
+        "visual_scale": 0.25,
+    }
+    assert decode.is_fast(on_gpu(problem_of(**arguments)))
+    check(arguments, monkeypatch)
+
+
+def test_a_launch_past_the_limits_says_which() -> None:
+    problem = on_gpu(problem_of(**cases.ffn(torch.bfloat16, S=13, T=5)))
+    with pytest.raises(RuntimeError, match=r"^ffn_decode: .* at most 64 tokens"):
+        decode.forward(problem)
+
+
+def test_bindings_refuse_what_is_no_tensor(host_extension: types.ModuleType) -> None:
+    fields = dict.fromkeys(
+        ("type", "cu_seqlens", "visual_index", "visual_lengths", "tokens", "width", "pairs", "slots", "rank", "memories",
+         "sequences", "length", "activation", "visual_activation", "multiprocessors", "device"), 0
+    )  # fmt: skip
+    fields |= {"shared_memory": False, "visual_scale": 1.0}
+    absent = [None] * len(host_extension.tensor_names)
+    host_extension.FfnDecodeParams(tuple(absent), **fields)
+    with pytest.raises(TypeError, match="tensors: wanted 13, got 12"):
+        host_extension.FfnDecodeParams(tuple(absent[1:]), **fields)
+    for wrong in ((1, 0), 17, (1, 0, 1, 1, 1, 1), torch.ones(2)):
+        with pytest.raises(TypeError, match="key: wanted None or"):
+            host_extension.FfnDecodeParams((None, wrong, *absent[2:]), **fields)
+    with pytest.raises(TypeError):
+        host_extension.FfnDecodeParams(tuple(absent), **dict(fields, tokens=2**31))
