@@ -32,6 +32,7 @@ class Memory(NamedTuple):
         backend: passed to :func:`memvp_kernels.fused_ffn`.
         recompute: passed to :func:`memvp_kernels.fused_ffn`.
         observer: called with (position among the layers with memory, the FFN's input x, its output) by each FFN.
+        own: the part of it that this rank computes where tensor parallelism spreads the FFNs; see :mod:`.parallel`.
     """
 
     core: Tensor
@@ -43,6 +44,7 @@ class Memory(NamedTuple):
     backend: str = "auto"
     recompute: bool = False
     observer: Observer | None = None
+    own: Memory | None = None
 
     def positions(self, layer: int) -> tuple[Tensor, Tensor]:
         """(p^k, p^v), each (M, d), of the layer-th FFN that has memory."""

@@ -13,11 +13,16 @@ from torch import Tensor, nn
 from memvp_kernels.ffn import fused_ffn
 from memvp_kernels.models.memory import Memory
 from memvp_kernels.models.reclass import Reclassed
-from memvp_kernels.models.weights import Matrices, Opaque, activation_name
+from memvp_kernels.models.parallel import own_draw, own_slots, sum_gradients, summed
+from memvp_kernels.models.quantised import fused_ffn_restored
+from memvp_kernels.models.weights import Matrices, Opaque, Packed, activation_name
+from memvp_kernels.philox import draw_seed
 
 __all__ = ["MemoryFFN", "MemoryLanguageModel", "MemoryLayer", "feed_forward", "say_opaque"]
 
 _logger = logging.getLogger("memvp_kernels")
+
+_FEW_TOKENS = 64  # up to here a quantised FFN's own kernels run; above, its matrices are restored once for all tokens
 
 
 class MemoryLanguageModel(Reclassed):
@@ -49,7 +54,7 @@ class MemoryFFN(Reclassed):
     memory: Memory | None = None
     memory_index: Tensor | None = None
 
-    def ffn_matrices(self) -> Matrices | Opaque:
+    def ffn_matrices(self) -> Matrices | Packed | Opaque:
         """The FFN's matrices at this moment."""
         raise NotImplementedError
 
@@ -82,7 +87,9 @@ class MemoryLayer(Reclassed):
             ffn.memory, ffn.memory_index = None, None
 
 
-def feed_forward(ffn: MemoryFFN, x: Tensor, *, weights: Matrices | Opaque, own: Callable[[], Tensor]) -> Tensor:
+def feed_forward(
+    ffn: MemoryFFN, x: Tensor, *, weights: Matrices | Packed | Opaque, own: Callable[[], Tensor]
+) -> Tensor:
     """The FFN together with the memory bound to it.
 
     Args:
@@ -93,11 +100,30 @@ def feed_forward(ffn: MemoryFFN, x: Tensor, *, weights: Matrices | Opaque, own: 
 
     Returns:
         (S, T, d).
+
+    Raises:
+        RuntimeError: training through an FFN that gives its input no gradient.
     """
     memory, layer = ffn.memory, ffn.memory_layer
     assert memory is not None and layer is not None
-    key_position, value_position = memory.positions(layer)
-    common: dict[str, Any] = {
+    if isinstance(weights, Matrices):
+        y = _fused(ffn, x, memory, weights) if weights.mesh is None else _spread(ffn, x, memory, weights)
+    elif isinstance(weights, Packed) and _worth_restoring(x, weights):
+        y = _restored(ffn, x, memory, weights)
+    else:
+        if isinstance(weights, Opaque) and not torch.compiler.is_compiling():
+            say_opaque(weights.reason)
+        y = _added(ffn, x, memory, own())
+    if memory.observer is not None:
+        memory.observer(layer, x, y)
+    return y
+
+
+def _branch(ffn: MemoryFFN, memory: Memory) -> dict[str, Any]:
+    """The operator's arguments that say what the memory is."""
+    assert ffn.memory_layer is not None
+    key_position, value_position = memory.positions(ffn.memory_layer)
+    return {
         "visual_basis": memory.basis,
         "key_position": key_position,
         "value_position": value_position,
@@ -108,28 +134,71 @@ def feed_forward(ffn: MemoryFFN, x: Tensor, *, weights: Matrices | Opaque, own: 
         "recompute": memory.recompute,
         "backend": memory.backend,
     }
-    if isinstance(weights, Opaque):
-        if not torch.compiler.is_compiling():
-            say_opaque(weights.reason)
-        out = own()
-        # own() may answer in another dtype than x's (autocast, T5's float32 wo); the layer goes on in that one
-        y = fused_ffn(x.to(out.dtype), None, None, memory.core, memory.core, residual=out, **common)
-    else:
-        y = fused_ffn(
-            x,
-            weights.key,
-            weights.value,
-            memory.core,
-            memory.core,
-            gate=weights.gate,
-            key_bias=weights.key_bias,
-            gate_bias=weights.gate_bias,
-            value_bias=weights.value_bias,
-            **common,
+
+
+def _fused(ffn: MemoryFFN, x: Tensor, memory: Memory, weights: Matrices) -> Tensor:
+    return fused_ffn(
+        x,
+        weights.key,
+        weights.value,
+        memory.core,
+        memory.core,
+        gate=weights.gate,
+        key_bias=weights.key_bias,
+        gate_bias=weights.gate_bias,
+        value_bias=weights.value_bias,
+        **_branch(ffn, memory),
+    )
+
+
+def _spread(ffn: MemoryFFN, x: Tensor, memory: Memory, weights: Matrices) -> Tensor:
+    """This rank's pairs and slots, and the sum over the ranks."""
+    mesh = weights.mesh
+    part = own_slots(memory, mesh) if memory.own is None else memory.own
+    with own_draw(mesh, x.device, memory.dropout):
+        y = _fused(ffn, sum_gradients(x, mesh), part, weights._replace(value_bias=None))
+    y = summed(y, mesh)
+    return y if weights.value_bias is None else y + weights.value_bias.to(y.dtype)
+
+
+def _restored(ffn: MemoryFFN, x: Tensor, memory: Memory, weights: Packed) -> Tensor:
+    given = _branch(ffn, memory)
+    scalars = {name: given[name] for name in ("activation", "visual_scale", "dropout_p")}
+    return fused_ffn_restored(
+        weights.restore,
+        x,
+        memory.core,
+        visual_basis=memory.basis,
+        key_position=given["key_position"],
+        value_position=given["value_position"],
+        visual_index=ffn.memory_index,
+        seed=draw_seed(x.device) if memory.dropout > 0 else None,
+        scalars={**scalars, "visual_activation": scalars["activation"]},
+        recompute=memory.recompute,
+        backend=memory.backend,
+    )
+
+
+def _worth_restoring(x: Tensor, weights: Packed) -> bool:
+    """A handful of tokens leave the matrices packed: reading half a byte per weight is what a packed base is for in decode."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return False
+    few = x.numel() // x.shape[-1] <= _FEW_TOKENS
+    return not few and weights.dtype in (None, x.dtype)
+
+
+def _added(ffn: MemoryFFN, x: Tensor, memory: Memory, out: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad and not out.requires_grad:
+        raise RuntimeError(
+            "this feed-forward layer gives its input no gradient (its quantisation rounds activations, or it runs without a "
+            "graph), so memory in the layers below would train on a wrong one; use a weight-only quantisation, or call the "
+            "model under torch.no_grad()"
         )
-    if memory.observer is not None:
-        memory.observer(layer, x, y)
-    return y
+    given = _branch(ffn, memory)
+    if out.dtype == x.dtype:
+        return fused_ffn(x, None, None, memory.core, memory.core, residual=out, **given)
+    # autocast, or T5's float32 wo under float16: the layer goes on in the dtype of its own answer
+    return out + fused_ffn(x, None, None, memory.core, memory.core, **given).to(out.dtype)
 
 
 @functools.cache

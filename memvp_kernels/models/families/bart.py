@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from memvp_kernels.models.families.family import Family
 from memvp_kernels.models.site import MemoryFFN, MemoryLayer, feed_forward
-from memvp_kernels.models.weights import Matrices, Opaque, matrices
+from memvp_kernels.models.weights import Matrices, Opaque, Packed, matrices
 
 __all__ = ["BART", "BiasedLayer"]
 
@@ -33,7 +33,9 @@ class BiasedLayer(MemoryLayer, MemoryFFN):
         dropout: Any = self.activation_dropout
         if self.training and dropout > 0:
             return Opaque("dropout between its activation and fc2 is on")
-        return matrices(self, key="fc1", value="fc2")
+        found = matrices(self, key="fc1", value="fc2")
+        # fc1 has passed x on by the time fc2 would choose between restoring and running as it is
+        return Opaque("is quantised") if isinstance(found, Packed) else found
 
     def ffn_activation(self) -> nn.Module:
         """activation_fn."""

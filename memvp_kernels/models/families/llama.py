@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from memvp_kernels.models.families.family import Family
 from memvp_kernels.models.site import MemoryFFN, MemoryLayer, feed_forward
-from memvp_kernels.models.weights import Matrices, Opaque, matrices
+from memvp_kernels.models.weights import Matrices, Opaque, Packed, matrices
 
 __all__ = ["LLAMA", "GatedLayer", "GatedMLP"]
 
@@ -16,7 +16,7 @@ __all__ = ["LLAMA", "GatedLayer", "GatedMLP"]
 class GatedMLP(MemoryFFN):
     """In front of ``mlp``."""
 
-    def ffn_matrices(self) -> Matrices | Opaque:
+    def ffn_matrices(self) -> Matrices | Packed | Opaque:
         """gate_proj, up_proj and down_proj."""
         return matrices(self, key="up_proj", value="down_proj", gate="gate_proj")
 

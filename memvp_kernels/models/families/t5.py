@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from memvp_kernels.models.families.family import Family
 from memvp_kernels.models.site import MemoryFFN, MemoryLayer, feed_forward
-from memvp_kernels.models.weights import Matrices, Opaque, matrices
+from memvp_kernels.models.weights import Matrices, Opaque, Packed, matrices
 
 __all__ = ["T5", "DenseActDense", "T5Layer"]
 
@@ -16,7 +16,7 @@ __all__ = ["T5", "DenseActDense", "T5Layer"]
 class DenseActDense(MemoryFFN):
     """In front of ``DenseReluDense``; layer norm, residual dropout and fp16 clamping stay around it."""
 
-    def ffn_matrices(self) -> Matrices | Opaque:
+    def ffn_matrices(self) -> Matrices | Packed | Opaque:
         """wi (plain) or wi_0 and wi_1 (gated), and wo."""
         dropout: Any = self.dropout
         if dropout.training and dropout.p > 0:

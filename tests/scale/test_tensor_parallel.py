@@ -1,0 +1,186 @@
+"""Tensor parallelism: outputs and gradients of ranks that share the work equal those of one process that does it all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from memvp_kernels import MemVPModel, fused_ffn
+from memvp_kernels.models import parallel
+from memvp_kernels.models.memory import Memory
+from memvp_kernels.models.weights import Matrices, Opaque
+from tests.scale.processes import Group
+from tests.scale.tiny import (
+    CONFIG,
+    adapter_gradients,
+    batch,
+    difference,
+    language_model,
+    memvp_model,
+    reference,
+    saved_base,
+)
+
+# --- the operator alone -------------------------------------------------------------------------------------------------------
+
+
+def _operands(slots: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    sizes = {
+        "x": (3, 4, 8),
+        "key": (12, 8),
+        "gate": (12, 8),
+        "value": (12, 8),
+        "core": (3, slots, 5),
+        "basis": (5, 8),
+        "key_position": (slots, 8),
+        "value_position": (slots, 8),
+    }
+    return {
+        name: torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_(
+            name not in ("key", "gate", "value")
+        )
+        for name, size in sizes.items()
+    }
+
+
+def _ffn(t: dict[str, Tensor], memory: Memory, x: Tensor, pairs: slice) -> Tensor:
+    return fused_ffn(
+        x,
+        t["key"][pairs],
+        t["value"][pairs],
+        memory.core,
+        memory.core,
+        gate=t["gate"][pairs],
+        visual_basis=memory.basis,
+        key_position=memory.key_position,
+        value_position=memory.value_position,
+        visual_scale=memory.scale,
+    )
+
+
+def _memory(t: dict[str, Tensor]) -> Memory:
+    return Memory(t["core"], t["basis"], t["key_position"], t["value_position"], scale=0.5, dropout=0.0)
+
+
+def _gradients(t: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.grad for name, tensor in t.items() if tensor.grad is not None}
+
+
+def _split_operator(slots: int, tp: int) -> tuple[float, dict[str, float], list[str], int]:
+    """The worst errors of this rank's output and gradients, what the backward sent, and this rank's slots."""
+    mesh = dist.init_device_mesh("cpu", (tp,)) if tp == dist.get_world_size() else None
+    whole, own = _operands(slots), _operands(slots)
+    want = _ffn(whole, _memory(whole), whole["x"], slice(None))
+    want.square().sum().backward()
+    part = parallel.own_slots(_memory(own), mesh)
+    pairs = 12 // tp
+    mine = slice(pairs * mesh.get_local_rank(), pairs * (mesh.get_local_rank() + 1))
+    y = parallel.summed(_ffn(own, part, parallel.sum_gradients(own["x"], mesh), mine), mesh)
+    y.square().sum().backward()
+    errors = {name: difference(grad, _gradients(whole)[name]) for name, grad in _gradients(own).items()}
+    return difference(y, want), errors, sorted(errors), part.core.shape[1]
+
+
+@pytest.mark.parametrize("slots", [8, 6, 3, 1, 0])
+def test_slots_split_over_four_ranks_give_every_gradient_whole(four: Group, slots: int) -> None:
+    answers = four.run(_split_operator, slots, 4)
+    for y, errors, names, _ in answers:
+        assert names == ["basis", "core", "key_position", "value_position", "x"]
+        assert y < 1e-14
+        assert all(error < 1e-14 for error in errors.values()), errors
+    assert sum(own for *_, own in answers) == slots
+    if slots < 4:
+        assert answers[-1][-1] == 0, "a rank without slots was meant to be among them"
+
+
+def _wrong_splits() -> dict[str, float]:
+    """What the mistakes that raise nothing do to the gradient of p^k."""
+    mesh = dist.init_device_mesh("cpu", (2,))
+    whole = _operands(4)
+    _ffn(whole, _memory(whole), whole["x"], slice(None)).square().sum().backward()
+    mine = slice(6 * mesh.get_local_rank(), 6 * (mesh.get_local_rank() + 1))
+    found = {}
+    for mistake in ("none", "plain slots", "f left out", "torch's all_reduce"):
+        t = _operands(4)
+        memory = _memory(t)
+        slots = slice(2 * mesh.get_local_rank(), 2 * (mesh.get_local_rank() + 1))
+        part = parallel.own_slots(memory, mesh)
+        if mistake == "plain slots":
+            part = memory._replace(
+                core=memory.core[:, slots],
+                key_position=memory.key_position[slots],
+                value_position=memory.value_position[slots],
+            )
+        x = t["x"] if mistake == "f left out" else parallel.sum_gradients(t["x"], mesh)
+        y = _ffn(t, part, x, mine)
+        if mistake == "torch's all_reduce":
+            import torch.distributed.nn.functional as collectives
+
+            y = collectives.all_reduce(y)
+        else:
+            y = parallel.summed(y, mesh)
+        y.square().sum().backward()
+        name = "x" if mistake == "f left out" else "key_position"
+        found[mistake] = difference(_gradients(t)[name], _gradients(whole)[name])
+    return found
+
+
+def test_each_part_of_the_split_is_needed(two: Group) -> None:
+    """Slots without a gathering backward, x without f, and an all_reduce that reduces again backward are wrong in silence."""
+    for found in two.run(_wrong_splits):
+        assert found.pop("none") < 1e-14
+        assert all(error > 0.1 for error in found.values()), found
+
+
+# --- MemVPModel over a model that transformers has split ----------------------------------------------------------------------
+
+
+def _parallel_model(folder: str, **options: Any) -> MemVPModel:
+    from transformers import LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    world = dist.get_world_size()
+    base = LlamaForCausalLM.from_pretrained(
+        folder, distributed_config=DistributedConfig(tp_size=world), attn_implementation="eager"
+    )
+    return memvp_model(base, **options)
+
+
+def _train_and_generate(folder: str, checkpointing: bool) -> dict[str, Any]:
+    wanted = reference(batch(without=(1,)))
+    model = _parallel_model(folder)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    fused = [isinstance(ffn.ffn_matrices(), Matrices) for _, ffn in model.memory_ffns()]
+    out = model(**batch(without=(1,))).loss
+    out.backward()
+    found = adapter_gradients(model)
+    generation = {k: v for k, v in batch().items() if k != "labels"}
+    options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    alone = memvp_model(language_model()).eval().generate(**generation, **options)
+    together = model.eval().generate(**generation, **options)
+    return {
+        "fused": all(fused),
+        "errors": wanted.errors(out, found),
+        "tokens": torch.equal(alone, together),
+        "bits": torch.cat([g.flatten() for g in found.values()]).numpy().tobytes(),
+    }
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_split_model_trains_and_generates_like_the_whole(
+    request: pytest.FixtureRequest, ranks: int, checkpointing: bool, tmp_path: Any
+) -> None:
+    group: Group = request.getfixturevalue({2: "two", 4: "four"}[ranks])
+    answers = group.run(_train_and_generate, saved_base(tmp_path), checkpointing)
+    for answer in answers:
+        assert answer["fused"], "the FFNs ran opaque"
+        assert max(answer["errors"].values()) < 1, answer["errors"]
+        assert answer["tokens"]
+        assert answer["bits"] == answers[0]["bits"], "ranks would drift apart"

@@ -1,0 +1,120 @@
+"""A LLaMA small enough for CPU processes, with an adapter whose every gradient is alive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memvp_kernels.models import MemVPConfig, MemVPModel
+
+__all__ = [
+    "CONFIG",
+    "Reference",
+    "adapter_gradients",
+    "batch",
+    "difference",
+    "language_model",
+    "memvp_model",
+    "reference",
+    "saved_base",
+    "shape",
+]
+
+CONFIG = MemVPConfig(vision_dim=16, projector_dim=7, num_slots=6, dropout=0.0, feature_scale=1.0, memory_scale=0.5)
+
+
+def shape(**changes: Any) -> Any:
+    """The language model's configuration."""
+    from transformers import LlamaConfig
+
+    sizes = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=64, max_position_embeddings=64, attn_implementation="eager",
+    )  # fmt: skip
+    return LlamaConfig(**{**sizes, **changes})
+
+
+def language_model(**changes: Any) -> Any:
+    """The same weights at every call."""
+    from transformers import LlamaForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        return LlamaForCausalLM(shape(**changes)).eval()
+
+
+def memvp_model(base: Any = None, config: MemVPConfig = CONFIG, **options: Any) -> MemVPModel:
+    """An adapter that is not at its start, where half of the gradients are zero."""
+    model = MemVPModel(language_model() if base is None else base, config, **options)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(12)
+        for parameter in model.memory.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, dtype=torch.float32))
+    return model.train()
+
+
+def batch(samples: int = 4, length: int = 5, tokens: int = 4, *, without: tuple[int, ...] = ()) -> dict[str, Any]:
+    """`samples` questions, each with an image of `tokens` features but for those in `without`."""
+    generator = torch.Generator().manual_seed(13)
+    ids = torch.randint(0, 64, (samples, length), generator=generator)
+    features: list[Tensor | None] = list(torch.randn(samples, tokens, CONFIG.vision_dim, generator=generator))
+    for i in without:
+        features[i] = None
+    return {"input_ids": ids, "labels": ids.clone(), "image_features": features}
+
+
+def saved_base(folder: Any) -> str:
+    """The language model's weights on disk, for ranks that load their part."""
+    language_model().save_pretrained(folder)
+    return str(folder)
+
+
+def adapter_gradients(model: Any) -> dict[str, Tensor]:
+    """Gradients of the memory's parameters by name, whatever wraps it."""
+    memory = getattr(model.memory, "module", model.memory)
+    return {name: p.grad.detach().clone() for name, p in memory.named_parameters() if p.grad is not None}
+
+
+class Reference(NamedTuple):
+    """What one process computes from a whole batch, and how far float32 alone may be from it.
+
+    Attributes:
+        loss: in float64 (but for the norms, which transformers computes in float32).
+        gradients: of the memory's parameters, likewise.
+        limit: twice the worst relative error of the same in float32, the bound for any other order of float32 sums.
+    """
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    limit: float
+
+    def errors(self, loss: Tensor, gradients: dict[str, Tensor]) -> dict[str, float]:
+        """Relative error of each, over the limit: 1.0 is the most that may be."""
+        assert set(gradients) == set(self.gradients), set(gradients) ^ set(self.gradients)
+        found = {name: difference(gradients[name], wanted) for name, wanted in self.gradients.items()}
+        return {name: error / self.limit for name, error in {"loss": difference(loss, self.loss), **found}.items()}
+
+
+def reference(inputs: dict[str, Any], base: Callable[[], Any] = language_model, **options: Any) -> Reference:
+    """One process, the whole batch."""
+    wide, plain = (
+        _trained(memvp_model(base().to(dtype), **options), inputs) for dtype in (torch.float64, torch.float32)
+    )
+    own = Reference(*wide, limit=1.0).errors(*plain)
+    return Reference(*wide, limit=2 * max(own.values()))
+
+
+def _trained(model: MemVPModel, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), adapter_gradients(model)
+
+
+def difference(found: Tensor, wanted: Tensor) -> float:
+    """‖found − wanted‖ / ‖wanted‖; two zeros do not differ."""
+    found, wanted = found.detach().double(), wanted.detach().double()
+    size = wanted.norm().item()
+    return (found - wanted).norm().item() / size if size else found.norm().item()
