@@ -3,6 +3,7 @@
 `forward.py` and `backward.py` say which launches make up a pass; each kernel has a file of its own with its launcher.
 """
 
+from memvp_kernels.backends.triton.backward import backward
 from memvp_kernels.backends.triton.forward import forward, unsupported
 
-__all__ = ["forward", "unsupported"]
+__all__ = ["backward", "forward", "unsupported"]

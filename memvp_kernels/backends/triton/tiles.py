@@ -104,8 +104,8 @@ _SHAPES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
         (32, 64, 64, 4, 4),
         (16, 64, 64, 4, 5),
     ),
-    "tf32": ((128, 128, 32, 8, 4), (64, 128, 32, 4, 4), (64, 64, 32, 4, 4), (32, 64, 32, 4, 4)),
-    "ieee": ((64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
+    "tf32": ((128, 128, 32, 8, 4), (64, 64, 32, 4, 4), (32, 64, 32, 4, 4)),
+    "ieee": ((64, 64, 16, 8, 3), (32, 64, 32, 4, 3)),
 }
 _RESERVE = 2 * _KIB  # barriers and the epilogue's scratch beside the stages
 _FILL = 900  # cycles before a tile's first product: launch, first loads
@@ -254,7 +254,7 @@ def core_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: int, rank
     """The core kernel's tile: `columns` of u at once, steps of `block_k` slots; few rows take short tiles, for more programs."""
     columns = min(256 if dtype != torch.float32 else 64, _bucket(rank, 16))
     if dtype == torch.float32:
-        return Tile(16 if precision == "ieee" else 32, columns, 32, 4, 2)
+        return Tile(16, columns, 16, 4, 2) if precision == "ieee" else Tile(32, columns, 32, 4, 2)
     block_n = 64 if _bucket(rows) >= 64 * chip.multiprocessors // 2 else 32 if rows > 256 else 16
     return Tile(block_n, columns, 64, 8 if block_n == 64 else 4, 2)
 

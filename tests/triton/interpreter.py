@@ -1,0 +1,123 @@
+"""bfloat16 arithmetic for Triton's interpreter, which computes on its raw 16 bits and truncates where it should round.
+
+The interpreter holds a bfloat16 block as uint16. Here every operation on such blocks widens them to float32, runs the interpreter's
+own operation, and rounds the result to nearest even, as the GPU does. float32, float16 and integers pass through untouched.
+Tests only; without it a bfloat16 test would judge the interpreter, not the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+__all__ = ["repair_bfloat16"]
+
+# Builder methods whose first n operands may be bfloat16 and whose result then is, unless it is a comparison's.
+_ELEMENTWISE = {
+    "binary_op": 2,
+    "unary_op": 1,
+    "create_fma": 3,
+    "create_erf": 1,
+    "create_rsqrt": 1,
+    "create_clampf": 3,
+}
+
+
+def repair_bfloat16() -> None:
+    """Patch the interpreter, once per process."""
+    if getattr(InterpreterBuilder, "computes_bfloat16", False):
+        return
+    InterpreterBuilder.computes_bfloat16 = True
+    for name, operands in _ELEMENTWISE.items():
+        setattr(InterpreterBuilder, name, _elementwise(getattr(InterpreterBuilder, name), operands))
+    InterpreterBuilder.create_dot = _dot(InterpreterBuilder.create_dot)
+    InterpreterBuilder.cast_impl = _cast(InterpreterBuilder.cast_impl)
+    InterpreterBuilder.create_fp_to_fp = _float_to_float(
+        InterpreterBuilder.create_fp_to_fp, InterpreterBuilder.cast_impl
+    )
+    for operation in (interpreter.ReduceOps, interpreter.ScanOps):
+        operation.apply_impl = _over_axis(operation.apply_impl)
+
+
+def _is_bfloat16(handle: Any) -> bool:
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def _widen(handle: Any) -> Any:
+    if not _is_bfloat16(handle):
+        return handle
+    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _round(values: np.ndarray) -> np.ndarray:
+    """float32 to bfloat16's bits, to nearest even; NaN stays NaN."""
+    values = np.ascontiguousarray(values, np.float32)
+    bits = values.view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded.astype(np.uint16)).astype(np.uint16)
+
+
+def _narrow(handle: Any) -> Any:
+    return handle if handle.data.dtype == np.bool_ else TensorHandle(_round(handle.data), tl.bfloat16)
+
+
+def _elementwise(known: Callable[..., Any], operands: int) -> Callable[..., Any]:
+    def method(self: Any, *arguments: Any) -> Any:
+        if not any(_is_bfloat16(a) for a in arguments[:operands]):
+            return known(self, *arguments)
+        wide = [_widen(a) for a in arguments[:operands]]
+        return _narrow(known(self, *wide, *arguments[operands:]))
+
+    return method
+
+
+def _dot(known: Callable[..., Any]) -> Callable[..., Any]:
+    def create_dot(self: Any, a: Any, b: Any, accumulator: Any, *options: Any) -> Any:
+        return known(self, _widen(a), _widen(b), accumulator, *options)
+
+    return create_dot
+
+
+def _cast(known: Callable[..., Any]) -> Callable[..., Any]:
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if target.scalar == tl.bfloat16 and not _is_bfloat16(source):
+            return TensorHandle(_round(source.data.astype(np.float32)), target.scalar)
+        if not _is_bfloat16(source) or target.scalar == tl.bfloat16:
+            return known(self, source, target)
+        return _widen(source) if target.scalar == tl.float32 else known(self, _widen(source), target)
+
+    return cast_impl
+
+
+def _float_to_float(known: Callable[..., Any], cast: Callable[..., Any]) -> Callable[..., Any]:
+    def create_fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if _is_bfloat16(source) or (target.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32):
+            return cast(self, source, target)
+        return known(self, source, target, rounding)
+
+    return create_fp_to_fp
+
+
+def _over_axis(known: Callable[..., Any]) -> Callable[..., Any]:
+    def like(tensor: Any, handle: Any) -> Any:
+        block = tensor.type.is_block()
+        return tl.core.tensor(handle, tl.block_type(handle.dtype, tensor.type.shape) if block else handle.dtype)
+
+    def apply_impl(self: Any, inputs: Any) -> Any:
+        narrow = [_is_bfloat16(tensor.handle) for tensor in inputs]
+        if not any(narrow):
+            return known(self, inputs)
+        results = known(self, tuple(like(t, _widen(t.handle)) for t in inputs))
+        several = isinstance(results, (list, tuple))
+        rounded = [
+            like(r, _narrow(r.handle)) if was and r.dtype.scalar == tl.float32 else r
+            for r, was in zip(results if several else [results], narrow, strict=True)
+        ]
+        return rounded if several else rounded[0]
+
+    return apply_impl
