@@ -16,6 +16,8 @@ __all__ = ["Setting", "common_parser", "settle"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _OUT = Path("out")
+#: Sizes that run in seconds anywhere.
+QUICK = {"batch": (2,), "text_length": (8,), "visual_tokens": (16,)}
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,10 @@ def common_parser(description: str, *, program: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these, and the prompt-length one")
     parser.add_argument(
-        "--samples", type=_positive, default=20, help="samples per variant; the report takes 20 or more"
+        "--samples", type=_positive, help="per variant (default: 20; 3 with --quick); the report takes 20 or more"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="the smallest sizes and few samples: does it all still run?"
     )
     compiled = parser.add_mutually_exclusive_group()
     compiled.add_argument(
@@ -118,20 +123,21 @@ def settle(
         torch.cuda.set_device(device)
         device = torch.device("cuda", torch.cuda.current_device())
     on_gpu = device.type == "cuda"
-    name = options.preset or ("llama-7b" if on_gpu else "tiny")
+    name = options.preset or ("llama-7b" if on_gpu and not options.quick else "tiny")
     preset = PRESETS[name]
-    defaults = cuda if on_gpu else cpu
+    defaults = QUICK if options.quick else cuda if on_gpu else cpu
+    layers = options.layers or (1 if options.quick else preset.layers if on_gpu else min(preset.layers, 8))
     return Setting(
         device=device,
         dtype=DTYPES[options.dtype or ("bfloat16" if on_gpu else "float32")],
         preset_name=name,
         preset=preset,
-        layers=options.layers or (preset.layers if on_gpu else min(preset.layers, 8)),
+        layers=layers,
         batch=tuple(options.batch or defaults["batch"]),
         text_length=tuple(options.text_length or defaults["text_length"]),
         visual_tokens=tuple(options.visual_tokens or defaults["visual_tokens"]),
-        samples=options.samples,
-        compiled=on_gpu if options.compiled is None else options.compiled,
+        samples=options.samples or (3 if options.quick else 20),
+        compiled=on_gpu and not options.quick if options.compiled is None else options.compiled,
         only=tuple(options.variants) if options.variants else None,
         seconds=options.seconds,
         json=_path(options.json),

@@ -39,6 +39,7 @@ def environment(device: torch.device, program: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
+        "triton_interpreted": os.environ.get("TRITON_INTERPRET") == "1",
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
     for package in _PACKAGES:

@@ -112,7 +112,8 @@ def measure(
     for name, timing in timer.compare(runs, progress=progress).items():
         rows[name].take(timing)
         if host and timer.device.type == "cuda":
-            rows[name].host_us = timer.host_us(runs[name].calls[0])
+            calls = max(10, min(200, int(20 / timing.median_ms)))
+            rows[name].host_us = timer.host_us(runs[name].calls[0], calls=calls)
     runs.clear()
     _release(timer.device)
     return list(rows.values())

@@ -29,6 +29,7 @@ class Row:
         samples, timing, first_call_s: of the timer.
         speedup_vs_prompt: time of the prompt-length variant of the same case over this one's; under 1 it loses.
         speedup_vs_text: the same against text only, in which no image takes part.
+        speedup_vs_matmul: the same against the bare matrix products.
         level, phase, preset, layers, sequences, text_length, visual_tokens: the case, for programs.
         peak_memory_bytes: operands that this variant keeps, and the most that the call holds besides.
         memory_per_image_bytes, cache_per_image_bytes: kept per image: MemVP's memory, or the KV cache of its prompt tokens.
@@ -53,6 +54,7 @@ class Row:
     first_call_s: float | None = None
     speedup_vs_prompt: float | None = None
     speedup_vs_text: float | None = None
+    speedup_vs_matmul: float | None = None
     level: str | None = None
     phase: str | None = None
     preset: str | None = None
@@ -103,16 +105,15 @@ class Row:
         self.status, self.reason = status, reason
 
 
-def speedups(rows: list[Row], *, prompt: str = "prompt", text: str = "text") -> None:
-    """Fills in the speedups of every timed row over the prompt-length and the text-only variant of its case."""
+def speedups(rows: list[Row]) -> None:
+    """Fills in the speedups of every timed row over the variants "prompt", "text" and "matmul" of its case, where it has them."""
     medians = {(row.case, row.variant): row.median_ms for row in rows}
     for row in rows:
         if row.median_ms is None:
             continue
-        over_prompt = medians.get((row.case, prompt))
-        over_text = medians.get((row.case, text))
-        row.speedup_vs_prompt = over_prompt / row.median_ms if over_prompt else None
-        row.speedup_vs_text = over_text / row.median_ms if over_text else None
+        for baseline in ("prompt", "text", "matmul"):
+            theirs = medians.get((row.case, baseline))
+            setattr(row, f"speedup_vs_{baseline}", theirs / row.median_ms if theirs else None)
 
 
 class Results:

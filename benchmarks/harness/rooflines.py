@@ -20,6 +20,7 @@ __all__ = [
     "ffn_backward",
     "ffn_forward",
     "head",
+    "kernel",
     "layer",
     "training_step",
 ]
@@ -178,6 +179,30 @@ def ffn_backward(form: str, shape: FFNShape) -> Count:
         if form in ("official", "positions"):
             written = shape.images * m * d + 2 * m * d
         numbers += written
+    return Count(flops, numbers * shape.element)
+
+
+def kernel(name: str, shape: FFNShape) -> Count:
+    """One of the five launches that make up a gated FFN with formed memory, forward and backward, when training.
+
+    Args:
+        name: "hidden", "output", "dhidden", "dinput" or "dmemory".
+        shape: of the FFN.
+    """
+    n, d, f, m = shape.rows("formed"), shape.width, shape.pairs, shape.slots
+    memory, p = shape.images * m * d, shape.kept
+    flops, numbers = {
+        # x against gate, key and Kv; hidden, visual, pre-activations and scores written
+        "hidden": (2 * p * n * d * f + 2 * n * m * d, n * d + p * d * f + memory + n * f + n * m + n * (p * f + m)),
+        # hidden and visual against value and Vv
+        "output": (2 * n * d * f + 2 * n * m * d, n * f + n * m + d * f + memory + n * d),
+        # dy against value and Vv; the pre-activations and scores read, their gradients and visual written
+        "dhidden": (2 * n * d * f + 2 * n * m * d, n * d + d * f + memory + n * (p * f + m) + n * (p * f + 2 * m)),
+        # those gradients against gate, key and Kv
+        "dinput": (2 * p * n * d * f + 2 * n * m * d, n * (p * f + m) + p * d * f + memory + n * d),
+        # dKv = dS^T x, dVv = visual^T dy
+        "dmemory": (4 * n * m * d, 2 * n * m + 2 * n * d + 2 * memory),
+    }[name]
     return Count(flops, numbers * shape.element)
 
 

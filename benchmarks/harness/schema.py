@@ -68,6 +68,7 @@ SCHEMA: dict[str, Any] = {
                     "first_call_s": _NUMBER,
                     "speedup_vs_prompt": _NUMBER,
                     "speedup_vs_text": _NUMBER,
+                    "speedup_vs_matmul": _NUMBER,
                     "level": {"type": ["string", "null"]},
                     "phase": {"type": ["string", "null"]},
                     "preset": {"type": ["string", "null"]},

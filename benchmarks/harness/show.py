@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
@@ -33,17 +34,18 @@ def cells(row: Row) -> dict[str, Any]:
         **vars(row),
         "peak_mb": None if row.peak_memory_bytes is None else row.peak_memory_bytes / 1e6,
         "image_mb": image / 1e6 if row.status == "ok" else None,
-        "verdict": "" if row.status == "ok" else f"{row.status}: {row.reason}",
+        "verdict": "" if row.status == "ok" else f"{row.status}: {row.reason:.90}",
     }
 
 
-def show(results: Results, setting: Setting, *, left_out: int = 0) -> None:
+def show(results: Results, setting: Setting, *, left_out: int = 0, columns: Mapping[str, str] = COLUMNS) -> None:
     """Prints the tables, the speedups' meaning and the files.
 
     Args:
         results: measured.
         setting: names the files.
         left_out: cases that `--seconds` left no time for.
+        columns: of the tables.
     """
     environment = results.environment
     print(
@@ -56,7 +58,7 @@ def show(results: Results, setting: Setting, *, left_out: int = 0) -> None:
     )
     for case, rows in groupby(results.rows, key=lambda row: row.case):
         print(f"\n{case}")
-        print(table.text([cells(row) for row in rows], COLUMNS))
+        print(table.text([cells(row) for row in rows], columns))
     if left_out:
         print(f"\n{left_out} cases were not begun: --seconds {setting.seconds:g} were over")
     if setting.json is not None:
