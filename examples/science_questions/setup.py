@@ -1,0 +1,79 @@
+"""The three pretrained parts from local folders or the hub, and a MemVPModel of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+
+from memvp_kernels import MemVPConfig, MemVPModel
+from memvp_kernels.models import vision
+from science_questions.batches import Reader
+
+__all__ = ["Parts", "adapter_of", "new_adapter", "read_settings", "write_settings"]
+
+SETTINGS = "settings.json"
+
+
+class Parts(NamedTuple):
+    """What an adapter is put between.
+
+    Attributes:
+        language_model: name or folder of a causal language model with its tokenizer.
+        vision_model: name or folder of a CLIP vision model (the paper: CLIP ViT-L/14).
+        dtype: of both; the adapter is float32.
+        limit: most tokens of a prompt with its answer.
+    """
+
+    language_model: str
+    vision_model: str
+    dtype: torch.dtype
+    limit: int
+
+    def load(self) -> tuple[Any, CLIPVisionModel, Reader]:
+        """The two models, frozen by what comes next, and the reader."""
+        language_model = AutoModelForCausalLM.from_pretrained(self.language_model, dtype=self.dtype)
+        vision_model = CLIPVisionModel.from_pretrained(self.vision_model, dtype=self.dtype)
+        tokenizer = AutoTokenizer.from_pretrained(self.language_model)
+        return language_model, vision_model, Reader(tokenizer, self.limit, vision_model.config.image_size)
+
+
+def new_adapter(parts: Parts, *, num_slots: int, dropout: float) -> tuple[MemVPModel, Reader]:
+    """An untrained adapter with the paper's constants, and untrained CLIP adapters."""
+    language_model, vision_model, reader = parts.load()
+    vision.attach_adapters(vision_model, dropout=dropout)
+    config = MemVPConfig(vision_dim=vision_model.config.hidden_size, num_slots=num_slots, dropout=dropout)
+    return MemVPModel(language_model, config, vision_model), reader
+
+
+def adapter_of(parts: Parts, adapter: Path) -> tuple[MemVPModel, Reader, dict[str, Any]]:
+    """A trained adapter: a folder that training wrote, or an official ``.pth`` file; and what it was trained with."""
+    language_model, vision_model, reader = parts.load()
+    if adapter.is_dir():
+        return MemVPModel.from_pretrained(language_model, adapter, vision_model), reader, read_settings(adapter)
+    num_slots = 400 if language_model.config.hidden_size == 5120 else 320
+    config = MemVPConfig(vision_dim=vision_model.config.hidden_size, num_slots=num_slots)
+    model = MemVPModel(language_model, config, vision_model)
+    report = model.load_official_checkpoint(adapter)
+    return model, reader, {"captions": report.settings.get("use_caption"), "report": str(report)}
+
+
+def write_settings(folder: Path, **settings: Any) -> None:
+    """Note what evaluation has to do alike; a run that goes on must not change it.
+
+    Raises:
+        ValueError: the folder has other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / SETTINGS).is_file() and (before := read_settings(folder)) != settings:
+        raise ValueError(f"{folder} was trained with {before}, not {settings}; take another folder")
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What :func:`write_settings` noted."""
+    settings: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    return settings
