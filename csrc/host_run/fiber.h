@@ -46,13 +46,18 @@ constexpr size_t kStackBytes = 64 << 10;
 #endif
 constexpr size_t kGuardBytes = 4096;  // below a stack: running over it is a fault, not a corruption
 
+// What a fiber runs on. Making one asks the kernel for memory (a megabyte under the thread sanitizer), so later fibers use it again.
+struct Stack {
+  char* memory = nullptr;
+  void* tsan = nullptr;
+};
+
 struct FiberContext {
   void* stack_pointer = nullptr;
-  char* stack = nullptr;
+  Stack stack;
   const void* bottom = nullptr;  // of the stack, for the address sanitizer
   size_t bytes = 0;
   void* fake_stack = nullptr;
-  void* tsan = nullptr;
   int quiet = 0;  // depth of Quiet, to be undone when the fiber ends
 #ifdef MEMVP_FIBER_UCONTEXT
   ucontext_t context;
@@ -129,7 +134,7 @@ inline void switch_fiber(FiberContext& from, FiberContext& to, bool last) {
 #endif
 #ifdef MEMVP_FIBER_TSAN
   // From here to the switch no access to memory: it would count as the other fiber's. No order is implied between the two.
-  void* tsan = to.tsan;
+  void* tsan = to.stack.tsan;
   if (last)
     for (int depth = from.quiet; depth > 0; --depth) watch_again();  // a fiber must not end while ignoring
   __tsan_switch_to_fiber(tsan, 1);
@@ -146,7 +151,7 @@ inline void switch_fiber(FiberContext& from, FiberContext& to, bool last) {
 inline void adopt_thread(FiberContext& fiber) {
   (void)fiber;
 #ifdef MEMVP_FIBER_TSAN
-  fiber.tsan = __tsan_get_current_fiber();
+  fiber.stack.tsan = __tsan_get_current_fiber();
 #endif
 #ifdef MEMVP_FIBER_ASAN
   pthread_attr_t attributes;
@@ -158,69 +163,66 @@ inline void adopt_thread(FiberContext& fiber) {
 #endif
 }
 
-// Stacks are used again, but not under the thread sanitizer: a new fiber would seem to race with the one before it.
 class StackPool {
  public:
   ~StackPool() {
-    for (char* stack : all_) {
+    for (const Stack& stack : all_) {
+#ifdef MEMVP_FIBER_TSAN
+      __tsan_destroy_fiber(stack.tsan);
+#endif
+      munmap(stack.memory - kGuardBytes, kStackBytes + kGuardBytes);
+    }
+  }
+  Stack take() {
+    if (free_.empty()) {
+      void* p = mmap(nullptr, kStackBytes + kGuardBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (p == MAP_FAILED) throw std::runtime_error("host run: no memory for a fiber's stack");
+      mprotect(p, kGuardBytes, PROT_NONE);
+      Stack made{static_cast<char*>(p) + kGuardBytes};
+#ifdef MEMVP_FIBER_TSAN
+      made.tsan = __tsan_create_fiber(0);
+#endif
+      all_.push_back(made);
+      free_.push_back(made);
+    }
+    const Stack stack = free_.back();
+    free_.pop_back();
+    return stack;
+  }
+  void give(const Stack& stack) {
 #ifdef MEMVP_FIBER_ASAN
-      __asan_unpoison_memory_region(stack, kStackBytes);
+    __asan_unpoison_memory_region(stack.memory, kStackBytes);  // its fiber ended in the middle of a function
 #endif
-      munmap(stack - kGuardBytes, kStackBytes + kGuardBytes);
-    }
-  }
-  char* take() {
-    if (!free_.empty()) {
-      char* stack = free_.back();
-      free_.pop_back();
-      return stack;
-    }
-    void* p = mmap(nullptr, kStackBytes + kGuardBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) throw std::runtime_error("host run: no memory for a fiber's stack");
-    mprotect(p, kGuardBytes, PROT_NONE);
-    all_.push_back(static_cast<char*>(p) + kGuardBytes);
-    return all_.back();
-  }
-  void give(char* stack) {
-    (void)stack;
-#ifndef MEMVP_FIBER_TSAN
     free_.push_back(stack);
-#endif
   }
 
  private:
-  std::vector<char*> all_, free_;
+  std::vector<Stack> all_, free_;
 };
 
+inline StackPool& stack_pool() {
+  static StackPool pool;
+  return pool;
+}
+
 // A fiber that will begin with `entry`, which must never return.
-inline void start_fiber(FiberContext& fiber, char* stack, unsigned number, void (*entry)()) {
+inline void start_fiber(FiberContext& fiber, const Stack& stack, unsigned number, void (*entry)()) {
   fiber.stack = stack;
-  fiber.bottom = stack;
+  fiber.bottom = stack.memory;
   fiber.bytes = kStackBytes;
-#ifdef MEMVP_FIBER_TSAN
-  fiber.tsan = __tsan_create_fiber(0);
-#endif
 #ifdef MEMVP_FIBER_UCONTEXT
   (void)number;
   getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = stack;
+  fiber.context.uc_stack.ss_sp = stack.memory;
   fiber.context.uc_stack.ss_size = kStackBytes;
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, entry, 0);
 #else
-  void** top = reinterpret_cast<void**>(stack + kStackBytes - 64 - number * 192 % 4096);  // spread over the cache's sets
-  *--top = nullptr;                                                                       // keeps the stack aligned at entry
+  void** top = reinterpret_cast<void**>(stack.memory + kStackBytes - 64 - number * 192 % 4096);  // spread over the cache's sets
+  *--top = nullptr;  // keeps the stack aligned at entry
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   fiber.stack_pointer = top;
-#endif
-}
-
-inline void end_fiber(FiberContext& fiber) {
-  (void)fiber;
-#ifdef MEMVP_FIBER_TSAN
-  if (fiber.tsan != nullptr) __tsan_destroy_fiber(fiber.tsan);
-  fiber.tsan = nullptr;
 #endif
 }
 

@@ -102,6 +102,7 @@ struct Block {
   std::vector<Thread*> at_barrier;
   std::map<size_t, Carve> shared;  // by offset; each an allocation of its own
   char barrier_object[2];          // for the thread sanitizer: this barrier and the next
+  char end_object;                 // likewise: its threads' ends, which the reuse of their stacks comes after
 };
 
 struct Progress {  // of one launch
@@ -115,16 +116,15 @@ struct Run {
   Config config;
   std::vector<Launch> launches;
   std::vector<Progress> progress;
-  std::vector<std::unique_ptr<Block>> blocks;  // resident ones; under the thread sanitizer all
+  std::vector<std::unique_ptr<Block>> blocks;  // resident ones
   std::vector<Thread*> ready;
   size_t first_ready = 0;
   unsigned alive = 0;
   Thread main, *current = nullptr;
-  StackPool stacks;
   Stats stats;
   std::string error;
   uint64_t random_state = 1;
-  char end_object = 0;
+  char end_object = 0;  // for the thread sanitizer: all that threads did, before run_chain frees it
 
   uint64_t random() {
     random_state ^= random_state << 13;
@@ -135,6 +135,7 @@ struct Run {
   bool chance(double p) { return static_cast<double>(random()) * 0x1p-53 < p; }
 };
 
+inline char begin_object = 0;  // likewise: what main did before a thread began
 inline Run*& run_pointer() {
   static Run* run = nullptr;
   return run;
@@ -210,7 +211,7 @@ inline Thread* next_ready() {
 inline void sleep(State state) {
   Thread& me = this_thread();
   me.state = state;
-  release(&run().end_object);
+  release(&run().end_object);  // acquired once, by run_chain, so that it may free after a failed run
   Thread* next = next_ready();
   if (next == nullptr) next = &run().main;
   if (next != &me) switch_to(*next);
@@ -253,9 +254,10 @@ inline void admit(unsigned launch) {
     t.block = block.get();
     t.warp = &block->warps[i / 32];
     t.warp->lanes |= 1u << t.lane;
-    start_fiber(t.fiber, r.stacks.take(), i, thread_body);
+    start_fiber(t.fiber, stack_pool().take(), i, thread_body);
     make_ready(&t);
   }
+  release(&begin_object);
   r.alive++;
   if (launch > 0 && r.progress[launch - 1].done < r.launches[launch - 1].blocks) r.stats.early_blocks++;
   r.blocks.push_back(std::move(block));
@@ -268,10 +270,7 @@ inline void admit_blocks() {
 }
 
 inline void free_block(Block& block) {
-  for (Thread& t : block.threads) {
-    run().stacks.give(t.fiber.stack);
-    end_fiber(t.fiber);
-  }
+  for (Thread& t : block.threads) stack_pool().give(t.fiber.stack);
   for (auto& [offset, carve] : block.shared) free(carve.data);
 }
 
@@ -282,6 +281,7 @@ inline void note_let(Block& block) {
 }
 
 inline void thread_body() {
+  acquire(&begin_object);
   Run& r = run();
   Thread& me = this_thread();
   arrived(me.fiber);
@@ -293,11 +293,17 @@ inline void thread_body() {
   Quiet quiet(me.fiber);
   Block& block = *me.block;
   Progress& progress = r.progress[block.launch];
-  if (!me.copies.empty() || !me.copy_groups.empty()) r.error = name_of(me) + " returned with copies not waited for";
-  if (r.launches[block.launch].chained && !me.waited_for_grid)
+  if (!r.error.empty()) {
+    // The exception says more than what follows from it.
+  } else if (!me.copies.empty() || !me.copy_groups.empty()) {
+    r.error = name_of(me) + " returned with copies not waited for";
+  } else if (r.launches[block.launch].chained && !me.waited_for_grid) {
     r.error = name_of(me) + " of a chained launch returned without waiting for the launch before it";
-  if (!block.at_barrier.empty()) r.error = name_of(me) + " returned while others of its block wait in __syncthreads" + state_table();
+  } else if (!block.at_barrier.empty()) {
+    r.error = name_of(me) + " returned while others of its block wait in __syncthreads" + state_table();
+  }
   release(&progress.object);
+  release(&block.end_object);
   release(&r.end_object);
   me.state = State::kDone;
   me.warp->lanes &= ~(1u << me.lane);
@@ -349,12 +355,13 @@ inline Stats run_chain(std::vector<Launch> launches, const Config& config) {
   {
     Quiet quiet(r.main.fiber);
     for (;;) {
-#ifndef MEMVP_FIBER_TSAN
       auto finished = [](const std::unique_ptr<Block>& b) { return b->done == b->threads.size(); };
       for (auto& block : r.blocks)
-        if (finished(block)) free_block(*block);
+        if (finished(block)) {
+          acquire(&block->end_object);
+          free_block(*block);
+        }
       r.blocks.erase(std::remove_if(r.blocks.begin(), r.blocks.end(), finished), r.blocks.end());
-#endif
       admit_blocks();
       Thread* next = next_ready();
       if (next == nullptr && r.alive > 0 && r.error.empty()) r.error = "deadlock: no thread can run" + state_table();
