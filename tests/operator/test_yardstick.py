@@ -66,4 +66,5 @@ def test_other_orders_are_the_same_mathematics(name: str, dtype: torch.dtype) ->
     results = [yardstick.plain(**a), *(yardstick.reordered(seed)(**a) for seed in (1, 2, 3))]
     spread = [yardstick.errors(r, exact)[0] for r in results]
     assert max(spread) <= 3 * min(spread)
-    assert not all(torch.equal(results[0], r) for r in results[1:])
+    # In bfloat16 sums of this size are accumulated in float32, and their order drowns in the one rounding.
+    assert dtype == torch.bfloat16 or not all(torch.equal(results[0], r) for r in results[1:])
