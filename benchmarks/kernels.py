@@ -22,7 +22,7 @@ from harness.results import Row
 from harness.show import show
 
 CPU = {"batch": (4,), "text_length": (64,), "visual_tokens": (256,)}
-CUDA = {"batch": (1, 16), "text_length": (512,), "visual_tokens": (256,)}
+CUDA = {"batch": (16, 1), "text_length": (512,), "visual_tokens": (256,)}
 
 _COLUMNS = {
     "variant": "variant",
@@ -62,19 +62,12 @@ def jobs(setting: Setting) -> Iterator[Job]:
             template, functools.partial(found, sequences=batch, text_length=length, visual_tokens=visual), host=True
         )
 
-    for visual in setting.visual_tokens:
-        for length in setting.text_length:
-            for batch in setting.batch:
-                size = (batch, length, visual)
-                yield job(
-                    "ffn", "training forward", functools.partial(operator_case.forward_candidates, setting), *size
-                )
-                yield job(
-                    "ffn", "training backward", functools.partial(operator_case.backward_candidates, setting), *size
-                )
-                for name in kernel_case.KERNELS:
-                    found = functools.partial(kernel_case.candidates, setting, name)
-                    yield job("kernel", f"kernel {name}", found, *size)
+    for size in setting.sizes():
+        yield job("ffn", "training forward", functools.partial(operator_case.forward_candidates, setting), *size)
+        yield job("ffn", "training backward", functools.partial(operator_case.backward_candidates, setting), *size)
+        for name in kernel_case.KERNELS:
+            found = functools.partial(kernel_case.candidates, setting, name)
+            yield job("kernel", f"kernel {name}", found, *size)
 
 
 def main(arguments: list[str] | None = None) -> int:

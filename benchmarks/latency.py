@@ -24,12 +24,12 @@ from harness.program import Job, run
 from harness.results import Row
 from harness.show import show
 
-CPU = {"batch": (4,), "text_length": (64,), "visual_tokens": (64, 256)}
-CUDA = {"batch": (1, 16, 64), "text_length": (64, 512), "visual_tokens": (256, 576)}
+CPU = {"batch": (4,), "text_length": (64,), "visual_tokens": (256, 64)}
+CUDA = {"batch": (16, 1, 64), "text_length": (64, 512), "visual_tokens": (256, 576)}
 
 
 def jobs(setting: Setting) -> Iterator[Job]:
-    """All combinations, the ones that settle the claim first."""
+    """One FFN and the whole model, before and at the next token, for every combination of sizes."""
     models: list[Model] = []
 
     def model() -> Model:
@@ -65,15 +65,13 @@ def jobs(setting: Setting) -> Iterator[Job]:
         )
         return Job(template, found, host=level == "ffn")
 
-    for visual in sorted(setting.visual_tokens, reverse=True):
-        for length in setting.text_length:
-            for batch in setting.batch:
-                make = functools.partial(job, batch=batch, length=length, visual=visual)
-                yield make("model", "prefill", "model, first token")
-                yield make("model", "decode", "model, per token")
-                yield make("ffn", "prefill", "ffn, prefill")
-                if length == setting.text_length[0]:  # an FFN that decodes does not know how long the text is
-                    yield make("ffn", "decode", "ffn, decode")
+    for batch, length, visual in setting.sizes():
+        make = functools.partial(job, batch=batch, length=length, visual=visual)
+        yield make("model", "prefill", "model, first token")
+        yield make("model", "decode", "model, per token")
+        yield make("ffn", "prefill", "ffn, prefill")
+        if length == setting.text_length[0]:  # an FFN that decodes does not know how long the text is
+            yield make("ffn", "decode", "ffn, decode")
 
 
 def main(arguments: list[str] | None = None) -> int:

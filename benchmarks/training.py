@@ -22,7 +22,7 @@ from harness.show import show
 from harness.training_case import ffn_candidates, model_candidates
 
 CPU = {"batch": (2,), "text_length": (64,), "visual_tokens": (256,)}
-CUDA = {"batch": (4, 16), "text_length": (64, 512), "visual_tokens": (256,)}
+CUDA = {"batch": (16, 4), "text_length": (64, 512), "visual_tokens": (256,)}
 
 
 def jobs(setting: Setting, *, recompute: bool, checkpointing: bool) -> Iterator[Job]:
@@ -66,12 +66,10 @@ def jobs(setting: Setting, *, recompute: bool, checkpointing: bool) -> Iterator[
         )
         return Job(template, found)
 
-    for visual in setting.visual_tokens:
-        for length in setting.text_length:
-            for batch in setting.batch:
-                yield job("model", batch, length, visual)
-                if not checkpointing:
-                    yield job("ffn", batch, length, visual)
+    for size in setting.sizes():
+        yield job("model", *size)
+        if not checkpointing:
+            yield job("ffn", *size)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -61,6 +62,13 @@ class Setting:
     def element(self) -> int:
         """Bytes of one number."""
         return self.dtype.itemsize
+
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """(batch, text length, visual tokens): the first of each, then what differs from it in one size, in two, in three."""
+        lists = (self.batch, self.text_length, self.visual_tokens)
+        return sorted(
+            product(*lists), key=lambda size: sum(n != first[0] for n, first in zip(size, lists, strict=True))
+        )
 
     def wants(self, variant: str) -> bool:
         """Whether `--variants` lets it take part; the baseline of the speedup always does."""

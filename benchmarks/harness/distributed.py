@@ -179,13 +179,15 @@ def training_collectives(
         yield Collective("layer, forward and backward", "all-gather", layer, layout.gpus, 2 * preset.layers)
         yield Collective("embeddings, head", "all-gather", outside_parameters(preset) * element, layout.gpus, 1)
     if layout.tensor > 1:
-        yield from _tensor_parallel(preset, layout, sequences, length, element, visual_tokens)
+        yield from _tensor_parallel(preset, layout, sequences * layout.tensor, length, element, visual_tokens)
 
 
 def _tensor_parallel(
     preset: Preset, layout: Layout, sequences: int, length: int, element: int, visual_tokens: int
 ) -> Iterator[Collective]:
-    n, tp, d = sequences * layout.tensor * (length + visual_tokens), layout.tensor, preset.width
+    """Here `sequences` are those of the whole group."""
+    tp, d = layout.tensor, preset.width
+    n = sequences * (length + visual_tokens)
     rows = n * d * element
     yield Collective("embeddings", "all-reduce", rows, tp, 1)
     yield Collective("attention's and FFN's output", "all-reduce", rows, tp, 2 * preset.layers)
@@ -196,9 +198,9 @@ def _tensor_parallel(
     yield Collective("logits", "all-gather", n * preset.vocabulary * element, tp, 1)
     yield Collective("gradient of the head's input", "all-reduce", rows, tp, 1)
     if not visual_tokens:
-        cores = sequences * tp * preset.slots * preset.rank * _FLOAT32
-        yield Collective("gradient of the cores", "all-gather", cores, tp, 1)
-        yield Collective("gradient of p^k, p^v", "all-gather", preset.slots * d * _FLOAT32, tp, 2)
+        slots = -(-preset.slots // tp) * tp  # a gathering pads the last ranks' parts to the size of the others
+        yield Collective("gradient of the cores", "all-gather", sequences * slots * preset.rank * _FLOAT32, tp, 1)
+        yield Collective("gradient of p^k, p^v", "all-gather", slots * d * _FLOAT32, tp, 2)
         yield Collective("gradient of the basis", "all-reduce", preset.rank * d * _FLOAT32, tp, 1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,13 @@ __all__ = ["candidates", "exact_ffn", "too_big"]
 
 
 def candidates(
-    setting: Setting, *, sequences: int, text_length: int, visual_tokens: int, decode: bool
+    setting: Setting,
+    *,
+    sequences: int,
+    text_length: int,
+    visual_tokens: int,
+    decode: bool,
+    chosen: Mapping[str, Variant] | None = None,
 ) -> list[Candidate]:
     """The variants of one FFN call over (S, T, d).
 
@@ -32,6 +38,7 @@ def candidates(
         sequences, text_length: S and T; every sequence has its own image.
         visual_tokens: tokens of an image.
         decode: T is 1, and the prompt form's visual tokens are in the cache: its FFN does what text alone needs.
+        chosen: the variants; default: all of harness.variants.
     """
     device, dtype, preset = setting.device, setting.dtype, setting.preset
     tokens = 1 if decode else text_length
@@ -83,7 +90,7 @@ def candidates(
         return outputs, Run(calls), kept + held_bytes(rows(variant.form))
 
     found = []
-    for variant in variants(device, compiled=setting.compiled).values():
+    for variant in (chosen or variants(device, compiled=setting.compiled)).values():
         if not setting.wants(variant.name) or (variant.rows is not None and shape.rows(variant.form) > variant.rows):
             continue
         footprint = memory_per_image(variant.form, preset, slots=slots, layers=1, element=setting.element)

@@ -61,5 +61,8 @@ def run(program: str, setting: Setting, jobs: Sequence[Job]) -> tuple[Results, i
             rows = measure(job.template, job.candidates(), timer=timer, roofs=roofs, host=job.host)
             results.environment["clocks"] = clocks.summary()
             results.add(rows)
+            if setting.compiled:
+                # Each case compiles for its own shapes; past its limit of shapes dynamo would quietly run the eager form.
+                torch._dynamo.reset()
             progress.step()
     return results, left_out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import Any
 
@@ -38,7 +38,14 @@ def cells(row: Row) -> dict[str, Any]:
     }
 
 
-def show(results: Results, setting: Setting, *, left_out: int = 0, columns: Mapping[str, str] = COLUMNS) -> None:
+def show(
+    results: Results,
+    setting: Setting,
+    *,
+    left_out: int = 0,
+    columns: Mapping[str, str] = COLUMNS,
+    cells: Callable[[Row], Mapping[str, Any]] = cells,
+) -> None:
     """Prints the tables, the speedups' meaning and the files.
 
     Args:
@@ -46,6 +53,7 @@ def show(results: Results, setting: Setting, *, left_out: int = 0, columns: Mapp
         setting: names the files.
         left_out: cases that `--seconds` left no time for.
         columns: of the tables.
+        cells: a row's values by column.
     """
     environment = results.environment
     print(
