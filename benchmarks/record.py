@@ -1,4 +1,4 @@
-"""Measures this machine for the record: latency, training and kernels into benchmarks/results/<machine>/, then the report.
+"""Measures this machine for the record: latency, training, kernels and decode into benchmarks/results/<machine>/, then the report.
 
     make report                          # or: python benchmarks/record.py
     python benchmarks/record.py --only latency
@@ -23,8 +23,9 @@ CPU = {
     "latency": ["--compile", "--text-length", "32", "128", "--visual-tokens", "64", "256"],
     "training": ["--compile", "--text-length", "32", "128", "--visual-tokens", "64", "256"],
     "kernels": [],
+    "decode": [],
 }
-CUDA: dict[str, list[str]] = {"latency": [], "training": [], "kernels": []}
+CUDA: dict[str, list[str]] = {"latency": [], "training": [], "kernels": [], "decode": []}
 
 
 def main(arguments: list[str] | None = None) -> int:

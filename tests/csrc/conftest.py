@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from memvp_kernels.backends.cuda import extension as extension_module
+from tests.csrc import fake_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
@@ -63,15 +63,15 @@ def built_extension(library: Path) -> ModuleType:
 
 
 @pytest.fixture
-def extension(built_extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def forgetful() -> Iterator[None]:
+    """Before and after the test nothing is remembered of the machine."""
+    fake_gpu.forget()
+    yield
+    fake_gpu.forget()
+
+
+@pytest.fixture
+def extension(forgetful: None, built_extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The freshly built extension in the place of an installed one."""
     monkeypatch.setitem(sys.modules, "memvp_kernels._C", built_extension)
-    forget_machine()
-    yield built_extension
-    forget_machine()
-
-
-def forget_machine() -> None:
-    """What extension.py remembers of the extension and the GPU."""
-    for remembered in (extension_module.load, extension_module.device_limit, extension_module._machine_limit):
-        remembered.cache_clear()
+    return built_extension

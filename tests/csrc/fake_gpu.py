@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import types
+from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from memvp_kernels.arguments import TENSORS, check_scalars, check_tensors
+from memvp_kernels.backends.cuda import decode, extension
 from memvp_kernels.ops import normalise
 from memvp_kernels.problem import Problem
 
@@ -28,6 +32,62 @@ class OnGPU:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tensor, name)
+
+
+@dataclass
+class Machine:
+    """A machine with one GPU, as torch.cuda tells of it; attributes may change while it is installed.
+
+    Attributes:
+        extension: memvp_kernels._C, or None where it was not built.
+        capability, multiprocessors: of the GPU.
+        stream: the current stream's handle.
+        allocated: what torch.empty gave, poisoned: NaN, or all bits set.
+    """
+
+    extension: types.ModuleType | None
+    capability: tuple[int, int] = (9, 0)
+    multiprocessors: int = 132
+    stream: int = 77
+    allocated: list[OnGPU] = field(default_factory=list)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Puts this machine in the place of the real one."""
+        empty = torch.empty
+
+        def allocate(*shape: Any, device: torch.device, **options: Any) -> OnGPU:
+            assert device == DEVICE
+            tensor = empty(*shape, **options)
+            self.allocated.append(OnGPU(tensor.fill_(float("nan") if tensor.is_floating_point() else 0xFF)))
+            return self.allocated[-1]
+
+        def current_stream(device: torch.device) -> types.SimpleNamespace:
+            assert device == DEVICE
+            return types.SimpleNamespace(cuda_stream=self.stream)
+
+        def properties(_: int) -> types.SimpleNamespace:
+            return types.SimpleNamespace(multi_processor_count=self.multiprocessors)
+
+        for module in (decode, extension):
+            monkeypatch.setattr(module, "load", lambda: self.extension)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: self.capability)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+        monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+        monkeypatch.setattr(torch, "empty", allocate)
+
+
+def forget() -> None:
+    """Clears what the cuda backend remembers of the extension and the GPU."""
+    decode._latest = None
+    remembered = (decode._type_codes, decode._tensors, decode._multiprocessors)
+    for function in (*remembered, _LOAD, extension.device_limit, extension._machine_limit):
+        function.cache_clear()
+
+
+_LOAD = extension.load  # itself, whatever a test puts in its place
 
 
 def problem_of(

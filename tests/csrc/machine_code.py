@@ -58,6 +58,12 @@ def ptx_targets(library: Path) -> set[str]:
     return set(re.findall(r"\.(sm_\w+)\.ptx", _tool("cuobjdump", "-lptx", str(library))))
 
 
+def ptx_kernels(library: Path, folder: Path) -> set[str]:
+    """Names of the kernels that the library carries as PTX; writes it into `folder`."""
+    _tool("cuobjdump", "-xptx", "all", str(library.resolve()), folder=folder)
+    return {name for ptx in folder.glob("*.ptx") for name in re.findall(r"\.entry\s+(\w+)", ptx.read_text())}
+
+
 def kernels(cubin: Path) -> list[Kernel]:
     """The kernels of one file of machine code."""
     usage = _tool("cuobjdump", "-res-usage", str(cubin))

@@ -14,8 +14,7 @@ from memvp_kernels.backends import cuda
 from memvp_kernels.backends.cuda import decode, extension
 from memvp_kernels.problem import Problem
 from tests import cases
-from tests.csrc.conftest import forget_machine
-from tests.csrc.fake_gpu import DEVICE, OnGPU, on_gpu, problem_of
+from tests.csrc.fake_gpu import Machine, OnGPU, on_gpu, problem_of
 
 TENSORS = (
     "x", "key", "value", "gate", "key_bias", "gate_bias", "value_bias", "visual_key", "visual_value", "visual_basis",
@@ -50,9 +49,8 @@ class Params:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """A machine with an sm_90 GPU and an extension; its attributes may be changed by the test."""
-    machine = types.SimpleNamespace(capability=(9, 0), stream=77, allocated=[])
+def gpu(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> Machine:
+    """An sm_90 GPU and the stand-in."""
     stand_in = types.ModuleType("memvp_kernels._C")
     vars(stand_in).update(
         cuda="13.0",
@@ -63,37 +61,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         activation_codes={"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3},
         FfnDecodeParams=Params,
     )
-    machine.extension = stand_in
-    empty = torch.empty
-
-    def allocate(*shape: Any, device: torch.device, **options: Any) -> OnGPU:
-        assert device == DEVICE
-        machine.allocated.append(OnGPU(empty(*shape, **options)))
-        return machine.allocated[-1]
-
-    def current_stream(device: torch.device) -> types.SimpleNamespace:
-        assert device == DEVICE
-        return types.SimpleNamespace(cuda_stream=machine.stream)
-
     monkeypatch.setattr(Params, "made", [])
-    monkeypatch.setattr(Params, "limit", None)
-    monkeypatch.setattr(Params, "fast", True)
-    monkeypatch.setattr(decode, "_latest", None)
-    monkeypatch.setattr(extension, "load", lambda: machine.extension)
-    monkeypatch.setattr(decode, "load", lambda: machine.extension)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: machine.capability)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(multi_processor_count=132))
-    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
-    monkeypatch.setattr(torch, "empty", allocate)
-    remembered = (decode._type_codes, decode._tensors, decode._multiprocessors)
-    for function in (*remembered, extension.device_limit, extension._machine_limit):
-        function.cache_clear()
-    yield machine
-    for function in (*remembered, extension.device_limit, extension._machine_limit):
-        function.cache_clear()
+    machine = Machine(stand_in)
+    machine.install(monkeypatch)
+    return machine
 
 
 def a_problem(
@@ -166,7 +137,7 @@ def test_an_index_with_strides_is_copied_for_the_launch() -> None:
     assert copy.tensor.tolist() == [2, -1, 2, 0]
 
 
-def test_forward_gives_output_workspace_and_stream(gpu: types.SimpleNamespace) -> None:
+def test_forward_gives_output_workspace_and_stream(gpu: Machine) -> None:
     problem = a_problem()
     y, pre, scores = decode.forward(problem)
     (params,) = Params.made
@@ -255,9 +226,7 @@ def test_the_kernels_own_limits_are_passed_on(monkeypatch: pytest.MonkeyPatch) -
         ((9, 0), "90a", None),
     ],
 )
-def test_status_of_a_gpu(
-    gpu: types.SimpleNamespace, capability: tuple[int, int], archs: str, reason: str | None
-) -> None:
+def test_status_of_a_gpu(gpu: Machine, capability: tuple[int, int], archs: str, reason: str | None) -> None:
     gpu.capability, gpu.extension.archs = capability, archs
     status = cuda.status()
     assert status.available == (reason is None)
@@ -266,7 +235,7 @@ def test_status_of_a_gpu(
     assert decode.unsupported(a_problem()) == (status.reason or None)
 
 
-def test_status_without_the_extension(gpu: types.SimpleNamespace) -> None:
+def test_status_without_the_extension(gpu: Machine) -> None:
     gpu.extension = None
     available, reason, build = cuda.status()
     assert not available
@@ -312,13 +281,6 @@ def test_status_with_a_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_runs_on(archs: str, capability: tuple[int, int], runs: bool) -> None:
     assert extension.runs_on(archs, capability) is runs
-
-
-@pytest.fixture
-def forgetful() -> Any:
-    forget_machine()
-    yield
-    forget_machine()
 
 
 def fails_with(error: Exception) -> Any:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from memvp_kernels import reference
-from memvp_kernels.backends.cuda import decode, extension
+from memvp_kernels.backends.cuda import decode
 from tests import cases, yardstick
 from tests.csrc.conftest import ROOT, load_extension
-from tests.csrc.fake_gpu import OnGPU, on_gpu, problem_of
+from tests.csrc.fake_gpu import Machine, on_gpu, problem_of
 
 SOURCES = ("csrc/bindings.cpp", "csrc/host_run/extension.cpp")
 
@@ -40,27 +40,8 @@ def host_extension(tmp_path_factory: pytest.TempPathFactory) -> types.ModuleType
 
 
 @pytest.fixture(autouse=True)
-def _on_the_host(host_extension: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The host's extension, on a pretended GPU of three multiprocessors."""
-    empty = torch.empty
-
-    def allocate(*shape: Any, device: torch.device, **options: Any) -> OnGPU:
-        tensor = empty(*shape, **options)
-        return OnGPU(tensor.fill_(float("nan") if tensor.is_floating_point() else 0xFF))
-
-    monkeypatch.setattr(decode, "_latest", None)
-    for module in (decode, extension):
-        monkeypatch.setattr(module, "load", lambda: host_extension)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(multi_processor_count=3))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: types.SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(torch, "empty", allocate)
-    remembered = (decode._type_codes, decode._tensors, decode._multiprocessors, extension.device_limit)
-    for function in remembered:
-        function.cache_clear()
-    yield
-    for function in remembered:
-        function.cache_clear()
+def _on_the_host(host_extension: types.ModuleType, monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:
+    Machine(host_extension, multiprocessors=3).install(monkeypatch)
 
 
 def run(arguments: dict[str, Any]) -> Tensor:

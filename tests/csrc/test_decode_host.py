@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from tests.csrc import decode_cases
-from tests.csrc.decode_cases import BF16, FP16, FP32, SMALL, make
-from tests.csrc.host_run import Case, HostLibrary, HostRunError, compiler
+from tests.csrc.decode_cases import BF16, FP16, SMALL, make
+from tests.csrc.host_run import Case, HostLibrary, compiler
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 

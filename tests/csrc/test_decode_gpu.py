@@ -1,0 +1,196 @@
+"""The decode kernels on a GPU: right over the whole grid of shapes, in a graph, beside other work, and without ever waiting."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from memvp_kernels import fused_ffn, reference
+from tests import cases, yardstick
+from tests.csrc.conftest import ROOT
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("extension")]
+
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+TOKENS = (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64)
+#: (d, F, M, r): both fast and slow paths, tails of every tile, rows past one slice, a slice of one row.
+SIZES = (
+    (8, 8, 1, 8),
+    (64, 128, 16, 8),
+    (136, 264, 35, 24),
+    (584, 392, 17, 136),
+    (37, 53, 19, 13),
+    (1024, 2816, 320, 136),
+)
+
+
+def moved(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments on the GPU, strides and shared tensors kept."""
+    copies: dict[int, Tensor] = {}
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in copies:
+            storage = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+            copies[id(value)] = storage.copy_(value)
+        return copies[id(value)]
+
+    return {name: move(value) for name, value in arguments.items()}
+
+
+def run(arguments: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return fused_ffn(**arguments, backend="cuda")
+
+
+def check(arguments: dict[str, Any]) -> None:
+    arguments = moved(arguments)
+    exact, theirs = reference.ffn(**arguments), yardstick.plain(**arguments)
+    yardstick.assert_within_twice(run(arguments), exact, theirs)
+
+
+def decode_step(
+    tokens: int, *, form: str, sizes: tuple[int, int, int, int] = SIZES[2], **options: Any
+) -> dict[str, Any]:
+    """One token of each of `tokens` sequences; form: none, plain or factored; each has its image, or all have one."""
+    d, f, m, r = sizes
+    arguments = cases.ffn(torch.bfloat16, S=tokens, T=1, d=d, F=f, **options)
+    if form != "none":
+        cases.memory(arguments, R=tokens, M=m, r=r if form == "factored" else None)
+    return arguments
+
+
+@HALVES
+@pytest.mark.parametrize("name", [name for name in cases.names() if name not in ("no_tokens", "no_sequences")])
+def test_every_case(name: str, dtype: torch.dtype) -> None:
+    check(cases.build(name, dtype))
+
+
+@HALVES
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("form", ["none", "plain", "factored"])
+def test_grid(form: str, sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    for tokens, gated in itertools.product(TOKENS, (True, False)):
+        arguments = decode_step(tokens, form=form, sizes=sizes, gated=gated, biased=tokens % 2 == 0)
+        check({name: _as(value, dtype) for name, value in arguments.items()})
+
+
+def _as(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64])
+def test_the_size_of_a_llama(tokens: int) -> None:
+    """At this size a reference in float64 on the CPU would take minutes, so all of it runs on the GPU."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def matrix(*shape: int) -> Tensor:
+        values = torch.randn(*shape, device="cuda", generator=generator) / shape[-1] ** 0.5
+        return values.bfloat16()
+
+    d, f, m, r = 4096, 11008, 320, 136
+    x = torch.randn(tokens, 1, d, device="cuda", generator=generator).bfloat16()
+    check(
+        {
+            "x": x, "key": matrix(f, d), "value": matrix(d, f).T, "gate": matrix(f, d), "visual_basis": matrix(r, d),
+            "visual_key": matrix(tokens, m, r), "visual_value": matrix(tokens, m, r),
+            "key_position": matrix(m, d), "value_position": matrix(m, d),
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["none", "plain", "factored"])
+def test_same_bits_every_time(form: str) -> None:
+    arguments = moved(decode_step(33, form=form, sizes=SIZES[-1]))
+    first = run(arguments)
+    assert all(torch.equal(run(arguments), first) for _ in range(20))
+
+
+@pytest.mark.parametrize("form", ["none", "plain", "factored"])
+def test_in_a_cuda_graph(form: str) -> None:
+    arguments = moved(decode_step(9, form=form))
+    run(arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(arguments)
+    for step in range(3):
+        arguments["x"].copy_(torch.randn_like(arguments["x"]) * (step + 1))
+        graph.replay()
+        assert torch.equal(captured, run(arguments))
+
+
+@pytest.mark.parametrize("form", ["plain", "factored"])
+def test_on_a_second_stream(form: str) -> None:
+    problems = [moved(decode_step(tokens, form=form, sizes=SIZES[-1])) for tokens in (5, 16)]
+    alone = [run(arguments) for arguments in problems]
+    streams = [torch.cuda.Stream() for _ in problems]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    results: list[list[Tensor]] = [[], []]
+    for _ in range(20):
+        for stream, arguments, found in zip(streams, problems, results, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(run(arguments))
+    torch.cuda.synchronize()
+    for found, wanted in zip(results, alone, strict=True):
+        assert all(torch.equal(y, wanted) for y in found)
+
+
+def test_follows_what_the_stream_holds_before_it() -> None:
+    arguments = moved(decode_step(4, form="factored"))
+    x = arguments["x"]
+    wanted = run(dict(arguments, x=x + 1))
+    for _ in range(20):
+        torch.cuda._sleep(1_000_000)
+        late = x + 1
+        assert torch.equal(run(dict(arguments, x=late)), wanted)
+
+
+def test_never_synchronises() -> None:
+    arguments = moved(decode_step(4, form="factored"))
+    arguments["visual_index"] = torch.tensor([3, -1, 7, 0], device="cuda", dtype=torch.int32)
+    run(arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_index_out_of_range_is_no_memory() -> None:
+    arguments = moved(decode_step(4, form="factored"))
+    wild = torch.tensor([0, 4, -7, 2**31 - 1], device="cuda", dtype=torch.int32)
+    none = torch.tensor([0, -1, -1, -1], device="cuda", dtype=torch.int32)
+    assert torch.equal(run(dict(arguments, visual_index=wild)), run(dict(arguments, visual_index=none)))
+
+
+def test_on_a_device_that_is_not_current() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    arguments = moved(decode_step(4, form="factored"))
+    wanted = run(arguments)
+    elsewhere = {name: v.to("cuda:1") if isinstance(v, Tensor) else v for name, v in arguments.items()}
+    assert torch.equal(run(elsewhere).to("cuda:0"), wanted)
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_sanitizer(tool: str, library: Path) -> None:
+    """compute-sanitizer over the decode kernels of a few cases; a test selection of this very file, in another process."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        pytest.skip("needs compute-sanitizer, which comes with the CUDA toolkit")
+    command = [program, "--tool", tool, "--kernel-regex", "kns=memvp", "--error-exitcode", "99"]
+    command += [sys.executable, "-m", "pytest", "-x", str(Path(__file__)), "-k", "test_every_case and bf16"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]

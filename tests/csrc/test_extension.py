@@ -1,0 +1,70 @@
+"""The built library as a file and as a module: what it depends on, that it needs no driver, what it answers without one."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from memvp_kernels.arguments import ACTIVATIONS
+from memvp_kernels.backends.cuda import decode, status
+from memvp_kernels.problem import Problem
+from tests import cases
+from tests.csrc.fake_gpu import Machine, on_gpu, problem_of
+
+SYSTEM_LIBRARIES = r"lib(stdc\+\+|gcc_s|c|m|dl|rt|pthread)\.so\.\d+|ld-linux-\S+"
+
+
+def test_depends_on_the_system_alone(library: Path) -> None:
+    if shutil.which("readelf") is None:
+        pytest.skip("needs readelf")
+    listed = subprocess.run(["readelf", "--dynamic", library], capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", listed)
+    assert needed
+    assert [name for name in needed if not re.fullmatch(SYSTEM_LIBRARIES, name)] == []
+
+
+def test_imports_without_torch_and_driver(library: Path) -> None:
+    code = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('memvp_kernels._C', {str(library)!r})\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(module.cuda, module.archs)"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, env={})
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\d+\.\d+ [\w;+]+\n", done.stdout)
+
+
+def test_speaks_the_operators_language(built_extension: ModuleType) -> None:
+    assert set(built_extension.activation_codes) == set(ACTIVATIONS)
+    assert set(built_extension.type_codes) == {"bfloat16", "float16", "float32"}
+    fields = {field.name for field in dataclasses.fields(Problem)}
+    assert set(built_extension.tensor_names) == fields - {
+        "seed", "segments", "activation", "visual_activation", "visual_scale", "dropout_p",
+    }  # fmt: skip
+
+
+def test_status_names_the_build(extension: ModuleType) -> None:
+    available, reason, build = status()
+    assert build == {"cuda": extension.cuda, "archs": extension.archs}
+    assert available == torch.cuda.is_available()
+    assert available or "CUDA" in reason or "GPU" in reason
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_launch_without_a_gpu_says_so(extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    Machine(extension).install(monkeypatch)
+    problem = on_gpu(problem_of(**cases.build("one_token-factored", torch.bfloat16)))
+    assert decode.unsupported(problem) is None
+    with pytest.raises(RuntimeError, match=r"^ffn_decode: .*(driver|device)"):
+        decode.forward(problem)

@@ -1,0 +1,101 @@
+"""What nvcc made of the decode kernels, for every architecture in the library: no spill, wide loads, tensor cores. Needs no GPU."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.csrc import machine_code
+from tests.csrc.machine_code import Kernel
+
+BLOCK_THREADS = 256
+REGISTERS = 65536  # of one multiprocessor, on every chip since sm_80
+#: A kernel of this package has hundreds of instructions; one whose body was guarded out has a handful, and does nothing.
+FEWEST_INSTRUCTIONS = 200
+
+Code = dict[str, dict[str, Kernel]]
+
+
+@pytest.fixture(scope="module")
+def code(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Code:
+    """Kernels by architecture and name."""
+    files = machine_code.cubins(library, tmp_path_factory.mktemp("cubins"))
+    return {
+        architecture: {kernel.name: kernel for cubin in found for kernel in machine_code.kernels(cubin)}
+        for architecture, found in files.items()
+    }
+
+
+def each(code: Code, pattern: str = "") -> list[tuple[str, Kernel]]:
+    """(what to call it in a message, kernel) of all kernels whose name matches; there must be some for each architecture."""
+    found = []
+    for architecture, kernels in code.items():
+        matching = [kernel for name, kernel in kernels.items() if re.search(pattern, name)]
+        assert matching, f"{architecture}: no kernel matches {pattern}"
+        found += [(f"{architecture} {kernel.name}", kernel) for kernel in matching]
+    return found
+
+
+# Of the mangled names: hidden_kernel<T, kTokenTiles>, values_kernel<T, kTokenTiles, kBy16>, finish_kernel<T, kBy16>.
+BFLOAT16, FLOAT16 = "8BFloat16", "7Float16"
+RING = r"(hidden|values)_kernelI\w+Li[1-9]E"
+SLOW = r"(hidden_kernelI\w+Li0EE|values_kernelI\w+Li0ELb0E|finish_kernelI\w+Lb0E)"
+
+
+def test_every_architecture_is_there(library: Path, built_extension: ModuleType, code: Code) -> None:
+    targets = built_extension.archs.split(";")
+    assert set(code) == {f"sm_{target}" for target in targets if "+PTX" not in target}
+    assert machine_code.ptx_targets(library) == {f"sm_{t.removesuffix('+PTX')}" for t in targets if "+PTX" in t}
+
+
+def test_every_architecture_has_every_kernel(library: Path, code: Code, tmp_path: Path) -> None:
+    names = [set(kernels) for kernels in code.values()]
+    assert all(found == names[0] for found in names)
+    assert machine_code.ptx_kernels(library, tmp_path) == names[0]
+    for kernel in ("hidden_kernel", "values_kernel", "finish_kernel"):
+        for number in (BFLOAT16, FLOAT16):
+            assert any(kernel in name and number in name for name in names[0]), (kernel, number)
+
+
+def test_no_kernel_is_empty(code: Code) -> None:
+    for what, kernel in each(code):
+        padding = kernel.count("NOP") + kernel.count("BRA")
+        assert sum(kernel.opcodes.values()) - padding > FEWEST_INSTRUCTIONS, what
+        assert kernel.count("STG") > 0, f"{what} stores nothing"
+
+
+def test_no_kernel_spills(code: Code) -> None:
+    for what, kernel in each(code):
+        spills = kernel.count("STL"), kernel.count("LDL")
+        assert (kernel.stack, kernel.local, spills) == (0, 0, (0, 0)), (
+            f"{what} spills, with {kernel.registers} registers"
+        )
+
+
+def test_two_blocks_fit_a_multiprocessor(code: Code) -> None:
+    """While one block drains its ring, the next launch's fills its own."""
+    for what, kernel in each(code, RING):
+        assert 2 * BLOCK_THREADS * kernel.registers <= REGISTERS, f"{what} has {kernel.registers} registers"
+
+
+def test_weights_are_read_16_bytes_at_a_time(code: Code) -> None:
+    for what, kernel in each(code, RING):
+        assert kernel.count("LDGSTS", "128") > 0, f"{what}: no asynchronous 16-byte copy"
+        assert kernel.count("LDGSTS") == kernel.count("LDGSTS", "128"), f"{what}: narrower asynchronous copies"
+    for architecture, kernels in code.items():
+        for name, kernel in kernels.items():
+            if not re.search(f"{RING}|{SLOW}", name):
+                assert kernel.count("LDG", "128") > 0, f"{architecture} {name}: no 16-byte load"
+
+
+@pytest.mark.parametrize(("number", "suffix"), [(BFLOAT16, {"BF16"}), (FLOAT16, set())], ids=["bf16", "fp16"])
+def test_products_run_on_tensor_cores(code: Code, number: str, suffix: set[str]) -> None:
+    for what, kernel in each(code, rf"(hidden|values)_kernelI\w*{number}"):
+        products = [opcode.split(".") for opcode in kernel.opcodes if opcode.startswith("HMMA")]
+        assert products, f"{what}: no tensor-core instruction"
+        for _, *modifiers in products:
+            assert {"16816", "F32"} <= set(modifiers), f"{what}: {modifiers}"
+            assert {"BF16"} & set(modifiers) == suffix, f"{what}: {modifiers}"
