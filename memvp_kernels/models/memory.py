@@ -109,11 +109,14 @@ class VisualMemory(nn.Module):
         if core is None:
             assert features is not None and valid is not None
             core = self.encode(features, valid)
+        key_position, value_position = self.key_position, self.value_position
+        if type(self) is not VisualMemory:  # fully_shard(memory) frees what it gathered as soon as this returns
+            key_position, value_position = key_position.clone(), value_position.clone()
         return Memory(
             core=core,
             basis=self.projector.basis() * self.config.feature_scale,
-            key_position=self.key_position,
-            value_position=self.value_position,
+            key_position=key_position,
+            value_position=value_position,
             scale=self.config.memory_scale,
             dropout=self.config.dropout if self.training else 0.0,
         )

@@ -1,0 +1,179 @@
+"""docs/scaling.md: its formulas against what a small model holds and sends on gloo processes, and its tables against the formulas."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.scale.processes import Group
+from tests.scale.tiny import CONFIG, batch, language_model, memvp_model, saved_base, shape
+from tests.scale.traffic import Traffic
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import scaling  # noqa: E402
+from harness import distributed as paper  # noqa: E402
+from harness.presets import Preset  # noqa: E402
+
+SAMPLES, LENGTH = 4, 5
+FLOAT32 = 4
+
+#: The tiny model of these tests.
+TINY = Preset(
+    width=32,
+    pairs=64,
+    heads=4,
+    kv_heads=4,
+    layers=2,
+    vocabulary=64,
+    slots=CONFIG.num_slots,
+    vision_width=CONFIG.vision_dim,
+    projector_width=CONFIG.projector_dim,
+)
+
+
+def _counted(collectives: Any) -> dict[tuple[str, int], int]:
+    found: Counter[tuple[str, int]] = Counter()
+    for c in collectives:
+        found[c.kind, c.payload] += c.times
+    return dict(found)
+
+
+def test_parameters_are_those_of_the_model() -> None:
+    model = memvp_model(language_model())
+    assert paper.base_parameters(TINY) == sum(p.numel() for p in model.language_model.parameters())
+    assert paper.adapter_parameters(TINY) == sum(p.numel() for p in model.memory.parameters())
+
+
+def test_an_image_is_its_core() -> None:
+    model = memvp_model(language_model())
+    core = model.encode_images(batch(samples=1)["image_features"])
+    assert core.numel() * core.element_size() == paper.image_bytes(TINY, element=FLOAT32)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["MHA", "GQA"])
+def test_a_prompt_s_image_is_its_keys_and_values(kv_heads: int) -> None:
+    from dataclasses import replace
+
+    base = language_model(num_key_value_heads=kv_heads)
+    cache = base(input_ids=torch.zeros(1, 9, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    assert held == paper.prompt_bytes(replace(TINY, kv_heads=kv_heads), visual_tokens=9, element=FLOAT32)
+
+
+def test_a_base_in_nf4() -> None:
+    bnb = pytest.importorskip("bitsandbytes", reason="needs the `quantized` extra: pip install memvp_kernels[quantized]")
+    base = language_model()
+    held = 0
+    for name, parameter in base.named_parameters():
+        if name.startswith("model.layers.") and parameter.dim() == 2:
+            packed = bnb.nn.Params4bit(parameter.data, requires_grad=False, quant_type="nf4", compress_statistics=False)
+            packed = packed.to("cpu")
+            state = packed.quant_state
+            held += packed.numel() * packed.element_size() + state.absmax.numel() * state.absmax.element_size()
+        else:
+            held += parameter.numel() * FLOAT32
+    assert held == paper.base_bytes(TINY, element=FLOAT32, nf4=True)
+
+
+def _step(model: Any) -> tuple[dict[tuple[str, int], int], set[str]]:
+    with Traffic() as traffic:
+        model(**batch(SAMPLES, LENGTH)).loss.backward()
+    return dict(traffic.bytes), traffic.unknown
+
+
+def _ddp() -> dict[tuple[str, int], int]:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = DistributedDataParallel(memvp_model())
+    buckets: Counter[tuple[str, int]] = Counter()
+
+    def count(state, bucket):  # type: ignore[no-untyped-def]  # C++ reducers do not pass the dispatcher
+        buckets["all-reduce", bucket.buffer().nbytes] += 1
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    model.register_comm_hook(None, count)
+    model(**batch(SAMPLES, LENGTH)).loss.backward()
+    return dict(buckets)
+
+
+def test_bytes_that_ddp_sends(two: Group) -> None:
+    wanted = _counted(paper.training_collectives(TINY, paper.Layout("ddp", 2), sequences=SAMPLES, length=LENGTH))
+    assert wanted
+    assert two.run(_ddp) == [wanted] * 2
+
+
+def _fsdp2() -> tuple[dict[tuple[str, int], int], set[str]]:
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = memvp_model()
+    for layer in model.language_model.model.layers:
+        fully_shard(layer)
+    fully_shard(model.language_model)
+    model.memory = DistributedDataParallel(model.memory)  # type: ignore[assignment]
+    return _step(model)
+
+
+def test_bytes_that_fsdp2_sends(two: Group) -> None:
+    layout = paper.Layout("fsdp2", 2)
+    wanted = _counted(
+        paper.training_collectives(TINY, layout, sequences=SAMPLES, length=LENGTH, element=FLOAT32)
+    )
+    for found, unknown in two.run(_fsdp2):
+        assert not unknown
+        assert found == wanted
+
+
+def _tensor_parallel(folder: str) -> tuple[dict[tuple[str, int], int], int, set[str], dict[tuple[str, int], int]]:
+    from transformers import LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    base = LlamaForCausalLM.from_pretrained(
+        folder, distributed_config=DistributedConfig(tp_size=dist.get_world_size()), attn_implementation="eager"
+    )
+    held = sum(p.to_local().nbytes if hasattr(p, "to_local") else p.nbytes for p in base.parameters())
+    model = memvp_model(base)
+    found, unknown = _step(model)
+    model.eval()
+    inputs = batch(SAMPLES, 1)
+    del inputs["labels"]
+    with torch.no_grad(), Traffic() as traffic:
+        model(**inputs)
+    return found, held, unknown - {"_c10d_functional::_wrap_tensor_autograd"}, dict(traffic.bytes)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_bytes_that_tensor_parallelism_sends_and_holds(
+    request: pytest.FixtureRequest, ranks: int, tmp_path: Path
+) -> None:
+    group: Group = request.getfixturevalue({2: "two", 4: "four"}[ranks])
+    layout = paper.Layout("tp", ranks)
+    wanted = _counted(  # the ranks work on the same sequences
+        paper.training_collectives(TINY, layout, sequences=SAMPLES // ranks, length=LENGTH, element=FLOAT32)
+    )
+    decoded = _counted(paper.decode_collectives(TINY, layout, sequences=SAMPLES, element=FLOAT32))
+    for found, held, unknown, one_token in group.run(_tensor_parallel, saved_base(tmp_path)):
+        assert not unknown
+        assert found == wanted
+        assert one_token == decoded
+        assert held == paper.held(TINY, layout, sequences=0, length=0, element=FLOAT32)["base"]
+
+
+def test_the_document_is_what_the_program_writes() -> None:
+    document = (ROOT / "docs" / "scaling.md").read_text()
+    made = scaling.written(document, scaling.tables(gpu_memory=80.0, sequences=4, length=512))
+    assert document == made, "run: python benchmarks/scaling.py --write docs/scaling.md"
+
+
+def test_a_document_without_a_table_s_marker_is_refused() -> None:
+    with pytest.raises(ValueError, match="each needs the other"):
+        scaling.written("<!-- table: nothing -->\n<!-- end -->", {})
