@@ -16,6 +16,7 @@ from memvp_kernels.models.checkpoint import CheckpointReport, load_official_chec
 from memvp_kernels.models.config import MemVPConfig
 from memvp_kernels.models.features import ImageFeatures, Pixels, encode_pixels, pad_features
 from memvp_kernels.models.memory import Memory, Observer, VisualMemory
+from memvp_kernels.models.parallel import own_slots, tensor_mesh
 from memvp_kernels.models.projector import Projector
 from memvp_kernels.models.site import MemoryFFN
 from memvp_kernels.models.vision import ClipAdapter
@@ -28,8 +29,8 @@ class MemVPModel(nn.Module):
 
     Acts on this instance alone: its layers and FFNs are re-classed in place, parameter names and state_dict keys stay,
     and :meth:`unload` gives the model back. It is frozen; the projector and the positions are what trains (in float32,
-    whatever the model's dtype). A text-only sample of an untrained MemVPModel gets the language model's own output, up
-    to rounding.
+    whatever the model's dtype). It starts in the language model's mode, train or eval. A text-only sample of an
+    untrained MemVPModel gets the language model's own output, up to rounding.
 
     An image is computed once per forward, or once per generation, into a core (M, r); every layer reads that core
     through a basis (r, d) that all images share.
@@ -80,6 +81,8 @@ class MemVPModel(nn.Module):
             dtype=torch.promote_types(attachment.dtype, torch.float32),
             device=attachment.device,
         )
+        self.training = language_model.training
+        self.memory.train(self.training)
 
     @property
     def projector(self) -> Projector:
@@ -209,22 +212,38 @@ class MemVPModel(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Turn on the language model's activation checkpointing.
+        """Turn on the language model's activation checkpointing; ``options`` are its own (``every_n_layers``).
 
         Raises:
             ValueError: ``use_reentrant=True``.
         """
-        wanted = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        wanted = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if wanted["use_reentrant"]:
             raise ValueError(_REENTRANT)
-        self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=wanted, **kwargs)
+        if hasattr(self.language_model, "activation_checkpointing_enable"):
+            self.language_model.activation_checkpointing_enable(activation_checkpointing_kwargs=wanted, **options)
+        else:  # older transformers know the older name only
+            self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=wanted, **options)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Turn it off."""
+        if hasattr(self.language_model, "activation_checkpointing_disable"):
+            self.language_model.activation_checkpointing_disable()
+        else:
+            self.language_model.gradient_checkpointing_disable()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """The older name of :meth:`activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Turn it off."""
-        self.language_model.gradient_checkpointing_disable()
+        """The older name of :meth:`activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """What :meth:`save_pretrained` writes: the memory, and the vision model's trainable parameters."""
@@ -345,7 +364,10 @@ class MemVPModel(nn.Module):
         memory: Memory = self.memory(core=core) if visual_core is not None else self.memory(features, valid)
         if not torch.is_grad_enabled():  # once here instead of in every layer; under grad the sums stay wide
             memory = memory.to(self._attachment.dtype)
-        return memory._replace(backend=self.backend, recompute=self.recompute, observer=self._observer)
+        memory = memory._replace(backend=self.backend, recompute=self.recompute, observer=self._observer)
+        mesh = tensor_mesh(ffn for _, ffn in self.memory_ffns())
+        # once, outside the layers: what crosses the network backward then does so once per step
+        return memory if mesh is None else memory._replace(own=own_slots(memory, mesh))
 
     def _checked_core(self, core: Tensor) -> Tensor:
         wanted = (self.memvp_config.num_slots, self.projector.rank)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from memvp_kernels.ffn import fused_ffn
 from memvp_kernels.models.memory import Memory
-from memvp_kernels.models.reclass import Reclassed
 from memvp_kernels.models.parallel import own_draw, own_slots, sum_gradients, summed
 from memvp_kernels.models.quantised import fused_ffn_restored
+from memvp_kernels.models.reclass import Reclassed
 from memvp_kernels.models.weights import Matrices, Opaque, Packed, activation_name
 from memvp_kernels.philox import draw_seed
 

@@ -1,0 +1,229 @@
+"""FFNs that are not plain linears run as they are, and the memory is added: LoRA, hooks, quantised and replaced linears."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memvp_kernels import MemVPModel
+from memvp_kernels.models import site
+from memvp_kernels.models.weights import Dense, Matrices, Opaque, activation_name, resolve
+from tests.models.tiny import CONFIG, features, language_model, oracle, tokens, with_memory
+
+peft = pytest.importorskip("peft")
+IMAGES = features(4, 0, 10)
+TARGETS = {
+    "llama": ["q_proj", "gate_proj", "up_proj", "down_proj"],
+    "t5-gated": ["q", "wi_0", "wi_1", "wo"],
+    "bart": ["q_proj", "fc1", "fc2"],
+}
+
+
+def _inputs() -> dict[str, Any]:
+    return {"input_ids": tokens(3), "labels": tokens(3)}
+
+
+class Int8Linear(nn.Module):
+    """A quantised linear as the libraries make them: integer weights, scales, a forward of its own."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+def _lora(base: nn.Module, family: str) -> Any:
+    torch.manual_seed(6)
+    lora = peft.get_peft_model(base, peft.LoraConfig(target_modules=TARGETS[family], r=2, lora_alpha=8))
+    with torch.no_grad():
+        for name, parameter in lora.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    return lora.eval()
+
+
+def _plain_lora(family: str) -> nn.Module:
+    """The same LoRA, merged into plain linears, for the oracle."""
+    return _lora(language_model(family).double(), family).merge_and_unload()
+
+
+@pytest.mark.parametrize("family", TARGETS)
+def test_lora_before_memory(family: str) -> None:
+    """The LoRA keeps training; base and memory do as they would without it."""
+    lora = _lora(language_model(family).double(), family)
+    model = with_memory(lora)
+    out = model(image_features=IMAGES, **_inputs())
+    wanted, _ = oracle(_plain_lora(family), model, IMAGES, **_inputs())
+    torch.testing.assert_close(out.logits, wanted.logits)
+    out.loss.backward()
+    trained = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained == {n for n, p in model.named_parameters() if "lora" in n or n.startswith("memory.")}
+    got = model.generate(input_ids=tokens(3), image_features=IMAGES, max_new_tokens=3, num_beams=2)
+    assert got.shape[0] == 3
+
+
+@pytest.mark.parametrize("family", TARGETS)
+def test_lora_after_memory(family: str) -> None:
+    model = with_memory(language_model(family).double())
+    model.language_model = _lora(model.language_model, family)
+    out = model(image_features=IMAGES, **_inputs())
+    wanted, _ = oracle(_plain_lora(family), model, IMAGES, **_inputs())
+    torch.testing.assert_close(out.logits, wanted.logits)
+    model.unload()
+    torch.testing.assert_close(model.language_model(**_inputs()).logits, _plain_lora(family)(**_inputs()).logits)
+
+
+def test_merged_lora_fuses_again() -> None:
+    model = with_memory(language_model().double())
+    lora = _lora(model.language_model, "llama")
+    assert all(isinstance(ffn.ffn_matrices(), Opaque) for _, ffn in model.memory_ffns())
+    model.language_model = lora.merge_and_unload()
+    assert all(isinstance(ffn.ffn_matrices(), Matrices) for _, ffn in model.memory_ffns())
+    wanted, _ = oracle(_plain_lora("llama"), model, IMAGES, **_inputs())
+    torch.testing.assert_close(model(image_features=IMAGES, **_inputs()).logits, wanted.logits)
+
+
+@pytest.mark.parametrize("family", TARGETS)
+def test_quantised_linears(family: str) -> None:
+    def quantised() -> nn.Module:
+        base = language_model(family)
+        for module in list(base.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear) and name in TARGETS[family]:
+                    setattr(module, name, Int8Linear(child))
+        return base
+
+    model = with_memory(quantised())
+    assert model.key_position.dtype == torch.float32
+    out = model(image_features=IMAGES, **_inputs())
+    plain = quantised()
+    wanted, gradients = oracle(plain, model, IMAGES, dtype=torch.float32, **_inputs())
+    torch.testing.assert_close(out.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+    out.loss.backward()
+    torch.testing.assert_close(model.key_position.grad, gradients[0], rtol=1e-3, atol=1e-5)
+
+
+def test_a_hook_on_a_linear_is_called() -> None:
+    model = with_memory(language_model().double())
+    twin = language_model().double()
+    for base in (model.language_model, twin):
+        base.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, y: 2 * y)
+    wanted, _ = oracle(twin, model, IMAGES, **_inputs())
+    torch.testing.assert_close(model(image_features=IMAGES, **_inputs()).logits, wanted.logits)
+
+
+@pytest.mark.parametrize("family", TARGETS)
+def test_a_replaced_forward_of_a_linear_is_called(family: str) -> None:
+    model, twin = with_memory(language_model(family).double()), language_model(family).double()
+    name = TARGETS[family][1]
+    for base in (model.language_model, twin):
+        linear = next(m for n, m in base.named_modules() if n.endswith(f".{name}"))
+        linear.forward = lambda x, own=linear.forward: 2 * own(x)
+    wanted, _ = oracle(twin, model, IMAGES, **_inputs())
+    torch.testing.assert_close(model(image_features=IMAGES, **_inputs()).logits, wanted.logits)
+
+
+def test_an_ffn_class_patched_by_a_library_is_called() -> None:
+    """Liger and others replace the class's forward; what they compute is theirs to say."""
+
+    class Patched(type(language_model().model.layers[0].mlp)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model, twin = language_model().double(), language_model().double()
+    for base in (model, twin):
+        base.model.layers[1].mlp.__class__ = Patched
+    wrapped = with_memory(model)
+    assert [type(ffn.ffn_matrices()) for _, ffn in wrapped.memory_ffns()] == [Matrices, Opaque]
+    Patched.__name__ = "PatchedMLP"  # the oracle goes by names
+    wanted, _ = oracle(twin, wrapped, IMAGES, **_inputs())
+    torch.testing.assert_close(wrapped(image_features=IMAGES, **_inputs()).logits, wanted.logits)
+
+
+@pytest.mark.parametrize("family", ["t5", "t5-gated"])
+def test_t5s_float32_wo_beside_half_precision(family: str) -> None:
+    """transformers keeps T5's wo in float32 under float16; the FFN then answers in float32, and so does ours."""
+    base = language_model(family).half()
+    for name, module in base.named_modules():
+        if name.endswith("wo"):
+            module.float()
+    model = with_memory(base)
+    seen: list[torch.dtype] = []
+    with model.observing(lambda layer, x, y: seen.append(y.dtype)), torch.no_grad():
+        got = model(image_features=IMAGES, **_inputs()).logits
+    assert set(seen) == {torch.float32}
+    wanted, _ = oracle(language_model(family), model, IMAGES, **_inputs())
+    torch.testing.assert_close(got.double(), wanted.logits, rtol=0.05, atol=0.05)
+
+
+def test_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    site.say_opaque.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="memvp_kernels"):
+        model = MemVPModel(_lora(language_model(), "llama"), CONFIG)
+        for _ in range(2):
+            model(image_features=IMAGES, **_inputs())
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1
+    assert "run as they are and the memory is added to their output: up_proj is a peft.tuners.lora" in lines[0]
+
+
+def test_nothing_is_said_of_plain_linears(caplog: pytest.LogCaptureFixture) -> None:
+    site.say_opaque.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="memvp_kernels"):
+        MemVPModel(language_model(), CONFIG)(image_features=IMAGES, **_inputs())
+    assert not caplog.records
+
+
+def test_resolve() -> None:
+    linear = nn.Linear(3, 2)
+    assert resolve(linear) == Dense(linear.weight, linear.bias)
+    linear.weight = nn.Parameter(torch.zeros(2, 3))
+    assert resolve(linear).weight is linear.weight, "resolved anew, not kept"  # type: ignore[union-attr]
+
+    hooked = nn.Linear(3, 2)
+    handle = hooked.register_full_backward_hook(lambda *args: None)
+    assert resolve(hooked) == Opaque("has hooks")
+    handle.remove()
+    assert isinstance(resolve(hooked), Dense)
+    parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    assert isinstance(resolve(parametrised), Opaque)
+    integers = nn.Linear(3, 2)
+    integers.weight = nn.Parameter(torch.zeros(2, 3, dtype=torch.int8), requires_grad=False)
+    assert resolve(integers) == Opaque("holds torch.int8 Parameter weights")
+
+    class Wrapper(torch.Tensor):
+        pass
+
+    subclassed = nn.Linear(3, 2)
+    subclassed.weight = nn.Parameter(torch.zeros(2, 3).as_subclass(Wrapper))
+    assert isinstance(resolve(subclassed), Opaque)
+
+
+@pytest.mark.parametrize(
+    "name", ["relu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate", "silu", "swish"]
+)
+def test_activation_names_mean_what_transformers_computes(name: str) -> None:
+    from transformers.activations import ACT2FN
+
+    known = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda z: F.gelu(z, approximate="tanh")}
+    z = torch.linspace(-6, 6, 101, dtype=torch.float64)
+    ours = activation_name(ACT2FN[name])
+    assert ours is not None
+    torch.testing.assert_close(known[ours](z), ACT2FN[name](z), rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["quick_gelu", "relu2", "relu6", "tanh", "gelu_10", "mish", "linear"])
+def test_activations_that_the_operator_lacks(name: str) -> None:
+    from transformers.activations import ACT2FN
+
+    assert activation_name(ACT2FN[name]) is None

@@ -1,0 +1,92 @@
+"""save_pretrained and from_pretrained: the adapter alone, to the byte, or an error that names what does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from memvp_kernels import MemVPModel
+from memvp_kernels.models.reclass import Reclassed
+from tests.models.tiny import CONFIG, FAMILIES, features, language_model, tokens, with_memory, wrapped
+
+_TENSORS = {
+    "key_position", "value_position",
+    "projector.fc1.weight", "projector.fc1.bias", "projector.fc2.weight", "projector.fc2.bias",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shared", [True, False])
+def test_save_and_load_to_the_byte(family: str, shared: bool, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, shared_positions=shared, layers=(0, 1))
+    model = with_memory(language_model(family), config)
+    model.save_pretrained(tmp_path / "a")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["memvp_config.json", "memvp_model.safetensors"]
+    again = MemVPModel.from_pretrained(language_model(family), tmp_path / "a").eval()
+    assert again.memvp_config == config
+    for name, tensor in model.adapter_state_dict().items():
+        assert torch.equal(tensor, again.adapter_state_dict()[name]), name
+    again.save_pretrained(str(tmp_path / "b"))
+    for name in ("memvp_config.json", "memvp_model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    inputs = {"input_ids": tokens(3), "labels": tokens(3), "image_features": features(4, 0, 10)}
+    assert torch.equal(model(**inputs).logits, again(**inputs).logits)
+
+
+def test_the_file_holds_the_adapter_alone(tmp_path: Path) -> None:
+    model = wrapped()
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "memvp_model.safetensors")
+    assert set(state) == _TENSORS
+    assert sum(t.numel() for t in state.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_saving_leaves_the_model_trainable(tmp_path: Path) -> None:
+    model = wrapped()
+    model.save_pretrained(tmp_path)
+    again = MemVPModel.from_pretrained(language_model(), tmp_path)
+    again(input_ids=tokens(3), labels=tokens(3)).loss.backward()
+    assert again.key_position.grad is not None
+
+
+def test_options_pass_through(tmp_path: Path) -> None:
+    wrapped().save_pretrained(tmp_path)
+    again = MemVPModel.from_pretrained(language_model(), tmp_path, backend="torch", recompute=True)
+    assert (again.backend, again.recompute) == ("torch", True)
+
+
+def test_an_adapter_for_another_size_is_refused_whole(tmp_path: Path) -> None:
+    wrapped("llama").save_pretrained(tmp_path)
+    (tmp_path / "memvp_config.json").write_text(
+        (tmp_path / "memvp_config.json").read_text().replace('"num_slots": 10', '"num_slots": 11')
+    )
+    base = language_model("llama")
+    with pytest.raises(
+        ValueError, match=r"does not fit.*key_position is \(10, 32\), the model's is \(11, 32\); value_position"
+    ):
+        MemVPModel.from_pretrained(base, tmp_path)
+    assert not any(isinstance(m, Reclassed) for m in base.modules()) and next(base.parameters()).requires_grad
+
+
+def test_missing_and_unexpected_names_are_all_named() -> None:
+    model = wrapped()
+    before = {n: t.clone() for n, t in model.adapter_state_dict().items()}
+    state = {n: t + 1 for n, t in before.items()}
+    state["extra"] = state.pop("key_position")
+    with pytest.raises(ValueError, match=r"missing key_position; unexpected extra"):
+        model.load_adapter_state_dict(state)
+    assert all(torch.equal(t, before[n]) for n, t in model.adapter_state_dict().items()), "nothing was loaded"
+
+
+def test_a_folder_without_the_files(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"has no memvp_config\.json; it is not a folder that save_pretrained wrote"
+    ):
+        MemVPModel.from_pretrained(language_model(), tmp_path)
+    CONFIG.save(tmp_path / "memvp_config.json")
+    with pytest.raises(FileNotFoundError, match=r"has no memvp_model\.safetensors"):
+        MemVPModel.from_pretrained(language_model(), tmp_path)

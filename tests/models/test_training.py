@@ -1,0 +1,237 @@
+"""Training around the memory: checkpointing, compile, autocast, Trainer, accelerate, recompute, and two backends that agree."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from memvp_kernels import fused_ffn
+from memvp_kernels.models import site
+from tests.models.tiny import CONFIG, FAMILIES, features, language_model, oracle, tokens, with_memory, wrapped
+
+IMAGES = features(4, 0, 10)
+
+
+def _inputs() -> dict[str, Any]:
+    return {"input_ids": tokens(3), "labels": tokens(3)}
+
+
+def _step(model: Any, **images: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(**(images or {"image_features": IMAGES}), **_inputs()).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _assert_same(a: Any, b: Any, **tolerance: Any) -> None:
+    torch.testing.assert_close(a[0], b[0], **tolerance)
+    assert a[1].keys() == b[1].keys()
+    for name in a[1]:
+        torch.testing.assert_close(a[1][name], b[1][name], msg=lambda m, n=name: f"{n}: {m}", **tolerance)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout of every kind is on, so the second run must also draw what the first drew."""
+    model = wrapped(family, dataclasses.replace(CONFIG, dropout=0.5)).train()
+    torch.manual_seed(3)
+    plain = _step(model)
+    runs: list[int] = []
+    monkeypatch.setattr(site, "fused_ffn", lambda *a, **k: (runs.append(1), fused_ffn(*a, **k))[1])
+    model.gradient_checkpointing_enable()
+    torch.manual_seed(3)
+    again = _step(model)
+    assert len(runs) == 2 * len(model.memory_ffns()), "every FFN ran twice"
+    _assert_same(again, plain, rtol=0, atol=0)
+    model.gradient_checkpointing_disable()
+    torch.manual_seed(3)
+    _assert_same(_step(model), plain, rtol=0, atol=0)
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    model = wrapped().train()
+    with pytest.raises(ValueError, match="use_reentrant=True walks the projector's graph once per layer"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="use_reentrant=True"):
+        _step(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "bart"])
+def test_recompute_changes_nothing(family: str) -> None:
+    _assert_same(_step(wrapped(family, recompute=True)), _step(wrapped(family)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5-gated", "bart"])
+def test_compiles_whole(family: str) -> None:
+    torch._dynamo.reset()
+    model = wrapped(family)
+    stacked = torch.stack([*features(4, 4, 4)])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(image_features=stacked, **_inputs()).loss
+    loss.backward()
+    got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    _assert_same((loss.detach(), got), _step(model, image_features=stacked), rtol=1e-5, atol=1e-6)
+
+
+def test_compiles_whole_when_opaque_and_in_training() -> None:
+    torch._dynamo.reset()
+    model = wrapped("t5").train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(image_features=torch.stack([*features(4, 4, 4)]), **_inputs()).loss
+    loss.backward()
+    assert model.key_position.grad is not None and loss.isfinite()
+
+
+def test_compiles_under_no_grad() -> None:
+    torch._dynamo.reset()
+    model = wrapped()
+    stacked = torch.stack([*features(4, 4, 4)])
+    with torch.no_grad():
+        wanted = model(image_features=stacked, **_inputs()).logits
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(image_features=stacked, **_inputs()).logits
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5-gated", "bart"])
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast(family: str, training: bool) -> None:
+    """bfloat16 products over float32 weights, fused and (T5, BART in training) opaque."""
+    model = wrapped(family)
+    if training:
+        for module in model.language_model.modules():
+            for name in ("dropout", "activation_dropout"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 1e-12)
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 1e-12  # on, so that the opaque road is taken, and without effect
+        model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, gradients = _step(model)
+    assert all(g.dtype == torch.float32 for g in gradients.values())
+    wanted, exact = oracle(language_model(family), model, IMAGES, **_inputs())
+    assert abs(loss.item() - wanted.loss.item()) < 0.02 * wanted.loss.item()
+    names = ["key_position", "value_position", "projector.fc1.weight", "projector.fc1.bias", "projector.fc2.weight"]
+    for name, g in zip(names, exact, strict=False):
+        error = (gradients[f"memory.{name}"].double() - g).norm() / g.norm()
+        assert error < 0.1, f"{name}: {error}"
+
+
+def test_accelerate() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    plain = wrapped().train()
+    model = copy.deepcopy(plain)
+    accelerator = accelerate.Accelerator(cpu=True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    loss = prepared(image_features=IMAGES, **_inputs()).loss
+    accelerator.backward(loss)
+    optimizer.step()
+    wanted = _step(plain)
+    torch.testing.assert_close(loss.detach(), wanted[0])
+    torch.testing.assert_close(
+        accelerator.unwrap_model(prepared).key_position.detach(),
+        (plain.key_position - 0.1 * wanted[1]["memory.key_position"]).detach(),
+    )
+
+
+class _Rows(torch.utils.data.Dataset):
+    """Token ids and an image each; every third row has none."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        ids = tokens(1, 5, seed=i)[0]
+        return {"input_ids": ids, "labels": ids, "image_features": features(0 if i % 3 == 2 else 4, seed=i)[0]}
+
+
+def _collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    batch = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
+    return {**batch, "image_features": [row["image_features"] for row in rows]}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_transformers_trainer(checkpointing: bool, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model = wrapped("llama", seed=1)
+    frozen = copy.deepcopy(model.language_model.state_dict())
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        num_train_epochs=4,
+        learning_rate=0.05,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        gradient_checkpointing=checkpointing,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=_Rows(), eval_dataset=_Rows(), data_collator=_collate)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 12 and sum(losses[-3:]) < sum(losses[:3]) - 0.15
+    assert trainer.evaluate()["eval_loss"] < losses[0]
+    for name, tensor in model.language_model.state_dict().items():
+        assert torch.equal(tensor, frozen[name]), f"{name} moved"
+
+
+_TRAIN = """
+import json, sys, torch
+from tests.models.test_training import train
+
+torch.set_num_threads(1)
+print(json.dumps([train("triton", family) for family in sys.argv[1:]]))
+"""
+
+
+def train(backend: str, family: str) -> tuple[list[float], dict[str, list[float]]]:
+    """Twenty steps; the losses, and the adapter afterwards."""
+    config = CONFIG if family == "llama" else dataclasses.replace(CONFIG, layers=(0,))
+    model = with_memory(language_model(family), config, backend=backend)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    losses = []
+    for step in range(20):
+        ids = tokens(3, 5, seed=step % 4)
+        loss = model(input_ids=ids, labels=ids, image_features=features(4, 0, 10, seed=step % 4)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {name: tensor.flatten().tolist() for name, tensor in model.adapter_state_dict().items()}
+
+
+def test_twenty_steps_agree_between_backends() -> None:
+    """Interpreted Triton kernels and PyTorch take the same road, gated and plain, up to rounding that twenty steps carry along."""
+    pytest.importorskip("triton")
+    root, families = Path(__file__).parents[2], ("llama", "t5")
+    run = subprocess.run(
+        [sys.executable, "-c", _TRAIN, *families],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    for family, (triton_losses, triton_state) in zip(families, json.loads(run.stdout.splitlines()[-1]), strict=True):
+        losses, state = train("torch", family)
+        assert sum(losses[-4:]) < sum(losses[:4]) - 0.05, f"{family} does not learn: {losses}"
+        torch.testing.assert_close(triton_losses, losses, rtol=1e-4, atol=1e-4)
+        start = with_memory(language_model(family)).adapter_state_dict()
+        for name, values in state.items():
+            end, triton_end = torch.tensor(values), torch.tensor(triton_state[name])
+            moved = (end - start[name].flatten()).norm()
+            assert moved > 0 and (triton_end - end).norm() < 1e-3 * moved, f"{family} {name}"
