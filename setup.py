@@ -115,7 +115,7 @@ def ninja_rules(nvcc: str, version: Version, archs: list[str], sources: list[Pat
     """The text of build.ninja: an object per source, one library."""
     includes = [f"-I{folder / 'include'}", f"-I{sysconfig.get_path('include')}", f"-I{ROOT / 'csrc'}"]
     flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xptxas=-warn-spills"]
-    targets = [gencode(arch) for arch in archs]
+    targets = [*(gencode(arch) for arch in archs), "--threads=0"]  # all architectures at once, as cores allow
     build = [f'-DMEMVP_CUDA_VERSION="{".".join(map(str, version))}"', f'-DMEMVP_CUDA_ARCHS="{";".join(archs)}"']
     lines = [
         f"rule compile\n command = {shell([nvcc, *flags, *includes])} $flags -MD -MF $out.d -c $in -o $out",

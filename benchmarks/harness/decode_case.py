@@ -17,7 +17,7 @@ from harness.variants import Variant, plain_ffn, variants
 from memvp_kernels import fused_ffn
 from memvp_kernels.choose import missing as missing_backend
 
-__all__ = ["IMAGES", "candidates"]
+__all__ = ["IMAGES", "Joined", "candidates", "factored_joined", "join"]
 
 #: How many images the tokens of a step are about.
 IMAGES = ("none", "one", "each")
@@ -38,7 +38,8 @@ class Joined:
     core: Tensor
 
 
-def _joined(parts: Parts) -> Joined:
+def join(parts: Parts) -> Joined:
+    """The memory of `parts`, joined."""
     key, value = (torch.cat([parts.basis, position]) for position in (parts.key_position, parts.value_position))
     return Joined(key, parts.scale * value, parts.core)
 
@@ -84,10 +85,10 @@ def _memory_variants(setting: Setting) -> dict[str, Variant]:
     ours = [f"factored-{backend}" for backend in _backends(setting)]
     names = ["text", "official-eager", "formed-eager", "official-compile", "formed-compile", "positions-cuda", *ours]
     found = {name: variant for name, variant in _all(setting).items() if name in names}
-    found["factored-joined"] = Variant("factored-joined", "factored", factored_joined, _joined)
+    found["factored-joined"] = Variant("factored-joined", "factored", factored_joined, join)
     if setting.compiled:
         step = torch.compile(factored_joined, dynamic=False)
-        found["factored-compile"] = Variant("factored-compile", "factored", step, _joined)
+        found["factored-compile"] = Variant("factored-compile", "factored", step, join)
     return found
 
 
