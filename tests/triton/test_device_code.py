@@ -1,0 +1,184 @@
+"""The device functions that the kernels share, each alone: activations, the dropout mask, the geometry of sequences, forming memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from memvp_kernels import philox, reference
+from memvp_kernels.backends.triton import activations, dropout, launch, segments
+from memvp_kernels.backends.triton.memory import form_memory, shared_operand
+from memvp_kernels.backends.triton.operands import BY_COLUMN, BY_POINTER, BY_ROW
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@triton.jit
+def activation_kernel(z, out, same, slope, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    b_z = tl.load(z + o)
+    b_out, b_slope = activations.activate_derivative(b_z, ACTIVATION)
+    tl.store(out + o, activations.activate(b_z, ACTIVATION))
+    tl.store(same + o, b_out)
+    tl.store(slope + o, b_slope)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+@pytest.mark.parametrize("name", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_activation_and_derivative(name: str) -> None:
+    z = torch.cat([torch.linspace(-12, 12, 1020), torch.tensor([0.0, -100.0, 100.0, float("nan")])]).to(DEVICE)
+    out, same, slope = (torch.empty_like(z) for _ in range(3))
+    activation_kernel[(1,)](z, out, same, slope, name, 1024)
+    wide = z.double().requires_grad_()
+    exact = reference.activate(name, wide)
+    (exact_slope,) = torch.autograd.grad(exact[:-1].sum(), wide)
+    assert torch.equal(out[:-1], same[:-1])
+    # A few float32 roundings of numbers up to |z|: the sigmoid, a product, 1 - σ or 1 + erf.
+    allowed = 8 * torch.finfo(torch.float32).eps * (1 + z.abs().double())[:-1]
+    assert ((out.double() - exact)[:-1].abs() <= allowed).all()
+    assert ((slope.double() - exact_slope)[:-1].abs() <= allowed).all()
+    assert out[-1].isnan()
+
+
+@triton.jit
+def keep_kernel(seed, threshold, out, row, slot, ROWS: tl.constexpr, SLOTS: tl.constexpr):
+    keep = dropout.keep_mask(seed, threshold, row, slot, ROWS, SLOTS)
+    tl.store(out + tl.arange(0, ROWS)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :], keep.to(tl.int8))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31 + 7, 2**62 - 1])
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+def test_keep_mask_is_the_one_of_every_backend(seed: int, p: float) -> None:
+    seeds = torch.tensor([seed], device=DEVICE)
+    mask = torch.empty(32, 64, dtype=torch.int8, device=DEVICE)
+    keep_kernel[(1,)](seeds, philox.keep_threshold(p), mask, 70_001, 12, 32, 64)
+    expected = philox.keep_mask(seeds, 70_001 + 32, 12 + 64, p)[70_001:, 12:]
+    assert torch.equal(mask.bool(), expected)
+
+
+@triton.jit
+def meeting_kernel(out, cu_seqlens, S, T, N, BLOCK: tl.constexpr):
+    tile, sequence = segments.tile_sequence(tl.program_id(0), cu_seqlens, S, T, BLOCK)
+    first, end = segments.sequence_bounds(sequence, cu_seqlens, S, T, N)
+    o = out + tl.program_id(0) * 4
+    tl.store(o, tile)
+    tl.store(o + 1, sequence)
+    tl.store(o + 2, first)
+    tl.store(o + 3, end)
+
+
+@triton.jit
+def sequence_kernel(out, cu_seqlens, S, T):
+    tl.store(out + tl.program_id(0), segments.sequence_of_row(tl.program_id(0), cu_seqlens, S, T))
+
+
+# Sequence edges: uniform ones, packed ones with empty sequences, rows before the first and after the last.
+_EDGES = [
+    [0, 16, 32, 48],
+    [0, 5, 10, 15, 20],
+    [0, 1, 2, 3, 4, 5, 6, 7],
+    [0, 40],
+    [3, 3, 8, 41, 41, 42],
+    [0, 0, 0, 17],
+    [2, 9, 9, 9, 25, 58],
+]
+
+
+@pytest.mark.parametrize("edges", _EDGES, ids=str)
+@pytest.mark.parametrize("block", [1, 4, 16, 64])
+def test_every_row_meets_its_sequence_in_one_tile(edges: list[int], block: int) -> None:
+    S, T = len(edges) - 1, edges[1] - edges[0]
+    uniform = edges == [i * T for i in range(S + 1)]
+    cu = None if uniform else torch.tensor(edges, dtype=torch.int32, device=DEVICE)
+    N = edges[-1] if uniform else edges[-1] + 3
+    meetings = triton.cdiv(N, block) + S
+    found = torch.full((meetings, 4), -9, dtype=torch.int32, device=DEVICE)
+    meeting_kernel[(meetings,)](found, cu, S, T, N, block)
+    met: list[tuple[int, int]] = []
+    for tile, sequence, first, end in found.tolist():
+        assert (first, end) == (edges[sequence], edges[sequence + 1])
+        met += [(n, sequence) for n in range(max(tile * block, first), min((tile + 1) * block, end))]
+    expected = [(n, s) for s in range(S) for n in range(edges[s], edges[s + 1])]
+    assert sorted(met) == expected
+
+    of_row = torch.full((N,), -9, dtype=torch.int32, device=DEVICE)
+    sequence_kernel[(N,)](of_row, cu, S, T)
+    known = dict(expected)
+    assert of_row.tolist() == [known.get(n, -1 if n < edges[0] else S) for n in range(N)]
+
+
+@triton.jit
+def reading_kernel(out, index, lengths, sequence, S, R, M):
+    row = segments.memory_row(sequence, index, S, R)
+    tl.store(out, row)
+    tl.store(out + 1, segments.valid_slots(row, lengths, M))
+
+
+@pytest.mark.parametrize(
+    ("index", "lengths", "expected"),
+    [
+        (None, None, (1, 7)),
+        ([5, 2, 0], [1, 2, 3], (2, 3)),
+        ([0, -1, 0], None, (-1, 0)),
+        ([0, 3, 0], [7, 7, 7], (-1, 0)),
+        (None, [7, 8, 7], (1, 0)),
+        (None, [7, -2, 7], (1, 0)),
+    ],
+)
+def test_what_is_out_of_range_is_no_memory(
+    index: list[int] | None, lengths: list[int] | None, expected: tuple[int, int]
+) -> None:
+    def ints(values: list[int] | None) -> torch.Tensor | None:
+        return None if values is None else torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+    out = torch.full((2,), -9, dtype=torch.int32, device=DEVICE)
+    reading_kernel[(1,)](out, ints(index), ints(lengths), 1, 3, 3, 7)
+    assert tuple(out.tolist()) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_memory_is_formed_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
+    memory = torch.randn(3, 5, 37, device=DEVICE).transpose(0, 1)
+    position = torch.randn(3, 37, device=DEVICE)
+    lengths = torch.tensor([3, 0, 2, -1, 9], dtype=torch.int32, device=DEVICE)
+    memory[0, 1, 0] = memory[2, 2, 5] = float("nan")
+    formed = form_memory(memory, position, lengths, dtype, descriptors=True)
+    expected = (memory + position).to(dtype)
+    for row, slots in enumerate([3, 0, 2, 0, 0]):
+        expected[row, slots:] = 0
+    assert torch.equal(formed.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_memory_that_needs_nothing_is_not_copied() -> None:
+    memory = torch.randn(2, 5, 40, device=DEVICE)
+    assert form_memory(memory, None, None, torch.float32, descriptors=True) is memory
+    basis = memory[0]
+    assert shared_operand(basis, None, torch.float32) is basis
+    unaligned = torch.randn(2, 5, 41, device=DEVICE)[..., 1:]
+    assert form_memory(unaligned, None, None, torch.float32, descriptors=False) is unaligned
+    assert launch.describable(form_memory(unaligned, None, None, torch.float32, descriptors=True))
+
+
+def test_a_pair_of_weights_needs_no_packing() -> None:
+    storage = torch.randn(5, 8, 16, device=DEVICE)
+    first, second = storage[3], storage[1]
+    assert launch.pairable(first, second)
+    described = launch.describe_pair(first, second, (8, 16))
+    assert described.base.data_ptr() == second.data_ptr()
+    assert (described.shape, described.strides) == ([2, 8, 16], [2 * 8 * 16, 16, 1])
+    assert not launch.pairable(first, first)
+    assert not launch.pairable(first, storage[1].T.contiguous().T)
+
+
+def test_what_a_descriptor_can_read() -> None:
+    x = torch.randn(6, 40, device=DEVICE)
+    assert launch.describable(x)
+    assert [launch.form_of(t) for t in (x, x.T, x[:, ::2])] == [BY_ROW.value, BY_COLUMN.value, BY_POINTER.value]
+    assert launch.form_of(x, device_has_tma=False) == BY_POINTER.value
+    assert not launch.describable(x[:, 1:])
+    assert not launch.describable(torch.randn(6, 41, device=DEVICE))
+    assert not launch.describable(x[:0])
+    assert not launch.describable(x[:1].expand(6, 40))
+    assert launch.describable(launch.empty_rows(6, 41, x))
