@@ -109,7 +109,8 @@ class VisualMemory(nn.Module):
         if core is None:
             assert features is not None and valid is not None
             core = self.encode(features, valid)
-        key_position, value_position = self.key_position, self.value_position
+        key_position: Tensor = self.key_position
+        value_position: Tensor = self.value_position
         if type(self) is not VisualMemory:  # fully_shard(memory) frees what it gathered as soon as this returns
             key_position, value_position = key_position.clone(), value_position.clone()
         return Memory(

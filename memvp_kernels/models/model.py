@@ -19,6 +19,7 @@ from memvp_kernels.models.memory import Memory, Observer, VisualMemory
 from memvp_kernels.models.parallel import own_slots, tensor_mesh
 from memvp_kernels.models.projector import Projector
 from memvp_kernels.models.site import MemoryFFN
+from memvp_kernels.models.state import whole
 from memvp_kernels.models.vision import ClipAdapter
 
 __all__ = ["MemVPModel"]
@@ -204,7 +205,8 @@ class MemVPModel(nn.Module):
         """
         if image_features is None and pixel_values is None:
             raise ValueError("encode_images: wanted image_features or pixel_values, got neither")
-        return self._visual_memory().encode(*self._features(0, image_features, pixel_values))
+        # through the module's call, which is where sharding gathers its parameters
+        return self.memory(*self._features(0, image_features, pixel_values)).core
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, of how many."""
@@ -245,14 +247,21 @@ class MemVPModel(nn.Module):
         """The older name of :meth:`activation_checkpointing_disable`."""
         self.activation_checkpointing_disable()
 
-    def adapter_state_dict(self) -> dict[str, Tensor]:
-        """What :meth:`save_pretrained` writes: the memory, and the vision model's trainable parameters."""
-        state = dict(self._visual_memory().state_dict())
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """The adapter's own tensors by name, as they are: sharding leaves this rank a part of each."""
+        tensors = dict(self._visual_memory().state_dict())
         if self.vision_model is not None:
-            state |= {
+            tensors |= {
                 f"vision_model.{n}": p.detach() for n, p in self.vision_model.named_parameters() if p.requires_grad
             }
-        return state
+        return tensors
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """What :meth:`save_pretrained` writes: the memory, and the vision model's trainable parameters.
+
+        In full: where they are sharded, every rank must call this.
+        """
+        return {name: whole(tensor) for name, tensor in self.adapter_tensors().items()}
 
     def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of :meth:`adapter_state_dict`.
@@ -263,7 +272,10 @@ class MemVPModel(nn.Module):
         saving.load_into(self, state)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter alone: ``memvp_config.json`` and ``memvp_model.safetensors``."""
+        """Write the adapter alone: ``memvp_config.json`` and ``memvp_model.safetensors``.
+
+        Of several processes the first writes; where the adapter is sharded, every one must call this.
+        """
         saving.save(folder, self.memvp_config, self.adapter_state_dict())
 
     @classmethod

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from memvp_kernels.models import vision
 from memvp_kernels.models.config import MemVPConfig
+from memvp_kernels.models.state import assign
 
 if TYPE_CHECKING:
     from memvp_kernels.models.model import MemVPModel
@@ -22,9 +23,11 @@ _VISION = "vision_model."
 
 
 def save(folder: str | Path, config: MemVPConfig, state: dict[str, Tensor]) -> None:
-    """Write both files, making the folder."""
+    """Write both files, making the folder; of several processes, the first does."""
     from safetensors.torch import save_file
 
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config.save(folder / CONFIG_NAME)
@@ -55,7 +58,7 @@ def load_into(model: MemVPModel, state: dict[str, Tensor]) -> None:
     vision = {name.removeprefix(_VISION): t for name, t in state.items() if name.startswith(_VISION)}
     if vision:
         _prepare_vision(model, vision)
-    wanted = model.adapter_state_dict()
+    wanted = model.adapter_tensors()
     problems = [f"missing {name}" for name in wanted if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in wanted]
     problems += [
@@ -65,9 +68,8 @@ def load_into(model: MemVPModel, state: dict[str, Tensor]) -> None:
     ]
     if problems:
         raise ValueError(f"the adapter does not fit this language model and configuration: {'; '.join(problems)}")
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(state[name])
+    for name, tensor in wanted.items():
+        assign(tensor, state[name])
 
 
 def _prepare_vision(model: MemVPModel, state: dict[str, Tensor]) -> None:

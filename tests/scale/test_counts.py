@@ -69,7 +69,9 @@ def test_a_prompt_s_image_is_its_keys_and_values(kv_heads: int) -> None:
 
 
 def test_a_base_in_nf4() -> None:
-    bnb = pytest.importorskip("bitsandbytes", reason="needs the `quantized` extra: pip install memvp_kernels[quantized]")
+    bnb = pytest.importorskip(
+        "bitsandbytes", reason="needs the `quantized` extra: pip install memvp_kernels[quantized]"
+    )
     base = language_model()
     held = 0
     for name, parameter in base.named_parameters():
@@ -125,9 +127,7 @@ def _fsdp2() -> tuple[dict[tuple[str, int], int], set[str]]:
 
 def test_bytes_that_fsdp2_sends(two: Group) -> None:
     layout = paper.Layout("fsdp2", 2)
-    wanted = _counted(
-        paper.training_collectives(TINY, layout, sequences=SAMPLES, length=LENGTH, element=FLOAT32)
-    )
+    wanted = _counted(paper.training_collectives(TINY, layout, sequences=SAMPLES, length=LENGTH, element=FLOAT32))
     for found, unknown in two.run(_fsdp2):
         assert not unknown
         assert found == wanted

@@ -140,7 +140,7 @@ def test_each_part_of_the_split_is_needed(two: Group) -> None:
 # --- MemVPModel over a model that transformers has split ----------------------------------------------------------------------
 
 
-def _parallel_model(folder: str, **options: Any) -> MemVPModel:
+def parallel_model(folder: str, **options: Any) -> MemVPModel:
     from transformers import LlamaForCausalLM
     from transformers.distributed import DistributedConfig
 
@@ -153,7 +153,7 @@ def _parallel_model(folder: str, **options: Any) -> MemVPModel:
 
 def _train_and_generate(folder: str, checkpointing: bool) -> dict[str, Any]:
     wanted = reference(batch(without=(1,)))
-    model = _parallel_model(folder)
+    model = parallel_model(folder)
     if checkpointing:
         model.gradient_checkpointing_enable()
     fused = [isinstance(ffn.ffn_matrices(), Matrices) for _, ffn in model.memory_ffns()]
