@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -28,10 +29,17 @@ def dhidden_tile(
     rows: int, width: int, pairs: int, slots: int, sequences: int, descriptors: bool,
 ) -> Tile:  # fmt: skip
     """The dHidden kernel's tile: that of a hidden kernel without a gate, whose epilogue works in column pieces and needs no more room."""
-    return tiles.hidden_tile(
+    tile = tiles.hidden_tile(
         chip, dtype, precision, rows=rows, width=width, pairs=pairs, slots=slots, sequences=sequences, gated=False,
         descriptors=descriptors,
     )  # fmt: skip
+    return _shorter_steps(tile, dtype, descriptors)
+
+
+def _shorter_steps(tile: Tile, dtype: torch.dtype, descriptors: bool) -> Tile:
+    """Half the K step where pointers to a step of 64, beside 64 accumulators a thread, leave too few registers for the epilogue."""
+    crowded = tile.block_n * tile.columns // (32 * tile.warps) >= 64 and tile.warps == 4 and tile.block_k > 32
+    return replace(tile, block_k=32) if crowded and not descriptors and dtype != torch.float32 else tile
 
 
 def dinput_tile(
@@ -39,17 +47,19 @@ def dinput_tile(
     rows: int, width: int, pairs: int, slots: int, sequences: int, length: int | None, descriptors: bool,
 ) -> Tile:  # fmt: skip
     """The dx kernel's tile: the output kernel's, with `pairs` the length of both dense loops together."""
-    return tiles.output_tile(
+    tile = tiles.output_tile(
         chip, dtype, precision, rows=rows, width=width, pairs=pairs, slots=slots, sequences=sequences, length=length, descriptors=descriptors
     )  # fmt: skip
+    return _shorter_steps(tile, dtype, descriptors)
 
 
 def dmemory_tile(chip: Chip, dtype: torch.dtype, precision: str, *, width: int, descriptors: bool) -> Tile:
     """The tile of dKv and dVv: `block_n` slots by `columns` of the memory, in steps of `block_k` rows of x."""
     kind = precision if dtype == torch.float32 else "descriptors" if descriptors else "pointers"
     slots, columns, step, warps, most = _OUTER_SHAPES[kind]
-    if chip.family == "mma" and kind == "descriptors":
-        columns = 128
+    if kind == "descriptors" and chip.family != "wgmma":
+        # tcgen05 wants 128 rows, and its float32 results spill at 256 columns; mma.sync keeps its accumulators in registers.
+        slots, columns, warps = (128, 128, 8) if chip.family == "tcgen05" else (64, 128, 4)
     columns = min(columns, tiles._bucket(width))
     stages = min(most, (chip.shared - _RESERVE) // ((slots + columns) * step * dtype.itemsize))
     return Tile(slots, columns, step, warps, stages)
@@ -75,5 +85,7 @@ def core_backward_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: 
     """The core backward's tile: `columns` of dS A and of visual A at once, steps of `block_k` slots."""
     columns = min(128 if dtype != torch.float32 else 64, tiles._bucket(rank))
     if dtype == torch.float32:
-        return Tile(16 if precision == "ieee" else 32, columns, 32, 4, 2)
-    return Tile(64 if rows >= 32 * chip.multiprocessors else 32 if rows > 256 else 16, columns, 64, 4, 2)
+        return Tile(16, columns, 16, 4, 2) if precision == "ieee" else Tile(32, columns, 32, 4, 2)
+    block_n = 64 if tiles._bucket(rows) >= 32 * chip.multiprocessors else 32 if rows > 256 else 16
+    # Steps of 64 slots spill: scores, their slope and dropout's generator are alive beside the accumulators of t and u.
+    return Tile(block_n, columns, 32, 8 if block_n == 64 else 4, 2)

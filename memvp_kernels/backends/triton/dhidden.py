@@ -213,7 +213,7 @@ def _memory_tile(
             inside = (o_row[:, None] < N) & (o_slot[None, :] < M)
             tl.store(
                 columns + o_row.to(tl.int64)[:, None] * stride_columns_n + o_slot[None, :], acc.to(DTYPE), mask=inside
-            )
+            )  # fmt: skip
         else:
             pieces = _column_pieces(acc, PIECE)
             for i in tl.static_range(len(pieces)):
@@ -246,21 +246,29 @@ def _column_pieces(block, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _in_tile(matrix, row, column, stride_row, block):
+    """Pointers to the elements of `block` at (row, column) of a matrix: 64 bits to its corner, 32 within it, which saves registers."""
+    corner = matrix + tl.cast(row, tl.int64) * stride_row + column
+    return corner + (tl.arange(0, block.shape[0])[:, None] * stride_row + tl.arange(0, block.shape[1])[None, :])
+
+
+@triton.jit
 def _store_dpre(
     b_dhidden, pre, dpre, row, column, N, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
     o_row = row + tl.arange(0, b_dhidden.shape[0])
     o_column = column + tl.arange(0, b_dhidden.shape[1])
     inside = (o_row[:, None] < N) & (o_column[None, :] < F)
-    offset = o_row.to(tl.int64)[:, None] * F + o_column[None, :]
-    b_active, b_slope = activate_derivative(tl.load(pre + offset, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+    b_first = tl.load(_in_tile(pre, row, column, F, b_dhidden), mask=inside, other=0.0).to(tl.float32)
+    b_active, b_slope = activate_derivative(b_first, ACTIVATION)
+    o_first = _in_tile(dpre, row, column, F, b_dhidden)
     if GATED:
-        o_key = tl.cast(N, tl.int64) * F + offset
-        b_key = tl.load(pre + o_key, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dpre + offset, (b_dhidden * b_key * b_slope).to(DTYPE), mask=inside)
-        tl.store(dpre + o_key, (b_dhidden * b_active).to(DTYPE), mask=inside)
+        second = tl.cast(N, tl.int64) * F
+        b_key = tl.load(_in_tile(pre + second, row, column, F, b_dhidden), mask=inside, other=0.0).to(tl.float32)
+        tl.store(o_first, (b_dhidden * b_key * b_slope).to(DTYPE), mask=inside)
+        tl.store(_in_tile(dpre + second, row, column, F, b_dhidden), (b_dhidden * b_active).to(DTYPE), mask=inside)
     else:
-        tl.store(dpre + offset, (b_dhidden * b_slope).to(DTYPE), mask=inside)
+        tl.store(o_first, (b_dhidden * b_slope).to(DTYPE), mask=inside)
 
 
 @triton.jit
@@ -276,8 +284,8 @@ def store_visual_gradient(
     o_slot = slot + tl.arange(0, b_dvisual.shape[1])
     inside = (o_row[:, None] >= first) & (o_row[:, None] < end) & (o_slot[None, :] < M)
     # Masked by M, which is known at compile time, not by `slots`: the load stays a wide one.
-    o_scores = o_row.to(tl.int64)[:, None] * stride_scores_n + o_slot[None, :]
-    b_scores = tl.load(scores + o_scores, mask=inside, other=0.0).to(tl.float32)
+    o_scores = _in_tile(scores, row, slot, stride_scores_n, b_dvisual)
+    b_scores = tl.load(o_scores, mask=inside, other=0.0).to(tl.float32)
     b_active, b_slope = activate_derivative(b_scores, VISUAL_ACTIVATION)
     kept = o_slot[None, :] < slots
     if seed is not None:
@@ -286,11 +294,7 @@ def store_visual_gradient(
     b_visual = tl.where(kept, b_active * scale, 0.0).to(DTYPE)
     b_dscores = tl.where(kept, b_dvisual * scale * b_slope, 0.0).to(DTYPE)
     if visual is not None:
-        tl.store(
-            visual + o_row.to(tl.int64)[:, None] * stride_visual_n + o_slot[None, :], b_visual, mask=inside & store
-        )
+        tl.store(_in_tile(visual, row, slot, stride_visual_n, b_dvisual), b_visual, mask=inside & store)
     if dscores is not None:
-        tl.store(
-            dscores + o_row.to(tl.int64)[:, None] * stride_dscores_n + o_slot[None, :], b_dscores, mask=inside & store
-        )
+        tl.store(_in_tile(dscores, row, slot, stride_dscores_n, b_dvisual), b_dscores, mask=inside & store)
     return b_dscores, b_visual
