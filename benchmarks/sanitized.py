@@ -19,7 +19,7 @@ from memvp_kernels.choose import missing
 _BACKENDS = ("torch", "triton", "cuda")
 
 
-def arguments(device: torch.device, *, factored: bool, tokens: int) -> dict[str, torch.Tensor]:
+def operands(device: torch.device, *, factored: bool, tokens: int) -> dict[str, torch.Tensor]:
     """Three sequences over two memories, one of them ragged; the last sequence has none."""
     width, pairs, slots, rank = 136, 200, 19, 24
     generator = torch.Generator().manual_seed(tokens)
@@ -43,13 +43,15 @@ def arguments(device: torch.device, *, factored: bool, tokens: int) -> dict[str,
     return {**found, "visual_basis": normal(rank, width)} if factored else found
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Runs every backend that is there; 1 when one is far from float64."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    device = torch.device(parser.parse_args().device)
+    parser.add_argument("--backends", nargs="+", choices=_BACKENDS, default=_BACKENDS)
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
     wrong = 0
-    for backend in _BACKENDS:
+    for backend in options.backends:
         reason = missing(backend, device)
         if reason is not None:
             print(f"{backend}: skipped, {reason}")
@@ -58,7 +60,7 @@ def main() -> int:
             for tokens in (1, 37):
                 if backend == "cuda" and tokens > 1:
                     continue
-                given = arguments(device, factored=factored, tokens=tokens)
+                given = operands(device, factored=factored, tokens=tokens)
                 exact = reference.ffn(**given)
                 allowed = allowed_error(fused_ffn(**given, backend="torch"), exact)
                 if backend == "cuda":

@@ -131,7 +131,7 @@ def settle(
         torch.cuda.set_device(device)
         device = torch.device("cuda", torch.cuda.current_device())
     on_gpu = device.type == "cuda"
-    name = options.preset or ("llama-7b" if on_gpu and not options.quick else "tiny")
+    name = options.preset or ("smallest" if options.quick else "llama-7b" if on_gpu else "tiny")
     preset = PRESETS[name]
     defaults = QUICK if options.quick else cuda if on_gpu else cpu
     layers = options.layers or (1 if options.quick else preset.layers if on_gpu else min(preset.layers, 8))

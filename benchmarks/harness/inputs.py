@@ -121,7 +121,7 @@ def _fractal() -> Tensor:
 @functools.cache
 def _word_numbers() -> Tensor:
     """The words of Python's own manual, which comes with every Python, each as its rank by frequency."""
-    words = re.findall(r"[A-Za-z]+|[^\sA-Za-z]", _english())
+    words = re.findall(r"[A-Za-z]+|[.,;:!?]", _english())
     rank = {word: i for i, (word, _) in enumerate(collections.Counter(words).most_common())}
     return torch.tensor([rank[word] for word in words])
 

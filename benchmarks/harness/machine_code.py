@@ -1,0 +1,194 @@
+"""Kernels compiled for a GPU that is not here, exactly as their launchers would launch them, and what their machine code says.
+
+`offline(architecture)` puts a driver without a device under Triton: within it every launch of a kernel compiles for that architecture and
+returns, so the specialisation (alignments, absent arguments, descriptors, tile) is the launcher's own. `inspect` reads the result:
+registers, spills, shared memory, and for every loop with matrix instructions whether they overlap with anything.
+
+Needs Triton compiling, not interpreting: a process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+
+from memvp_kernels.backends.triton import launch
+
+__all__ = ["Compiled", "Loop", "Machine", "inspect", "offline"]
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One launch that was compiled instead: the kernel's name and what Triton made."""
+
+    name: str
+    kernel: Any
+
+
+class _NoDevice(DriverBase):  # type: ignore[misc]
+    """Answers what compiling asks of a driver; the architecture serves as the device's number, so that caches stay apart."""
+
+    def __init__(self, architecture: int) -> None:
+        self._architecture = architecture
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False
+
+    def get_current_device(self) -> int:
+        return self._architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._architecture, 32)
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError
+
+    def get_active_torch_device(self) -> Any:
+        raise NotImplementedError
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError
+
+
+@contextlib.contextmanager
+def offline(architecture: int) -> Iterator[list[Compiled]]:
+    """Within it, launches of kernels on CPU tensors compile for `architecture` and are listed; nothing runs."""
+    launched: list[Compiled] = []
+    run, known = JITFunction.run, launch.architecture
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        launched.append(Compiled(self.__name__, kernel))
+        return kernel
+
+    triton.runtime.driver.set_active(_NoDevice(architecture))
+    JITFunction.run = compile_only
+    launch.architecture = lambda device: architecture  # type: ignore[assignment]
+    try:
+        yield launched
+    finally:
+        JITFunction.run = run
+        launch.architecture = known
+        triton.runtime.driver.set_active(None)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop with matrix instructions in it.
+
+    Attributes:
+        instructions: in one turn.
+        matrix: matrix instructions in one turn.
+        waits: of those, how many wait for the group before them (Hopper's gsb0).
+        depth: groups that may still be running at the loop's wait; 0 means each step's products are awaited before the next begins.
+    """
+
+    instructions: int
+    matrix: int
+    waits: int
+    depth: int | None
+
+    @property
+    def serialised(self) -> bool:
+        """Hopper: every matrix instruction waits for the one before it. The warnings of ptxas miss some of these; the SASS doesn't."""
+        return self.waits == self.matrix and self.matrix > 1
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the machine code of one kernel says; shared memory and stack in bytes."""
+
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    warps: int
+    matrix: dict[str, int] = field(default_factory=dict)
+    tensor_loads: int = 0
+    loops: tuple[Loop, ...] = ()
+
+
+def inspect(compiled: Any) -> Machine:
+    """Read the cubin of a compiled kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", cubin)
+        sass = _tool("nvdisasm", "-c", cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reported no resource usage:\n{usage}")
+    code, labels = _instructions(sass)
+    counts = collections.Counter(_base(operation) for operation, _ in code)
+    shapes = collections.Counter(operation for operation, _ in code if _base(operation) in _MATRIX)
+    return Machine(
+        registers=int(found[1]),
+        stack=int(found[2]),
+        spills=counts["LDL"] + counts["STL"],
+        shared=compiled.metadata.shared,
+        warps=compiled.metadata.num_warps,
+        matrix=dict(shapes),
+        tensor_loads=counts["UTMALDG"],
+        loops=tuple(_loops(code, labels)),
+    )
+
+
+def _tool(name: str, *arguments: object) -> str:
+    environment = {**os.environ, "PATH": f"{_TOOLS}{os.pathsep}{os.environ.get('PATH', '')}"}
+    command = [str(_TOOLS / name), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def _base(operation: str) -> str:
+    return operation.split(".")[0]
+
+
+def _instructions(sass: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """(operation, operands) in order, and the index that each label points at."""
+    code: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if found := re.match(r"^(\.L_[\w.]+):", line):
+            labels[found[1]] = len(code)
+        elif found := re.match(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)(.*?);", line):
+            code.append((found[1], found[2]))
+    return code, labels
+
+
+def _loops(code: list[tuple[str, str]], labels: dict[str, int]) -> Iterator[Loop]:
+    spans = set()
+    for i, (operation, operands) in enumerate(code):
+        if _base(operation) == "BRA" and (target := re.search(r"`\((\.L_[\w.]+)\)", operands)):
+            start = labels.get(target[1], len(code))
+            if start < i and any(_base(o) in _MATRIX for o, _ in code[start : i + 1]):
+                spans.add((start, i))
+    inner: list[tuple[int, int]] = []
+    # Smallest first and none that overlaps: out-of-line waits make false loops round an epilogue.
+    for start, end in sorted(spans, key=lambda s: s[1] - s[0]):
+        if not any(start <= e and s <= end for s, e in inner):
+            inner.append((start, end))
+    for start, end in sorted(inner):
+        body = code[start : end + 1]
+        matrix = [operands for operation, operands in body if _base(operation) in _MATRIX]
+        depths = [int(o.split(",")[-1].strip(), 16) for op, o in body if op.startswith("WARPGROUP.DEPBAR")]
+        yield Loop(len(body), len(matrix), sum("gsb" in o for o in matrix), max(depths, default=None))

@@ -1,0 +1,119 @@
+"""Each program once, whole, with the smallest preset: its table, its file, its exit status."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import kernels
+import latency
+import pytest
+import training
+from harness.results import load
+
+from tests.benchmarks.conftest import BENCHMARKS
+
+VARIANTS = {
+    "prompt", "text", "official-eager", "formed-eager", "factored-eager", "concatenated", "liger", "plain-torch", "factored-torch",
+}  # fmt: skip
+
+
+def options(folder: Path, *more: str, samples: int = 2) -> list[str]:
+    files = ["--json", str(folder / "rows.json"), "--plot", str(folder / "picture.png")]
+    return ["--device", "cpu", "--quick", "--quiet", "--samples", str(samples), *files, *more]
+
+
+def statuses(path: Path) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for row in load(path)["rows"]:
+        found.setdefault(row["variant"], set()).add(row["status"])
+    return found
+
+
+def test_latency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert latency.main(options(tmp_path)) == 0
+    found = statuses(tmp_path / "rows.json")
+    assert set(found) == VARIANTS
+    assert {name for name, status in found.items() if status != {"ok"}} == {"liger"}
+    rows = load(tmp_path / "rows.json")["rows"]
+    assert {(row["level"], row["phase"]) for row in rows} == {
+        (a, b) for a in ("ffn", "model") for b in ("prefill", "decode")
+    }
+    assert all(
+        row["cache_per_image_bytes"] > 0 for row in rows if row["variant"] == "prompt" and row["level"] == "model"
+    )
+    assert all(row["speedup_vs_prompt"] == 1 for row in rows if row["variant"] == "prompt")
+    assert all(row["peak_memory_bytes"] > 0 and row["floor_ms"] > 0 for row in rows if row["status"] == "ok")
+    printed = capsys.readouterr().out
+    assert "model, first token 2×8, image 16" in printed
+    assert "× prompt" in printed
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("switches", [(), ("--checkpointing", "--recompute", "--dtype", "bfloat16")])
+def test_training(tmp_path: Path, switches: tuple[str, ...]) -> None:
+    assert training.main(options(tmp_path, *switches)) == 0
+    found = statuses(tmp_path / "rows.json")
+    assert set(found) == VARIANTS
+    assert {name for name, status in found.items() if status != {"ok"}} == {"liger"}
+    cases = {row["case"] for row in load(tmp_path / "rows.json")["rows"]}
+    assert any(case.startswith("ffn") for case in cases) is not bool(switches)  # checkpointing wraps layers
+    assert all(("checkpointing, recompute" in case) is bool(switches) for case in cases)
+
+
+def test_checkpointing_is_less_memory(tmp_path: Path) -> None:
+    peaks = []
+    for name, switches in (("without", ()), ("with", ("--checkpointing",))):
+        folder = tmp_path / name
+        sizes = ("--layers", "2", "--text-length", "256", "--variants", "factored-torch")
+        assert training.main(options(folder, *sizes, *switches, samples=1)) == 0
+        rows = load(folder / "rows.json")["rows"]
+        peaks += [
+            row["peak_memory_bytes"] for row in rows if row["variant"] == "factored-torch" and row["level"] == "model"
+        ]
+    assert peaks[1] < peaks[0]
+
+
+def test_kernels(tmp_path: Path) -> None:
+    assert kernels.main(options(tmp_path)) == 0
+    found = statuses(tmp_path / "rows.json")
+    assert found["matmul"] == {"ok"}
+    assert found["triton"] <= {"skipped", "ok"}  # "ok" where the interpreter runs them
+    assert found["factored-torch"] == {"ok"}
+    cases = {row["case"].split(" 2×")[0] for row in load(tmp_path / "rows.json")["rows"]}
+    assert cases == {
+        "training forward",
+        "training backward",
+        *(f"kernel {name}" for name in ("hidden", "output", "dhidden", "dinput", "dmemory")),
+    }
+
+
+def test_a_time_limit_leaves_cases_out_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert latency.main(options(tmp_path, "--seconds", "0", samples=1)) == 0
+    assert "4 cases were not begun" in capsys.readouterr().out
+
+
+def test_only_the_variants_asked_for(tmp_path: Path) -> None:
+    assert latency.main(options(tmp_path, "--variants", "plain-torch", samples=1)) == 0
+    assert set(statuses(tmp_path / "rows.json")) == {"prompt", "plain-torch"}
+
+
+def test_a_gpu_that_is_not_there_is_named(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(SystemExit, match="PyTorch sees none"):
+        latency.main(["--device", "cuda", "--json", str(tmp_path / "rows.json")])
+
+
+def test_harness_imports_without_transformers() -> None:
+    names = " ".join(
+        f"harness.{path.stem}," for path in sorted((BENCHMARKS / "harness").glob("*.py")) if path.stem != "__init__"
+    )
+    code = f"import sys; sys.modules['transformers'] = None; import {names} latency, training, kernels"
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
