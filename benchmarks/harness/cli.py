@@ -18,6 +18,8 @@ __all__ = ["Setting", "common_parser", "settle"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _OUT = Path("out")
 #: Sizes that run in seconds anywhere.
+#: Without arguments a CPU run ends within 90 seconds, on slow machines by beginning no case after these.
+DEFAULT_CPU_SECONDS = 60.0
 QUICK = {"batch": (2,), "text_length": (8,), "visual_tokens": (16,)}
 
 
@@ -133,6 +135,7 @@ def settle(
     on_gpu = device.type == "cuda"
     name = options.preset or ("smallest" if options.quick else "llama-7b" if on_gpu else "tiny")
     preset = PRESETS[name]
+    asked = any((options.preset, options.batch, options.text_length, options.visual_tokens, options.layers))
     defaults = QUICK if options.quick else cuda if on_gpu else cpu
     layers = options.layers or (1 if options.quick else preset.layers if on_gpu else min(preset.layers, 8))
     return Setting(
@@ -147,7 +150,7 @@ def settle(
         samples=options.samples or (3 if options.quick else 20),
         compiled=on_gpu and not options.quick if options.compiled is None else options.compiled,
         only=tuple(options.variants) if options.variants else None,
-        seconds=options.seconds,
+        seconds=DEFAULT_CPU_SECONDS if options.seconds is None and not on_gpu and not asked else options.seconds,
         json=_path(options.json),
         plot=_path(options.plot),
         quiet=options.quiet,

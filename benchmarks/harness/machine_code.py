@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import math
 import os
 import re
 import subprocess
@@ -35,10 +36,16 @@ _MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA")
 
 @dataclass(frozen=True)
 class Compiled:
-    """One launch that was compiled instead: the kernel's name and what Triton made."""
+    """One launch that was compiled instead: the kernel's name, how many programs it has, its compile-time arguments, what Triton made."""
 
     name: str
+    programs: int
+    constants: dict[str, Any]
     kernel: Any
+
+    def constant(self, *names: str) -> int:
+        """The first of these compile-time arguments that the kernel has, or 0."""
+        return next((self.constants[n] for n in names if n in self.constants), 0)
 
 
 class _NoDevice(DriverBase):  # type: ignore[misc]
@@ -78,7 +85,14 @@ def offline(architecture: int) -> Iterator[list[Compiled]]:
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        launched.append(Compiled(self.__name__, kernel))
+        launched.append(
+            Compiled(
+                self.__name__,
+                math.prod(grid),
+                self.signature.bind_partial(*args, **_known(self, kwargs)).arguments,
+                kernel,
+            )
+        )
         return kernel
 
     triton.runtime.driver.set_active(_NoDevice(architecture))
@@ -90,6 +104,10 @@ def offline(architecture: int) -> Iterator[list[Compiled]]:
         JITFunction.run = run
         launch.architecture = known
         triton.runtime.driver.set_active(None)
+
+
+def _known(kernel: Any, keywords: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in keywords.items() if name in kernel.signature.parameters}
 
 
 @dataclass(frozen=True)

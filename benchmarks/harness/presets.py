@@ -48,7 +48,15 @@ class Preset:
 PRESETS = {
     # Says nothing about speed; for --quick and the tests.
     "smallest": Preset(
-        width=64, pairs=168, heads=4, kv_heads=2, layers=2, vocabulary=256, slots=24, vision_width=64, projector_width=20
+        width=64,
+        pairs=168,
+        heads=4,
+        kv_heads=2,
+        layers=2,
+        vocabulary=256,
+        slots=24,
+        vision_width=64,
+        projector_width=20,
     ),
     # A LLaMA small enough for two CPU cores, in the proportions of the 7B one (F / d = 2.7).
     "tiny": Preset(width=512, pairs=1408, heads=8, kv_heads=8, layers=4, vocabulary=4096, slots=320),
