@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import subprocess
 import sys
@@ -79,8 +78,8 @@ def test_every_case(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("form", ["none", "plain", "factored"])
 def test_grid(form: str, sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    for tokens, gated in itertools.product(TOKENS, (True, False)):
-        arguments = decode_step(tokens, form=form, sizes=sizes, gated=gated, biased=tokens % 2 == 0)
+    for tokens in TOKENS:
+        arguments = decode_step(tokens, form=form, sizes=sizes, gated=tokens % 2 == 1, biased=tokens % 3 == 0)
         check({name: _as(value, dtype) for name, value in arguments.items()})
 
 
