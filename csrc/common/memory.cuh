@@ -4,14 +4,22 @@
 
 namespace memvp {
 
-// 16 bytes of an input that no thread writes during the call and that is read once: past L1.
-MEMVP_DEVICE uint4 load_input16(const void* p) {
+// 16 bytes of an input that no thread writes during the call and that is read once: past L1. Zeros, and no access, where not
+// `valid`: a predicate and not a branch, so that the loads of a loop can all be under way at once.
+MEMVP_DEVICE uint4 load_input16(const void* p, bool valid) {
 #ifdef __CUDACC__
   uint4 v;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  asm("{\n"
+      " .reg .pred valid;\n"
+      " setp.ne.b32 valid, %5, 0;\n"
+      " mov.b32 %0, 0;\n mov.b32 %1, 0;\n mov.b32 %2, 0;\n mov.b32 %3, 0;\n"
+      " @valid ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+      "}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(p), "r"(static_cast<int>(valid)));
   return v;
 #else
-  return host_run::load_input<uint4>(p);
+  return valid ? host_run::load_input<uint4>(p) : make_uint4(0, 0, 0, 0);
 #endif
 }
 

@@ -1,5 +1,7 @@
 // What the three kernels of a step are given, and the parts of it as device code reads them.
 #pragma once
+#include <type_traits>
+
 #include "common/memory.cuh"
 #include "common/numbers.cuh"
 #include "decode/plan.h"
@@ -44,26 +46,29 @@ MEMVP_DEVICE float element_or_zero(const DecodeTensor& t, int64_t k) {
   return t.data == nullptr ? 0.0f : element<T>(row_of(t, 0, t.strides[0]), k);
 }
 
-// Elements k .. k + 7 of a row as float32, zero from `end` on. kBy16: whole 16-byte pieces, `end` a multiple of 8.
-template <class T, bool kBy16>
+// What the compiler knows of a matrix: kNarrow, 16-byte pieces of T; kPieces, 16-byte pieces of T or float32; kElements, nothing.
+enum class Reading { kNarrow, kPieces, kElements };
+
+// Elements k .. k + 7 of a row as float32, zero from `end` on. In pieces `end` is a multiple of 8.
+template <class T, Reading kReading>
 MEMVP_DEVICE void load_floats(float (&f)[8], const Row& row, int64_t k, int64_t end) {
-  if (kBy16 && row.wide) {
+  if (kReading == Reading::kElements) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) f[i] = k + i < end ? element<T>(row, k + i) : 0.0f;
+  } else if (kReading == Reading::kPieces && row.wide) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint4 v = k < end ? load_input16(row.data + 4 * (k + 4 * h)) : make_uint4(0, 0, 0, 0);
+      const uint4 v = load_input16(row.data + 4 * (k + 4 * h), k < end);
 #pragma unroll
       for (int i = 0; i < 4; ++i) f[4 * h + i] = float_of_bits(word_of(v, i));
     }
-  } else if (kBy16) {
-    const uint4 v = k < end ? load_input16(row.data + 2 * k) : make_uint4(0, 0, 0, 0);
+  } else {
+    const uint4 v = load_input16(row.data + 2 * k, k < end);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       f[2 * i] = low_float<T>(word_of(v, i));
       f[2 * i + 1] = high_float<T>(word_of(v, i));
     }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) f[i] = k + i < end ? element<T>(row, k + i) : 0.0f;
   }
 }
 
@@ -73,24 +78,37 @@ MEMVP_DEVICE uint4 pack8(const float (&f)[8]) {
 }
 
 // The same eight as an operand of an mma.
-template <class T, bool kBy16>
+template <class T, Reading kReading>
 MEMVP_DEVICE uint4 load8(const Row& row, int64_t k, int64_t end) {
-  if (kBy16 && !row.wide) return k < end ? load_input16(row.data + 2 * k) : make_uint4(0, 0, 0, 0);
+  if (kReading == Reading::kNarrow || (kReading == Reading::kPieces && !row.wide)) return load_input16(row.data + 2 * k, k < end);
   float f[8];
-  load_floats<T, kBy16>(f, row, k, end);
+  load_floats<T, kReading>(f, row, k, end);
   return pack8<T>(f);
 }
 
 // Eight elements of row + position, added in float32 and rounded once.
-template <class T, bool kBy16>
+template <class T, Reading kReading>
 MEMVP_DEVICE uint4 load8(const Row& row, const Row& position, int64_t k, int64_t end) {
-  if (position.data == nullptr) return load8<T, kBy16>(row, k, end);
   float f[8], g[8];
-  load_floats<T, kBy16>(f, row, k, end);
-  load_floats<T, kBy16>(g, position, k, end);
+  load_floats<T, kReading>(f, row, k, end);
+  load_floats<T, kReading>(g, position, k, position.data == nullptr ? 0 : end);
 #pragma unroll
   for (int i = 0; i < 8; ++i) f[i] += g[i];
   return pack8<T>(f);
+}
+
+template <Reading kReading>
+using ReadingIs = std::integral_constant<Reading, kReading>;
+
+// body(how to read these matrices): one of the instances that kBy16 leaves.
+template <bool kBy16, class Body>
+MEMVP_DEVICE void with_reading(const DecodeTensor& first, const DecodeTensor& second, Body body) {
+  if constexpr (!kBy16)
+    body(ReadingIs<Reading::kElements>{});
+  else if (first.type == DecodeType::kFloat32 || second.type == DecodeType::kFloat32)
+    body(ReadingIs<Reading::kPieces>{});
+  else
+    body(ReadingIs<Reading::kNarrow>{});
 }
 
 }  // namespace memvp::decode

@@ -11,9 +11,9 @@ MEMVP_DEVICE int warp_of_thread() { return static_cast<int>(threadIdx.x) / 32; }
 MEMVP_DEVICE int group_of_lane() { return static_cast<int>(threadIdx.x) % 32 / 4; }
 MEMVP_DEVICE int member_of_lane() { return static_cast<int>(threadIdx.x) % 4; }
 
-// How many loads of a lane are under way at once where they are of 16 bytes; element by element they fill the registers alone.
-template <bool kBy16>
-constexpr int kLoadsAhead = kBy16 ? 4 : 1;
+// How many steps of k have their loads under way at once. Anything but plain pieces has so many that one step is enough.
+template <Reading kReading>
+constexpr int kStepsAhead = kReading == Reading::kNarrow ? 4 : 1;
 
 constexpr size_t kRowSumsBytes = kWarps * kRowTile * kTokenTile * sizeof(float);
 constexpr size_t kColumnSumsBytes = kWarps * kColumnTile * kTokenTile * sizeof(float);
@@ -23,9 +23,9 @@ constexpr size_t kColumnSumsBytes = kWarps * kColumnTile * kTokenTile * sizeof(f
 struct RowOperands {
   uint4 row, row8, token;
 };
-template <class T, int kUnroll, class Load>
+template <class T, int kAhead, class Load>
 MEMVP_DEVICE void add_rows(float (&sum)[4], int first, int step, int64_t k_end, Load load) {
-#pragma unroll kUnroll
+#pragma unroll kAhead
   for (int64_t k = static_cast<int64_t>(first) * 32 + member_of_lane() * 8; k - member_of_lane() * 8 < k_end; k += step * 32) {
     const RowOperands v = load(k);
     mma_rows<T>(sum, v.row, v.row8, v.token);
@@ -33,11 +33,11 @@ MEMVP_DEVICE void add_rows(float (&sum)[4], int first, int step, int64_t k_end, 
 }
 
 // All warps: 16 rows · 8 tokens over all of k, then store(g, token, sum of row g, sum of row g + 8) once for each.
-template <class T, int kUnroll, class Load, class Store>
+template <class T, int kAhead, class Load, class Store>
 MEMVP_DEVICE void block_rows(int64_t k_end, Load load, Store store) {
   float* sums = shared_at<float>(0, kRowSumsBytes / sizeof(float));  // [warp][row][token]
   float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  add_rows<T, kUnroll>(sum, warp_of_thread(), kWarps, k_end, load);
+  add_rows<T, kAhead>(sum, warp_of_thread(), kWarps, k_end, load);
   float* mine = sums + warp_of_thread() * kRowTile * kTokenTile;
   const int g = group_of_lane(), t = member_of_lane();
   mine[g * kTokenTile + 2 * t] = sum[0];
@@ -56,16 +56,16 @@ MEMVP_DEVICE void block_rows(int64_t k_end, Load load, Store store) {
 }
 
 // sum += 64 columns · 8 tokens over the rows k_begin .. k_end in steps of 16, this warp's share. load(k) gives a lane's eight
-// columns of row k; the four k of a lane's token start at token[k], zero past k_end up to a multiple of 16 (nullptr: no token).
-template <class T, class Load>
+// columns of row k; the four k of a lane's token start at token[k], zero past k_end up to a multiple of 16.
+template <class T, int kAhead, class Load>
 MEMVP_DEVICE void add_columns(float (&sum)[4][4], int64_t k_begin, int64_t k_end, const T* token, Load load) {
-#pragma unroll 2
+#pragma unroll kAhead
   for (int64_t k0 = k_begin + warp_of_thread() * 16; k0 < k_end; k0 += kWarps * 16) {
     const int64_t k = k0 + member_of_lane() * 4;
     uint4 row[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) row[i] = load(k + i);
-    mma_columns<T>(sum, row, token == nullptr ? uint2{0, 0} : load_written<uint2>(token + k));
+    mma_columns<T>(sum, row, load_written<uint2>(token + k));
   }
 }
 

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads, kBy16 ? 2 : 1) finish_kernel(const _
   const DecodePlan& plan = args.plan;
   const int width_blocks = ceil_div(p.width, kColumnTile), block = blockIdx.x;
   const int64_t first_column = block % width_blocks * kColumnTile, column = first_column + group_of_lane() * 8;
-  const int first_token = block / width_blocks * kTokenTile, token = first_token + group_of_lane();
+  const int first_token = block / width_blocks * kTokenTile;
   const bool factored = p.visual_basis.data != nullptr, formed = p.visual_key.data != nullptr && !factored;
   if (factored) {
     prefetch_columns(p.visual_basis, p.rank, first_column, p.width);
@@ -29,13 +29,16 @@ __global__ void __launch_bounds__(kThreads, kBy16 ? 2 : 1) finish_kernel(const _
   wait_for_previous_grid();
   float sum[4][4] = {};
   if (factored) {
-    const T* all = in_workspace<T>(args, plan.at.visual);
-    const T* visual = token < p.tokens ? all + static_cast<int64_t>(token) * plan.visual_stride : nullptr;
-    add_columns<T>(sum, 0, p.rank, visual,
-                   [&](int64_t k) { return load8<T, kBy16>(row_of(p.visual_basis, k), column, k < p.rank ? p.width : 0); });
-    if (p.value_position.data != nullptr)
-      add_columns<T>(sum, 0, p.slots, visual == nullptr ? nullptr : visual + plan.rank_stride,
-                     [&](int64_t k) { return load8<T, kBy16>(row_of(p.value_position, k), column, k < p.slots ? p.width : 0); });
+    const int64_t token = least(first_token + group_of_lane(), p.tokens - 1);
+    const T* visual = in_workspace<T>(args, plan.at.visual) + token * plan.visual_stride;
+    with_reading<kBy16>(p.visual_basis, p.value_position, [&](auto reading) {
+      add_columns<T, ceil_div(kStepsAhead<reading.value>, 2)>(sum, 0, p.rank, visual, [&](int64_t k) {
+        return load8<T, reading.value>(row_of(p.visual_basis, k), column, k < p.rank ? p.width : 0);
+      });
+      add_columns<T, ceil_div(kStepsAhead<reading.value>, 2)>(sum, 0, p.value_position.data == nullptr ? 0 : p.slots, visual + plan.rank_stride, [&](int64_t k) {
+        return load8<T, reading.value>(row_of(p.value_position, k), column, k < p.slots ? p.width : 0);
+      });
+    });
   }
   store_columns(sum, [&](int c, int t, float v) {
     const int64_t n = first_token + t, at = first_column + c;

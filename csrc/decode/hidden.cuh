@@ -57,21 +57,25 @@ MEMVP_DEVICE void hidden_by_ring(const DecodeArgs& args, int block) {
   }
 }
 
-// A row that is past the last one, or of a tensor that is absent, reads as zeros: `end` 0.
-template <class T, bool kBy16>
+// Everything below reads an operand's row past the last one as zeros (`end` 0), and for a token past the last one that of
+// another token: an mma keeps rows and tokens apart, and nothing of those is stored.
+
+// One weight row pair tile of eight against eight tokens, element by element.
+template <class T>
 MEMVP_DEVICE void hidden_by_block(const DecodeArgs& args, int block) {
+  constexpr Reading kReading = Reading::kElements;
   const FfnDecodeParams& p = args.p;
-  const int row_tiles = ceil_div(p.gate.data != nullptr ? args.plan.hidden_stride : args.plan.hidden_stride / 2, kPairTile);
-  const int first_pair = block % row_tiles * kPairTile, first_token = block / row_tiles * kTokenTile;
-  const int pair = first_pair + group_of_lane(), token = first_token + group_of_lane();
   const bool gated = p.gate.data != nullptr;
-  const int low = gated ? pair : 2 * pair, high = gated ? pair : 2 * pair + 1;
-  const Row row = row_of(gated ? p.gate : p.key, low), row8 = row_of(p.key, high), x = row_of(p.x, token);
-  block_rows<T, kLoadsAhead<kBy16>>(
+  const int tiles = ceil_div(gated ? args.plan.hidden_stride : args.plan.hidden_stride / 2, kPairTile);
+  const int first_pair = block % tiles * kPairTile, first_token = block / tiles * kTokenTile;
+  const int pair = first_pair + group_of_lane(), low = gated ? pair : 2 * pair, high = gated ? pair : 2 * pair + 1;
+  const Row row = row_of(gated ? p.gate : p.key, low), row8 = row_of(p.key, high);
+  const Row x = row_of(p.x, least(first_token + group_of_lane(), p.tokens - 1));
+  block_rows<T, kStepsAhead<kReading>>(
       p.width,
       [&](int64_t k) -> RowOperands {
-        return {load8<T, kBy16>(row, k, low < p.pairs ? p.width : 0), load8<T, kBy16>(row8, k, high < p.pairs ? p.width : 0),
-                load8<T, kBy16>(x, k, token < p.tokens ? p.width : 0)};
+        return {load8<T, kReading>(row, k, low < p.pairs ? p.width : 0), load8<T, kReading>(row8, k, high < p.pairs ? p.width : 0),
+                load8<T, kReading>(x, k, p.width)};
       },
       [&](int g, int t, float sum, float sum8) {
         if (first_token + t < p.tokens) store_hidden<T>(args, first_token + t, first_pair + g, sum, sum8);
@@ -79,24 +83,25 @@ MEMVP_DEVICE void hidden_by_block(const DecodeArgs& args, int block) {
 }
 
 // Factored memory: 16 rows of [W; p^k], shared by all images, against eight tokens.
-template <class T, bool kBy16>
+template <class T, Reading kReading>
 MEMVP_DEVICE void shared_scores(const DecodeArgs& args, int block) {
   const FfnDecodeParams& p = args.p;
   const int rank_tiles = args.plan.rank_stride / kRowTile, tiles = rank_tiles + args.plan.slot_stride / kRowTile;
   const int tile = block % tiles, first_token = block / tiles * kTokenTile;
   const bool of_basis = tile < rank_tiles;
-  const int first_row = (of_basis ? tile : tile - rank_tiles) * kRowTile, token = first_token + group_of_lane();
+  const int first_row = (of_basis ? tile : tile - rank_tiles) * kRowTile;
   const DecodeTensor& source = of_basis ? p.visual_basis : p.key_position;
   const int rows = source.data == nullptr ? 0 : of_basis ? p.rank : p.slots;
   const int low = first_row + group_of_lane(), high = low + 8;
-  const Row row = row_of(source, low), row8 = row_of(source, high), x = row_of(p.x, token);
+  const Row row = row_of(source, low), row8 = row_of(source, high);
+  const Row x = row_of(p.x, least(first_token + group_of_lane(), p.tokens - 1));
   T* basis_scores = in_workspace<T>(args, args.plan.at.basis_scores);
   float* slot_scores = in_workspace<float>(args, args.plan.at.slot_scores);
-  block_rows<T, kLoadsAhead<kBy16>>(
-      rows == 0 ? 0 : p.width,
+  block_rows<T, kStepsAhead<kReading>>(
+      first_row < rows ? p.width : 0,
       [&](int64_t k) -> RowOperands {
-        return {load8<T, kBy16>(row, k, low < rows ? p.width : 0), load8<T, kBy16>(row8, k, high < rows ? p.width : 0),
-                load8<T, kBy16>(x, k, token < p.tokens ? p.width : 0)};
+        return {load8<T, kReading>(row, k, low < rows ? p.width : 0), load8<T, kReading>(row8, k, high < rows ? p.width : 0),
+                load8<T, kReading>(x, k, p.width)};
       },
       [&](int g, int t, float sum, float sum8) {
         const int64_t n = first_token + t;
@@ -116,29 +121,28 @@ MEMVP_DEVICE float visual_of_score(const FfnDecodeParams& p, float score) {
 }
 
 // Memory of width d: 16 slots of one memory row against the tokens that read it, Kv formed on the way.
-template <class T, bool kBy16>
+template <class T, Reading kReading>
 MEMVP_DEVICE void memory_scores(const DecodeArgs& args, int block) {
   const FfnDecodeParams& p = args.p;
   int32_t* members;
   const TokenGroup group = find_group(p, block % p.tokens, kRowSumsBytes, members);
   if (group.count == 0 || group.memory == kNoMemory) return;
   const int first_slot = block / p.tokens * kRowTile, low = first_slot + group_of_lane(), high = low + 8;
-  const int token = members[group_of_lane()];
   const Row row = slot_of(p.visual_key, group.memory, low), row8 = slot_of(p.visual_key, group.memory, high);
-  const Row position = row_of(p.key_position, low), position8 = row_of(p.key_position, high), x = row_of(p.x, greatest(token, 0));
+  const Row position = row_of(p.key_position, low), position8 = row_of(p.key_position, high);
+  const Row x = row_of(p.x, members[group_of_lane()]);
   T* visual = in_workspace<T>(args, args.plan.at.visual);
-  block_rows<T, kLoadsAhead<kBy16>>(
+  block_rows<T, ceil_div(kStepsAhead<kReading>, 2)>(
       first_slot < group.slots ? p.width : 0,
       [&](int64_t k) -> RowOperands {
-        return {load8<T, kBy16>(row, position, k, low < group.slots ? p.width : 0),
-                load8<T, kBy16>(row8, position8, k, high < group.slots ? p.width : 0),
-                load8<T, kBy16>(x, k, token >= 0 ? p.width : 0)};
+        return {load8<T, kReading>(row, position, k, low < group.slots ? p.width : 0),
+                load8<T, kReading>(row8, position8, k, high < group.slots ? p.width : 0), load8<T, kReading>(x, k, p.width)};
       },
       [&](int g, int t, float score, float score8) {
         if (t >= group.count) return;
         T* out = visual + static_cast<int64_t>(members[t]) * args.plan.visual_stride + first_slot + g;
-        out[0] = round_to<T>(first_slot + g < group.slots ? visual_of_score(p, score) : 0.0f);
-        out[8] = round_to<T>(first_slot + g + 8 < group.slots ? visual_of_score(p, score8) : 0.0f);
+        out[0] = round_to<T>(visual_of_score(p, score));  // past the memory's end 0, as of every activation at 0
+        out[8] = round_to<T>(visual_of_score(p, score8));
       });
 }
 
@@ -146,19 +150,20 @@ MEMVP_DEVICE void memory_scores(const DecodeArgs& args, int block) {
 template <class T, int kTokenTiles>
 __global__ void __launch_bounds__(kThreads, kTokenTiles > 0 ? 2 : 1) hidden_kernel(const __grid_constant__ DecodeArgs args) {
   constexpr bool kBy16 = kTokenTiles > 0;
-  const int block = blockIdx.x;
-  if (block < args.plan.hidden_blocks) {
+  const FfnDecodeParams& p = args.p;
+  const int block = blockIdx.x, memory_block = block - args.plan.hidden_blocks;
+  if (memory_block < 0) {
     if constexpr (kBy16)
       hidden_by_ring<T, kTokenTiles>(args, block);
     else
-      hidden_by_block<T, kBy16>(args, block);
-  } else {
-    let_next_grid_begin();
-    if (args.p.visual_basis.data != nullptr)
-      shared_scores<T, kBy16>(args, block - args.plan.hidden_blocks);
-    else
-      memory_scores<T, kBy16>(args, block - args.plan.hidden_blocks);
+      hidden_by_block<T>(args, block);
+    return;
   }
+  let_next_grid_begin();
+  if (p.visual_basis.data != nullptr)
+    with_reading<kBy16>(p.visual_basis, p.key_position, [&](auto reading) { shared_scores<T, reading.value>(args, memory_block); });
+  else
+    with_reading<kBy16>(p.visual_key, p.key_position, [&](auto reading) { memory_scores<T, reading.value>(args, memory_block); });
 }
 
 }  // namespace memvp::decode

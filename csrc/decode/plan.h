@@ -104,7 +104,7 @@ inline DecodePlan make_plan(const FfnDecodeParams& p) {
   plan.token_groups = ceil_div(p.tokens, kTokenTile);
   plan.token_tiles = plan.token_groups <= 2 ? plan.token_groups : plan.token_groups <= 4 ? 4 : 8;
   plan.hidden_stride = round_up(p.pairs, kRowTile);
-  plan.rank_stride = is_factored(p) ? round_up(p.rank, kRowTile) : 0;
+  plan.rank_stride = is_factored(p) ? round_up(p.rank, 2 * kRowTile) : 0;  // read 32 at a time as k
   plan.slot_stride = has_memory(p) ? round_up(p.slots, kRowTile) : 0;
   plan.visual_stride = plan.rank_stride + plan.slot_stride;
   const int width_blocks = ceil_div(p.width, kColumnTile);
