@@ -25,8 +25,6 @@ from digit_questions import images, language_model, questions, report
 from digit_questions.contestants import Contestant, InMemory, InPrompt
 from digit_questions.race import Run, held_out_questions, race, reply
 
-from memvp_kernels.models.attribution import explain_memory
-
 LEARNING_RATE = 5e-3
 
 
@@ -94,8 +92,8 @@ def main() -> int:
     report.draw_curves(runs, arguments.out / "curves.png")
     report.draw_answers(held_out, asked, answers[0], rows, arguments.out / "answers.png")
     prompts = questions.batch(words, asked[:1], answered=False)
-    explained = explain_memory(
-        memory.model, prompts.input_ids, prompts.attention_mask, image_features=held_out.features[:1]
+    explained = memory.model.explain_memory(
+        prompts.input_ids, prompts.attention_mask, image_features=held_out.features[:1]
     )
     explained.plot(1 - held_out.pixels[0], path=arguments.out / "memory.png")
     print(f"\n{explained}\n\ncurves.png, answers.png and memory.png are in {arguments.out}/")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from memvp_kernels.models import saving
 from memvp_kernels.models.attach import Attachment, attach, detach, first_layer, memory_ffns
+from memvp_kernels.models.attribution import MemoryAttribution, explain_memory
 from memvp_kernels.models.checkpoint import CheckpointReport, load_official_checkpoint
 from memvp_kernels.models.config import MemVPConfig
 from memvp_kernels.models.features import ImageFeatures, Pixels, encode_pixels, pad_features
@@ -311,6 +312,15 @@ class MemVPModel(nn.Module):
     def memory_ffns(self) -> list[tuple[str, MemoryFFN]]:
         """The FFNs that have memory, with their names in the language model, in the order in which they run."""
         return memory_ffns(self.language_model)
+
+    def explain_memory(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
+    ) -> MemoryAttribution:
+        """How much of each FFN's output is the memory's, and which slots it came from.
+
+        See :func:`~.attribution.explain_memory`; the result prints as a table and plots over the image's patches.
+        """
+        return explain_memory(self, input_ids, attention_mask, **inputs)
 
     @contextmanager
     def observing(self, observer: Observer) -> Iterator[None]:
