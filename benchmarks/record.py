@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 #: What each program is asked to run on a CPU, beyond its defaults: enough shapes for every plot of the report.
 CPU = {
     "latency": ["--compile", "--text-length", "32", "128", "--visual-tokens", "64", "256"],
-    "training": ["--compile", "--text-length", "32", "128", "--visual-tokens", "64", "256"],
+    "training": ["--compile", "--text-length", "32", "128"],
     "kernels": [],
     "decode": [],
 }

@@ -121,7 +121,7 @@ def figures(found: Sequence[Machine]) -> str:
     columns = {key: heading for key, heading in _HEADLINE.items() if key != "official_ms"}
     text = (
         f"Measured on {environment['device']} ({_versions(environment)}, commit `{_commit(environment)}`), whole model, "
-        f"{shown.rows('latency')[0]['preset'] if shown.rows('latency') else ''} shape, random weights, medians in ms:"
+        f"{_preset(shown)} shape, random weights, medians in ms:"
     )
     note = "" if shown.is_gpu else "\n\nNo GPU has been measured yet, and nothing here claims a speed on one."
     picture = shown.folder / "plots" / "speedup-visual-tokens.png"
@@ -183,6 +183,11 @@ def _origins(machine: Machine) -> str:
     columns = {key: key for key in ("program", "date", "commit", "versions", "roofs", "clock")}
     columns["roofs"] = "roofs measured in the run"
     return table.markdown(lines, columns)
+
+
+def _preset(machine: Machine) -> str:
+    found = {row["preset"]: None for program in ("latency", "training") for row in machine.rows(program)}
+    return " and ".join(found)
 
 
 def _versions(environment: Any) -> str:

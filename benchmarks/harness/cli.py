@@ -130,12 +130,15 @@ def settle(
     if device.type == "cuda":
         if not torch.cuda.is_available():
             sys.exit("--device: wanted a GPU, but PyTorch sees none; leave the option out to run on the CPU")
-        torch.cuda.set_device(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
         device = torch.device("cuda", torch.cuda.current_device())
     on_gpu = device.type == "cuda"
     name = options.preset or ("smallest" if options.quick else "llama-7b" if on_gpu else "tiny")
     preset = PRESETS[name]
-    asked = any((options.preset, options.batch, options.text_length, options.visual_tokens, options.layers))
+    asked = options.quick or any(
+        (options.preset, options.batch, options.text_length, options.visual_tokens, options.layers)
+    )
     defaults = QUICK if options.quick else cuda if on_gpu else cpu
     layers = options.layers or (1 if options.quick else preset.layers if on_gpu else min(preset.layers, 8))
     return Setting(

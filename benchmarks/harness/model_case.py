@@ -15,6 +15,7 @@ from harness.footprint import cache_per_image, memory_per_image
 from harness.inputs import text_tokens
 from harness.measure import Candidate, Truth, held_bytes
 from harness.operands import Adapter, Parts
+from harness.product import NAME, Product
 from harness.rooflines import FFNShape, head, layer
 from harness.stack import FixedCache, Stack
 from harness.timer import Run
@@ -155,7 +156,36 @@ def candidates(
                 else "",
             )
         )
+    if not decode and setting.wants(NAME):
+        found.append(_product_candidate(setting, model, adapter, features, tokens, shape, truth))
     return found
+
+
+def _product_candidate(
+    setting: Setting,
+    model: Model,
+    adapter: Adapter,
+    features: Tensor,
+    tokens: Tensor,
+    shape: FFNShape,
+    truth: Callable[[str], Truth],
+) -> Candidate:
+    """MemVPModel on the way to the first token."""
+    preset, layers, element = setting.preset, setting.layers, setting.element
+
+    def build() -> tuple[dict[str, Tensor], Run, int]:
+        outputs = {"logits": Product(model.head, adapter).next_token_logits(tokens, features)}
+        product = Product(model.stack, adapter)
+        return outputs, Run([lambda: product.next_token_logits(tokens, features)]), model.stack.bytes
+
+    return Candidate(
+        name=NAME,
+        build=build,
+        truth=functools.partial(truth, "factored"),
+        count=layer("factored", preset, shape) * layers + head(preset, rows=shape.sequences, element=element),
+        memory_per_image=memory_per_image("factored", preset, slots=shape.slots, layers=layers, element=element),
+        note="with all of transformers' forward around it",
+    )
 
 
 def _wide(projected: tuple[Parts | None, Tensor | None]) -> tuple[Parts | None, Tensor | None]:

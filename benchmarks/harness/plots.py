@@ -22,7 +22,7 @@ def colour(variant: str) -> str:
     """Green for ours, blue for text only, red for the prompt-length form, violet for the peers."""
     if variant.startswith("text"):
         return _TEXT
-    if variant == "prompt":
+    if variant.startswith("prompt"):
         return _PROMPT
     ours = variant.split("-")[0] in ("plain", "factored", "positions") and not variant.endswith("eager")
     return _OURS if ours else _PEER

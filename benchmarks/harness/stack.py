@@ -133,6 +133,10 @@ class Stack(nn.Module):
         own = sum(p.numel() * p.element_size() for p in self.parameters())
         return own + sum(t.numel() * t.element_size() for ffn in self._ffns for t in ffn.weights.tensors)
 
+    def ffn_weights(self, layer: int) -> Weights:
+        """The FFN's matrices of a layer."""
+        return self._ffns[layer].weights
+
     def bind(self, variant: Variant, parts: Parts | None) -> list[Any]:
         """What each layer keeps of an image between steps of inference; pass it to :meth:`use`."""
         if not variant.has_memory:

@@ -7,7 +7,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.cli import Setting
 from harness.ffn_case import exact_ffn, too_big
@@ -16,6 +16,7 @@ from harness.inputs import hidden_states, text_tokens
 from harness.measure import Candidate, Truth, held_bytes
 from harness.model_case import CHECKED_LAYERS, Model
 from harness.operands import Adapter, Weights
+from harness.product import NAME, Product
 from harness.rooflines import FFNShape, ffn_backward, ffn_forward, training_step
 from harness.stack import Stack
 from harness.timer import Run
@@ -166,21 +167,50 @@ def model_candidates(
 
         return outputs, Run([step], graph=False), model.stack.bytes + _trained_bytes(adapter)
 
+    def build_product() -> tuple[dict[str, Tensor], Run, int]:
+        switches = {"recompute": recompute, "checkpointing": checkpointing}
+        checked = Product(model.head, adapter, **switches)
+        value = checked.loss(tokens, features, dropout=False)
+        torch.autograd.backward(value)
+        outputs = {"loss": value.detach(), **checked.gradients()}
+        product = Product(model.stack, adapter, **switches)
+        own = _optimiser(product.model.memory)
+
+        def step() -> None:
+            torch.autograd.backward(product.loss(tokens, features, dropout=True))
+            _update(own)
+
+        return outputs, Run([step], graph=False), model.stack.bytes + _trained_bytes(adapter)
+
+    size = {"preset": preset, "shape": shape, "layers": setting.layers}
     note = f"checked on {CHECKED_LAYERS} of {setting.layers} layers" if setting.layers > CHECKED_LAYERS else ""
-    return [
+    memory = functools.partial(
+        memory_per_image, preset=preset, slots=shape.slots, layers=setting.layers, element=setting.element
+    )
+    found = [
         Candidate(
             name=variant.name,
             build=functools.partial(build, variant),
             truth=functools.partial(truth, variant.form),
-            count=training_step(variant.form, preset, shape, layers=setting.layers, checkpointing=checkpointing),
+            count=training_step(variant.form, **size, checkpointing=checkpointing),  # type: ignore[arg-type]
             missing=variant.missing(device) or _too_big(variant, setting, shape, layers=setting.layers),
-            memory_per_image=memory_per_image(
-                variant.form, preset, slots=shape.slots, layers=setting.layers, element=setting.element
-            ),
+            memory_per_image=memory(variant.form),
             note=note,
         )
         for variant in _trainable(setting, recompute)
     ]
+    if setting.wants(NAME):
+        found.append(
+            Candidate(
+                name=NAME,
+                build=build_product,
+                truth=functools.partial(truth, "factored"),
+                count=training_step("factored", **size, checkpointing=checkpointing),  # type: ignore[arg-type]
+                memory_per_image=memory("factored"),
+                note="with all of transformers' forward around it",
+            )
+        )
+    return found
 
 
 def _trainable(setting: Setting, recompute: bool) -> list[Variant]:
@@ -202,7 +232,7 @@ def _too_big(variant: Variant, setting: Setting, shape: FFNShape, *, layers: int
     )
 
 
-def _optimiser(adapter: Adapter) -> torch.optim.Optimizer:
+def _optimiser(adapter: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(adapter.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.02)
 
 

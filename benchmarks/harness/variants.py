@@ -256,6 +256,7 @@ def variants(device: torch.device, *, compiled: bool, recompute: bool = False) -
     ]
     if compiled:
         found += [
+            Variant("prompt-compile", "prompt", torch.compile(plain_ffn, dynamic=False)),
             Variant("text-compile", "text", torch.compile(plain_ffn, dynamic=False)),
             Variant("official-compile", "official", torch.compile(official_eager, dynamic=False), _official),
             Variant("formed-compile", "formed", torch.compile(formed_eager, dynamic=False), _formed),

@@ -190,3 +190,8 @@ def test_tables_align_words_left_and_figures_right() -> None:
 )
 def test_numbers_have_three_digits(value: float, shown: str) -> None:
     assert table.number(value) == shown
+
+
+def test_the_committed_report_is_what_the_files_give() -> None:
+    """REPORT.md and the README's figures are generated: whoever commits a result file runs report.py."""
+    assert report.main(["--check"]) == 0
