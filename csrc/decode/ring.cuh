@@ -97,32 +97,42 @@ class Ring {
   __device__ bool pair_exists(int i) const { return pair_in_block(i) < pairs_; }
 
  private:
+  static constexpr int kRowsAtOnce = kThreads / 8;
+  static_assert(kRowsAtOnce % kPairTile == 0 && kPairTile % 2 == 0, "copy_rows steps by whole tiles");
+
   __device__ int pair_in_block(int i) const { return row_tile_of_warp(i) * kPairTile + static_cast<int>(threadIdx.x) % 32 / 4; }
 
+  // Thread i copies piece i % 8 of every kRowsAtOnce-th row from i / 8 on: a warp reads four whole lines. Those rows are a multiple
+  // of the tile apart, so their places in shared memory are at equal steps, swizzle included.
   __device__ void copy_rows(int step) {
-    uint4* to = shared_rows_ + static_cast<size_t>(step % kStages) * slices_ * row_pieces_;
-    const int piece = threadIdx.x % 8;
-    for (int slice = 0; slice < slices_; ++slice, to += row_pieces_) {
+    uint4* stage = shared_rows_ + static_cast<size_t>(step % kStages) * slices_ * row_pieces_;
+    const int piece = threadIdx.x % 8, first = threadIdx.x / 8;
+    for (int slice = 0; slice < slices_; ++slice, stage += row_pieces_) {
       const int64_t k = k_begin_ + (static_cast<int64_t>(step) * slices_ + slice) * kSlice + piece * 8;
+      const bool valid = k < k_end_;
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
+      for (int half = 0; half < 2; ++half) {
+        uint4* to = stage + swizzled(first / kPairTile * kRowTile + half * kPairTile + first % kPairTile, piece);
+        const T* from = rows_.base[half] + (first_pair_ + first) * rows_.stride[half] + (valid ? k : 0);
+        const int end = least(pairs_, rows_.count[half] - first_pair_);
 #pragma unroll 2
-        for (int in_block = threadIdx.x / 8; in_block < pairs_; in_block += kThreads / 8) {
-          const int row = in_block / kPairTile * kRowTile + half * kPairTile + in_block % kPairTile;
-          const int pair = first_pair_ + in_block;
-          if (pair < rows_.count[half])
-            copy16_async(to + swizzled(row, piece), rows_.base[half] + pair * rows_.stride[half] + (k < k_end_ ? k : 0), k < k_end_);
+        for (int pair = first; pair < end; pair += kRowsAtOnce) {
+          copy16_async(to, from, valid);
+          to += kRowsAtOnce / kPairTile * kRowTile * 8;
+          from += kRowsAtOnce * rows_.stride[half];
         }
+      }
     }
   }
 
   __device__ void copy_tokens(int step) {
-    uint4* to = shared_tokens_ + static_cast<size_t>(step % kStages) * slices_ * token_pieces_;
-    const int piece = threadIdx.x % 8;
-    for (int slice = 0; slice < slices_; ++slice, to += token_pieces_) {
+    uint4* stage = shared_tokens_ + static_cast<size_t>(step % kStages) * slices_ * token_pieces_;
+    const int piece = threadIdx.x % 8, first = threadIdx.x / 8;
+    for (int slice = 0; slice < slices_; ++slice, stage += token_pieces_) {
       const int64_t k = k_begin_ + (static_cast<int64_t>(step) * slices_ + slice) * kSlice + piece * 8;
-      for (int token = threadIdx.x / 8; token < tokens_.count; token += kThreads / 8)
-        copy16_async(to + swizzled(token, piece), tokens_.base + token * tokens_.stride + (k < k_end_ ? k : 0), k < k_end_);
+      const bool valid = k < k_end_;
+      for (int token = first; token < tokens_.count; token += kRowsAtOnce)
+        copy16_async(stage + swizzled(token, piece), tokens_.base + token * tokens_.stride + (valid ? k : 0), valid);
     }
   }
 

@@ -49,7 +49,7 @@ BUGS: dict[str, Bug] = {
     "copies left in flight": Bug(RING, "wait_copies<0>();", ""),
     "stage filled while it is read": Bug(RING, "const int ahead = step + kStages - 1;", "const int ahead = step + kStages;"),
     "k past the end": Bug(RING, "k_end_ = least(k_end, k_begin_ + part);", "k_end_ = k_begin_ + part;"),
-    "rows past the last one": Bug(RING, "if (pair < rows_.count[half])", "if (pair >= 0)", build="address"),
+    "rows past the last one": Bug(RING, "least(pairs_, rows_.count[half] - first_pair_)", "pairs_", build="address"),
     "wrong half of a row tile": Bug(RING, "tile * kRowTile + 8 + g", "tile * kRowTile + 4 + g"),
     "k part of another block": Bug(RING, "block / plan.row_blocks * part", "block % plan.row_blocks * part"),
     "ring cut short": Bug(PLAN, "return kStages * rows", "return (kStages - 1) * rows"),
@@ -79,10 +79,10 @@ BUGS: dict[str, Bug] = {
     "no wait for the first launch": Bug(VALUES, "  wait_for_previous_grid();\n  ring.run(sums);", "  ring.run(sums);"),
     "wait after the read": Bug(VALUES, "  wait_for_previous_grid();\n  ring.run(sums);", "  ring.run(sums);\n  wait_for_previous_grid();"),
     "no barrier between visual and u": Bug(VALUES, "  __syncthreads();  // visual", "  // visual"),
-    "visual past a length": Bug(VALUES, "if (slot < group.slots)\n", "if (slot < p.slots)\n"),
+    "visual past a length": Bug(VALUES, "if (slot < group.slots) visual", "if (slot < p.slots) visual"),
     "two writers of one part": Bug(VALUES, "part_of(args, args.plan.parts - 1, members[t])", "part_of(args, 0, members[t])"),
     # the third
-    "a part that nobody wrote": Bug(FINISH, "formed && !with_memory ? plan.parts - 1 : plan.parts", "plan.parts"),
+    "a part that nobody wrote": Bug(FINISH, "memory_of_token(p, n).row != kNoMemory", "true"),
     "a split forgotten": Bug(FINISH, "for (int part = 0; part < parts", "for (int part = 1; part < parts"),
     # the plan
     "workspace too small": Bug(PLAN, "take(plan.at.bytes, 4 * tokens * p.width * plan.parts)", "take(plan.at.bytes, 2 * tokens * p.width * plan.parts)", build="address"),
