@@ -38,6 +38,9 @@ def encode_pixels(vision_model: nn.Module, pixel_values: Pixels) -> ImageFeature
         given = [entry for entry in images if entry is not None]
         if not given:
             return [None] * len(images)
+        sizes = {tuple(entry.shape[1:]) for entry in given}
+        if len(sizes) > 1:
+            raise ValueError(f"pixel_values: wanted images of one size, got {sorted(sizes)}; resize them")
         counts = iter(torch.split(vision.encode(vision_model, torch.cat(given)), [len(entry) for entry in given]))
         return [None if entry is None else list(next(counts)) for entry in images]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +13,12 @@ from memvp_kernels.models.reclass import Reclassed, is_reclassed, reclass, resto
 __all__ = [
     "ADAPTER_DIM",
     "ClipAdapter",
-    "PixelValues",
     "adapters",
     "attach_adapters",
     "detach_adapters",
     "encode",
-    "encode_batch",
-    "prepare_adapters",
     "tower",
 ]
-
-PixelValues: TypeAlias = "Tensor | Sequence[Tensor | None]"
 
 ADAPTER_DIM = 12
 """Inner width of the official CLIP adapters."""
@@ -61,36 +55,6 @@ def encode(vision_model: nn.Module, pixel_values: Tensor) -> Tensor:
         h = layer(h, attention_mask=None)
     features: Tensor = clip.post_layernorm(h[:, 1:])
     return features
-
-
-def encode_batch(vision_model: nn.Module, pixel_values: PixelValues) -> Tensor | list[Tensor | None]:
-    """:func:`encode` for a batch whose samples may have no image, one, or several; all images run in one pass.
-
-    Args:
-        vision_model: as in :func:`encode`.
-        pixel_values: (B, 3, height, width); or one entry per sample: (3, height, width), (k, 3, height, width) or None.
-
-    Returns:
-        (B, patches, vision width); or, for a list, one entry per sample: (k * patches, vision width) or None.
-
-    Raises:
-        TypeError: as :func:`encode`; an entry that is neither a tensor nor None.
-        ValueError: an entry of another shape; images of different sizes, which one pass cannot take.
-    """
-    if isinstance(pixel_values, Tensor):
-        return encode(vision_model, pixel_values)
-    if not isinstance(pixel_values, Sequence):
-        raise TypeError(
-            f"pixel_values must be a tensor or a list with one entry per sample, got {type(pixel_values).__name__}"
-        )
-    images = [_images(entry, i) for i, entry in enumerate(pixel_values)]
-    sizes = {tuple(entry.shape[1:]) for entry in images if entry is not None}
-    if not sizes:
-        return [None] * len(images)
-    if len(sizes) > 1:
-        raise ValueError(f"pixel_values has images of different sizes {sorted(sizes)}: resize them to one")
-    features = iter(encode(vision_model, torch.cat([entry for entry in images if entry is not None])))
-    return [None if entry is None else torch.cat([next(features) for _ in entry]) for entry in images]
 
 
 class ClipAdapter(nn.Module):
@@ -188,28 +152,6 @@ def adapters(vision_model: nn.Module) -> list[ClipAdapter]:
         TypeError: ``vision_model`` is not a CLIP vision tower.
     """
     return [mlp.adapter_mlp for mlp in _mlps(vision_model) if _is_adapted(mlp)]
-
-
-def prepare_adapters(vision_model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Attach adapters of the inner width that ``state`` (parameter name → value) speaks of, unless there are some."""
-    inner = [tensor.shape[0] for name, tensor in state.items() if name.endswith(".adapter_mlp.fc1.weight")]
-    if inner and not adapters(vision_model):
-        attach_adapters(vision_model, hidden_dim=inner[0])
-
-
-def _images(entry: Tensor | None, i: int) -> Tensor | None:
-    if entry is None:
-        return None
-    if not isinstance(entry, Tensor):
-        raise TypeError(f"pixel_values[{i}] must be a tensor or None, got {type(entry).__name__}")
-    if entry.dim() not in (3, 4):
-        raise ValueError(
-            f"pixel_values[{i}] must be (channels, height, width) or (k, channels, height, width), "
-            f"got shape {tuple(entry.shape)}"
-        )
-    if entry.numel() == 0:
-        return None
-    return entry if entry.dim() == 4 else entry.unsqueeze(0)
 
 
 def _is_adapted(mlp: nn.Module) -> bool:

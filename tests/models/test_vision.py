@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memvp_kernels.models import vision
+from memvp_kernels.models.features import encode_pixels, pad_features
 from tests.models.clip import BLOCKS, pixels, vision_model
 
 
@@ -136,13 +137,15 @@ def test_float32_adapters_under_a_bfloat16_model() -> None:
 def test_a_batch_with_no_one_and_several_images() -> None:
     model, images = vision_model(), pixels(4)
     each = vision.encode(model, images)
-    batch = vision.encode_batch(model, [images[0], None, images[1:3], images[3:3]])
-    assert isinstance(batch, list)
-    torch.testing.assert_close(batch[0], each[0])
-    assert batch[1] is None and batch[3] is None
-    torch.testing.assert_close(batch[2], torch.cat([each[1], each[2]]))
-    assert vision.encode_batch(model, [None, None]) == [None, None]
-    whole = vision.encode_batch(model, images)
+    batch = encode_pixels(model, [images[0], None, images[1:3], images[3:3]])
+    rows, valid = pad_features(
+        batch, samples=4, vision_dim=12, num_slots=9, dtype=torch.float32, device=torch.device("cpu")
+    )
+    assert valid.sum(dim=1).tolist() == [4, 0, 8, 0]
+    torch.testing.assert_close(rows[0, :4], each[0])
+    torch.testing.assert_close(rows[2], torch.cat([each[1], each[2]]))
+    assert encode_pixels(model, [None, None]) == [None, None]
+    whole = encode_pixels(model, images)
     assert isinstance(whole, Tensor)
     torch.testing.assert_close(whole, each)
 
@@ -155,9 +158,9 @@ def test_bad_input_says_what_was_wanted() -> None:
         vision.encode(model, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"got shape \(3, 8, 8\)"):
         vision.encode(model, pixels(1)[0])
-    with pytest.raises(ValueError, match=r"pixel_values\[1\].*got shape \(8, 8\)"):
-        vision.encode_batch(model, [None, pixels(1)[0, 0]])
-    with pytest.raises(TypeError, match=r"pixel_values\[0\] must be a tensor or None, got str"):
-        vision.encode_batch(model, ["image.png"])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="different sizes"):
-        vision.encode_batch(model, [pixels(1)[0], torch.zeros(3, 4, 8)])
+    with pytest.raises(ValueError, match=r"pixel_values\[1\].*got \(8, 8\)"):
+        encode_pixels(model, [None, pixels(1)[0, 0]])
+    with pytest.raises(TypeError, match=r"pixel_values\[0\]: wanted a tensor or None, got str"):
+        encode_pixels(model, ["image.png"])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="images of one size"):
+        encode_pixels(model, [pixels(1)[0], torch.zeros(3, 4, 8)])
