@@ -277,7 +277,7 @@ class MemVPModel(nn.Module):
 
         Of several processes the first writes; where the adapter is sharded, every one must call this.
         """
-        saving.save(folder, self.memvp_config, self.adapter_state_dict())
+        saving.save(folder, self)
 
     @classmethod
     def from_pretrained(
@@ -289,10 +289,10 @@ class MemVPModel(nn.Module):
             FileNotFoundError: the folder lacks one of the two files.
             ValueError: an adapter for another size; the language model is given back as it was.
         """
-        config, state = saving.load(folder)
+        config, state, settings = saving.load(folder)
         model = cls(language_model, config, vision_model, **options)
         try:
-            model.load_adapter_state_dict(state)
+            saving.load_into(model, state, settings)
         except Exception:
             model.unload()
             raise
@@ -343,7 +343,7 @@ class MemVPModel(nn.Module):
                     "pixel_values: wanted a MemVPModel with vision_model=, got one without; pass image_features"
                 )
             image_features = encode_pixels(self.vision_model, pixel_values)
-        return pad_features(
+        features, valid = pad_features(
             image_features,
             samples=samples,
             vision_dim=self.memvp_config.vision_dim,
@@ -351,6 +351,13 @@ class MemVPModel(nn.Module):
             dtype=self.projector.fc1.weight.dtype,
             device=self.device,
         )
+        shown = isinstance(image_features, Tensor) or any(entry is not None for entry in image_features or ())
+        if self.vision_model is not None and not shown and torch.is_grad_enabled():
+            # no image in the whole batch: the vision model's adapters get zeros, not None, like the projector
+            for parameter in self.vision_model.parameters():
+                if parameter.requires_grad:
+                    features = features + 0.0 * parameter.sum().to(features)
+        return features, valid
 
     def _memory(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,44 +21,57 @@ __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "load", "load_into", "save"]
 CONFIG_NAME = "memvp_config.json"
 WEIGHTS_NAME = "memvp_model.safetensors"
 _VISION = "vision_model."
+_SETTINGS = "vision_adapters"  # entry of the safetensors file's metadata
 
 
-def save(folder: str | Path, config: MemVPConfig, state: dict[str, Tensor]) -> None:
+def save(folder: str | Path, model: MemVPModel) -> None:
     """Write both files, making the folder; of several processes, the first does."""
     from safetensors.torch import save_file
+
+    state = model.adapter_state_dict()  # gathers where sharded, so every process gets here
 
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config.save(folder / CONFIG_NAME)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_NAME)
+    model.memvp_config.save(folder / CONFIG_NAME)
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    settings = _vision_settings(model)
+    save_file(tensors, folder / WEIGHTS_NAME, None if settings is None else {_SETTINGS: json.dumps(settings)})
 
 
-def load(folder: str | Path) -> tuple[MemVPConfig, dict[str, Tensor]]:
-    """Read both files.
+def load(folder: str | Path) -> tuple[MemVPConfig, dict[str, Tensor], dict[str, float]]:
+    """Read both files: the configuration, the tensors, and the settings of the vision model's adapters.
 
     Raises:
         FileNotFoundError: one is missing.
     """
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     folder = Path(folder)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}; it is not a folder that save_pretrained wrote")
-    return MemVPConfig.load(folder / CONFIG_NAME), load_file(folder / WEIGHTS_NAME)
+    with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        settings = json.loads((file.metadata() or {}).get(_SETTINGS, "{}"))
+    return MemVPConfig.load(folder / CONFIG_NAME), state, settings
 
 
-def load_into(model: MemVPModel, state: dict[str, Tensor]) -> None:
+def load_into(model: MemVPModel, state: dict[str, Tensor], settings: dict[str, float] | None = None) -> None:
     """Copy ``state`` into the model's adapter, all of it or none.
+
+    Args:
+        model: its vision model is given adapters if ``state`` has any and it has none.
+        state: tensors by name.
+        settings: those of the vision model's adapters, scale and dropout.
 
     Raises:
         ValueError: names or shapes that do not fit, each named.
     """
-    vision = {name.removeprefix(_VISION): t for name, t in state.items() if name.startswith(_VISION)}
-    if vision:
-        _prepare_vision(model, vision)
+    inside = {name.removeprefix(_VISION): t for name, t in state.items() if name.startswith(_VISION)}
+    if inside:
+        _prepare_vision(model, inside, settings or {})
     wanted = model.adapter_tensors()
     problems = [f"missing {name}" for name in wanted if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in wanted]
@@ -72,10 +86,18 @@ def load_into(model: MemVPModel, state: dict[str, Tensor]) -> None:
         assign(tensor, state[name])
 
 
-def _prepare_vision(model: MemVPModel, state: dict[str, Tensor]) -> None:
+def _vision_settings(model: MemVPModel) -> dict[str, float] | None:
+    for module in [] if model.vision_model is None else model.vision_model.modules():
+        adapter = getattr(module, "adapter_mlp", None)
+        if isinstance(adapter, vision.ClipAdapter):
+            return {"dropout": adapter.dropout.p, "scale": float(module.adapter_scale)}  # type: ignore[arg-type]
+    return None
+
+
+def _prepare_vision(model: MemVPModel, state: dict[str, Tensor], settings: dict[str, float]) -> None:
     if model.vision_model is None:
         raise ValueError("the adapter has parameters for a vision model; pass vision_model=")
     if not vision.adapters(model.vision_model):
         fc1 = next((t for name, t in state.items() if name.endswith("adapter_mlp.fc1.weight")), None)
         if fc1 is not None:
-            vision.attach_adapters(model.vision_model, hidden_dim=fc1.shape[0])
+            vision.attach_adapters(model.vision_model, hidden_dim=fc1.shape[0], **settings)

@@ -161,7 +161,9 @@ def matrices(owner: nn.Module, *, key: str, value: str, gate: str | None = None)
     ways = {name: part.split for name, part in parts.items()}
     mesh = None
     if any(ways.values()):
-        if not all(way is not None and way.kind == ("rows" if name == value else "columns") for name, way in ways.items()):
+        if not all(
+            way is not None and way.kind == ("rows" if name == value else "columns") for name, way in ways.items()
+        ):
             return Opaque("its matrices are spread over ranks in ways that do not fit together")
         mesh = next(way.mesh for way in ways.values() if way is not None)
     gate_part = None if gate is None else parts[gate]
@@ -196,7 +198,7 @@ def activation_name(function: object) -> str | None:
     return _ACTIVATIONS.get(type(function).__name__)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _forward_module(kind: type) -> str:
     """Where the forward below this package's mixins was written (a library may have replaced the class's)."""
     for base in kind.__mro__:

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memvp_kernels import MemVPConfig, MemVPModel
+from memvp_kernels.models import vision
 from memvp_kernels.models.memory import VisualMemory
 from memvp_kernels.models.projector import Projector
+from tests.models.clip import vision_model
 from tests.models.tiny import CONFIG, VISION, WIDTH, features, language_model, tokens, with_memory, wrapped
 
 
@@ -150,6 +152,17 @@ def test_text_only_batches_still_reach_every_parameter() -> None:
     assert all(grad is not None for _, grad in trainable)
     assert not any(grad.any() for n, grad in trainable if "projector" in n)
     assert all(grad.any() for n, grad in trainable if "position" in n)
+
+
+def test_text_only_batches_reach_the_vision_models_adapters() -> None:
+    clip = vision_model(VISION)
+    vision.attach_adapters(clip, hidden_dim=3)
+    model = with_memory(language_model(), vision_model=clip)
+    for images in (None, [None, None]):
+        model.zero_grad()
+        model(input_ids=tokens(2), labels=tokens(2), pixel_values=images).loss.backward()
+        gradients = [p.grad for p in clip.parameters() if p.requires_grad]
+        assert gradients and all(g is not None and not g.any() for g in gradients)
 
 
 def test_several_questions_about_one_image() -> None:

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from memvp_kernels import MemVPModel
+from memvp_kernels.models import vision
 from memvp_kernels.models.reclass import Reclassed
-from tests.models.tiny import CONFIG, FAMILIES, features, language_model, tokens, with_memory, wrapped
+from tests.models.clip import pixels, vision_model
+from tests.models.tiny import CONFIG, FAMILIES, VISION, features, language_model, tokens, with_memory, wrapped
 
 _TENSORS = {
     "key_position", "value_position",
@@ -51,6 +53,21 @@ def test_saving_leaves_the_model_trainable(tmp_path: Path) -> None:
     again = MemVPModel.from_pretrained(language_model(), tmp_path)
     again(input_ids=tokens(3), labels=tokens(3)).loss.backward()
     assert again.key_position.grad is not None
+
+
+def test_vision_adapters_come_along(tmp_path: Path) -> None:
+    """Weights, scale and dropout; a vision model without adapters is given them."""
+    clip = vision_model(VISION)
+    for adapter in vision.attach_adapters(clip, hidden_dim=3, scale=0.4, dropout=0.3):
+        torch.nn.init.normal_(adapter.fc2.weight)
+    model = with_memory(language_model(), vision_model=clip)
+    model.save_pretrained(tmp_path)
+    inputs = {"input_ids": tokens(2), "pixel_values": pixels(2)}
+    again = MemVPModel.from_pretrained(language_model(), tmp_path, vision_model(VISION))
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    assert {a.dropout.p for a in vision.adapters(again.vision_model)} == {0.3}
+    with pytest.raises(ValueError, match="parameters for a vision model; pass vision_model="):
+        MemVPModel.from_pretrained(language_model(), tmp_path)
 
 
 def test_options_pass_through(tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""MemVPTrainer: small checkpoints, a resumed run that is the uninterrupted one, tied embeddings, LoRA beside the memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from memvp_kernels import MemVPModel
+from tests.models.tiny import CONFIG, features, language_model, tokens, with_memory
+
+
+class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Token ids and an image each; every third row has none."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        ids = tokens(1, 5, seed=i)[0]
+        return {"input_ids": ids, "labels": ids, "image_features": features(0 if i % 3 == 2 else 4, seed=i)[0]}
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    batch: dict[str, Any] = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
+    return batch | {"image_features": [row["image_features"] for row in rows]}
+
+
+def arguments(folder: Path, **options: Any) -> dict[str, Any]:
+    """What every Trainer here is built with."""
+    from transformers import TrainingArguments
+
+    settings = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        num_train_epochs=4,
+        learning_rate=0.05,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,
+    )
+    return {"args": settings, "train_dataset": Rows(), "eval_dataset": Rows(), "data_collator": collate}
+
+
+def _tied() -> MemVPModel:
+    return with_memory(language_model("gemma").train())
+
+
+def _run(model: MemVPModel, folder: Path, resume: Path | None = None, **options: Any) -> dict[str, Any]:
+    from memvp_kernels.models.trainer import MemVPTrainer
+
+    trainer = MemVPTrainer(model=model, **arguments(folder, save_steps=5, **options))
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+
+
+def test_resuming_is_not_stopping(tmp_path: Path) -> None:
+    whole = _tied()
+    losses = _run(whole, tmp_path / "whole")
+    checkpoint = tmp_path / "whole" / "checkpoint-5"
+    resumed = _tied()
+    again = _run(resumed, tmp_path / "resumed", checkpoint)
+    assert sorted(losses) == list(range(1, 13)) and {step: losses[step] for step in range(6, 13)} == {
+        step: loss for step, loss in again.items() if step > 5
+    }
+    for (name, a), b in zip(whole.adapter_state_dict().items(), resumed.adapter_state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_checkpoint_holds_what_trains_and_loads_anywhere(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    lora = peft.get_peft_model(language_model(), peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2))
+    model = with_memory(lora)
+    _run(model, tmp_path)
+    state = load_file(tmp_path / "checkpoint-12" / "model.safetensors")
+    assert set(state) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("lora" in name for name in state) and any(name.startswith("memory.") for name in state)
+    again = MemVPModel.from_pretrained(language_model(), tmp_path / "checkpoint-12")
+    for (name, a), b in zip(model.adapter_state_dict().items(), again.adapter_state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_best_model_comes_back(tmp_path: Path) -> None:
+    model = _tied()
+    _run(model, tmp_path, eval_strategy="steps", eval_steps=5, load_best_model_at_end=True)
+    saved = [MemVPModel.from_pretrained(language_model("gemma"), folder) for folder in tmp_path.glob("checkpoint-*")]
+    assert any(torch.equal(model.key_position, best.key_position) for best in saved)
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    _run(_tied(), tmp_path)
+    weights = tmp_path / "checkpoint-5" / "model.safetensors"
+    state = load_file(weights)
+    state["memory.other"] = state.pop("memory.key_position")
+    save_file(state, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing \['memory\.key_position'\], unexpected \['memory\.other'\]"):
+        _run(_tied(), tmp_path / "again", tmp_path / "checkpoint-5")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_plain_trainer_trains(checkpointing: bool, tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    model = with_memory(language_model("llama", seed=1), CONFIG)
+    frozen = {name: tensor.clone() for name, tensor in model.language_model.state_dict().items()}
+    options = arguments(tmp_path, save_strategy="no", gradient_checkpointing=checkpointing)
+    trainer = Trainer(model=model, **options)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 12 and sum(losses[-3:]) < sum(losses[:3]) - 0.15
+    assert trainer.evaluate()["eval_loss"] < losses[0]
+    for name, tensor in model.language_model.state_dict().items():
+        assert torch.equal(tensor, frozen[name]), f"{name} moved"
