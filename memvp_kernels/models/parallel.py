@@ -66,10 +66,11 @@ def read_split(linear: nn.Module) -> Split | None:
         "ColwiseParallel": ("columns", Replicate(), Shard(-1)),
         "RowwiseParallel": ("rows", Shard(-1), Replicate()),
     }
-    kind, *layouts = known.get(type(style).__name__, ("", None, None))
-    if not getattr(style, "use_local_output", False) or [style.input_layouts, style.output_layouts] != layouts:
+    if type(style).__name__ not in known:
         return None
-    return Split(kind, mesh)
+    kind, *layouts = known[type(style).__name__]
+    plain = style.use_local_output and [style.input_layouts, style.output_layouts] == layouts
+    return Split(kind, mesh) if plain else None
 
 
 def tensor_mesh(ffns: Iterable[nn.Module]) -> Any | None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests.scale.processes import Group
-from tests.scale.tiny import CONFIG, batch, language_model, memvp_model, saved_base, shape
+from tests.scale.tiny import CONFIG, batch, language_model, memvp_model, saved_base
 from tests.scale.traffic import Traffic
 
 ROOT = Path(__file__).parents[2]

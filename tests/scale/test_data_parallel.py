@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -78,8 +79,10 @@ def _errors(layout: str, inputs: dict[str, Any], wanted: Reference, checkpointin
     return wanted.errors(averaged(loss), found)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("text_only", list(TEXT_ONLY))
+@pytest.mark.parametrize(
+    ("text_only", "checkpointing"),
+    [("images", False), ("some", True), ("rank 1 has none", False), ("rank 1 has none", True), ("none at all", False)],
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_are_those_of_one_process(two: Group, layout: str, text_only: str, checkpointing: bool) -> None:
     """A rank without any image neither hangs nor fails: its zero cores pass every layer like any other."""
@@ -95,3 +98,156 @@ def _reference(text_only: str) -> Reference:
     if text_only not in _REFERENCES:
         _REFERENCES[text_only] = reference(batch(without=TEXT_ONLY[text_only]))
     return _REFERENCES[text_only]
+
+
+def _leftovers(layout: str) -> tuple[int, int]:
+    """Whole matrices of layers that are alive, and still hold numbers, before the forward and between it and the backward."""
+    model, entry = laid_out(layout, base=language_model(intermediate_size=56))  # a size that nothing else has
+
+    def alive() -> int:
+        gc.collect()
+        tensors = [
+            t for t in gc.get_objects() if isinstance(t, torch.Tensor) and type(t) in (torch.Tensor, nn.Parameter)
+        ]
+        pairs = model.language_model.config.intermediate_size * model.language_model.config.hidden_size
+        return sum(t.numel() == pairs and t.untyped_storage().nbytes() > 0 for t in tensors)
+
+    before = alive()
+    loss = entry(**part(batch())).loss
+    between = alive()
+    loss.backward()
+    return before, between
+
+
+@pytest.mark.parametrize("layout", ["fsdp2-root", "fsdp2-recipe"])
+def test_no_layer_stays_whole_between_forward_and_backward(two: Group, layout: str) -> None:
+    """A copy of a weight (packed, transposed, concatenated) kept for the backward would undo the sharding."""
+    for before, between in two.run(_leftovers, layout):
+        assert before == between == 0
+
+
+def _accumulated() -> dict[str, float]:
+    model, entry = laid_out("ddp")
+    inputs = part(batch(samples=8, without=(3,)))
+    first, second = ({n: v[half : half + 2] for n, v in inputs.items()} for half in (0, 2))
+    with entry.no_sync():
+        loss = entry(**first).loss / 2
+        loss.backward()
+    rest = entry(**second).loss / 2
+    rest.backward()
+    return reference(batch(samples=8, without=(3,))).errors(averaged(loss + rest), adapter_gradients(model))
+
+
+def test_accumulation_without_synchronising(two: Group) -> None:
+    for errors in two.run(_accumulated):
+        assert max(errors.values()) < 1, errors
+
+
+def _half_precision(layout: str) -> dict[str, float]:
+    """A bfloat16 base under a float32 memory, as it is trained."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    half = torch.bfloat16
+    wanted = reference(batch(), dtype=half)
+    model: Any = memvp_model(language_model() if layout == "policy" else language_model().to(half))
+    policy = MixedPrecisionPolicy(param_dtype=half) if layout == "policy" else MixedPrecisionPolicy()
+    for layer in model.language_model.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    if layout == "root":
+        fully_shard(model)
+    else:
+        fully_shard(model.language_model, mp_policy=policy)
+        model.memory = DistributedDataParallel(model.memory)
+    loss = model(**part(batch())).loss
+    loss.backward()
+    return wanted.errors(averaged(loss), whole(adapter_gradients(model)))
+
+
+@pytest.mark.parametrize("layout", ["recipe", "root", "policy"])
+def test_a_half_precision_base_under_a_float32_memory(two: Group, layout: str) -> None:
+    for errors in two.run(_half_precision, layout):
+        assert max(errors.values()) < 1, errors
+
+
+def _sharded_first() -> tuple[dict[str, float], bool, bool]:
+    """Wrapped after sharding; then generation, which runs the layers by itself; then the language model back."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    base = language_model()
+    for layer in base.model.layers:
+        fully_shard(layer)
+    fully_shard(base)
+    model: Any = memvp_model(base)
+    model.memory = DistributedDataParallel(model.memory)
+    loss = model(**part(batch())).loss
+    loss.backward()
+    errors = reference(batch()).errors(averaged(loss), adapter_gradients(model))
+    inputs = {name: v for name, v in batch().items() if name != "labels"}
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    tokens = model.eval().generate(**inputs, **options)
+    alone = memvp_model().eval().generate(**inputs, **options)
+    with torch.no_grad():
+        restored = model.unload()(input_ids=inputs["input_ids"]).logits
+        plain = language_model()(input_ids=inputs["input_ids"]).logits
+    return errors, torch.equal(tokens, alone), torch.equal(restored, plain)
+
+
+def test_a_base_that_was_sharded_before(two: Group) -> None:
+    for errors, tokens, unloaded in two.run(_sharded_first):
+        assert max(errors.values()) < 1, errors
+        assert tokens
+        assert unloaded
+
+
+def _cores() -> float:
+    """A core made by one call serves another, in a layout whose parameters are whole only while their module runs."""
+    model, _ = laid_out("fsdp2-own")
+    inputs = batch()
+    features = inputs.pop("image_features")
+    with torch.no_grad():
+        model(**inputs)  # FSDP2 wants its root called before anything inside it, and says so
+        core = model.encode_images(features)
+        return difference(model(**inputs, visual_core=core).logits, model(**inputs, image_features=features).logits)
+
+
+def test_cores_from_a_sharded_memory(two: Group) -> None:
+    assert two.run(_cores) == [0.0, 0.0]
+
+
+def _names() -> tuple[list[str], bool]:
+    """What policies and device maps go by."""
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_module_class_from_name
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    model = memvp_model()
+    kind: Any = get_module_class_from_name(model, "LlamaDecoderLayer")
+    wrapped = [
+        name
+        for name, module in model.named_modules()
+        if transformer_auto_wrap_policy(module, False, 0, transformer_layer_cls={kind})
+    ]
+    base = model.language_model
+    layer = sum(p.nbytes for p in base.model.layers[0].parameters())
+    sizes = {0: int(1.5 * layer), 1: int(1.5 * layer), "cpu": 10**9}
+    devices = infer_auto_device_map(base, max_memory=sizes, no_split_module_classes=list(base._no_split_modules))
+    inside = [name for name in devices if ".mlp" in name or ".self_attn" in name]
+    return wrapped, not inside
+
+
+def test_policies_and_device_maps_find_the_layers_by_name() -> None:
+    wrapped, kept_whole = _names()
+    assert wrapped == ["language_model.model.layers.0", "language_model.model.layers.1"]
+    assert kept_whole
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    """It walks the projector's graph once per layer, and fails in the second."""
+    with pytest.raises(ValueError, match="use_reentrant"):
+        memvp_model().gradient_checkpointing_enable({"use_reentrant": True})
+    model = memvp_model()
+    model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        model(**batch())

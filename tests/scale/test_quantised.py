@@ -24,7 +24,11 @@ def _nf4(base: Any, kind: str = "nf4", storage: torch.dtype = torch.uint8) -> An
 
     def make(linear: nn.Linear) -> nn.Module:
         new = bnb.nn.Linear4bit(
-            linear.in_features, linear.out_features, bias=linear.bias is not None, quant_type=kind, quant_storage=storage
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            quant_type=kind,
+            quant_storage=storage,
         )
         new.load_state_dict(linear.state_dict())
         return new.to("cpu")
@@ -142,7 +146,7 @@ def test_dynamic_activations_are_refused_in_training_and_serve() -> None:
     """torchao returns a result without a graph: the memory of lower layers would train on a part of its gradient."""
     model = memvp_model(_torchao(language_model(), "dynamic"))
     assert isinstance(model.memory_ffns()[0][1].ffn_matrices(), Opaque)
-    with pytest.raises(RuntimeError, match="gives its input no gradient.*weight-only"):
+    with pytest.raises(RuntimeError, match=r"gives its input no gradient.*weight-only"):
         model(**batch())
     with torch.no_grad():
         assert torch.isfinite(model.eval()(**batch()).loss)
@@ -150,9 +154,7 @@ def test_dynamic_activations_are_refused_in_training_and_serve() -> None:
 
 @pytest.mark.parametrize("name", ["bitsandbytes nf4", "torchao int8"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-def test_no_restored_matrix_outlives_its_call(
-    name: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_restored_matrix_outlives_its_call(name: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(site, "_FEW_TOKENS", 0)
     base = BASES[name]()
     for layer in base.model.layers:  # a number of elements that nothing else has

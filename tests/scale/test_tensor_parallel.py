@@ -13,6 +13,7 @@ from memvp_kernels import MemVPModel, fused_ffn
 from memvp_kernels.models import parallel
 from memvp_kernels.models.memory import Memory
 from memvp_kernels.models.weights import Matrices, Opaque
+from memvp_kernels.philox import draw_seed
 from tests.scale.processes import Group
 from tests.scale.tiny import (
     CONFIG,
@@ -161,7 +162,7 @@ def _train_and_generate(folder: str, checkpointing: bool) -> dict[str, Any]:
     out.backward()
     found = adapter_gradients(model)
     generation = {k: v for k, v in batch().items() if k != "labels"}
-    options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     alone = memvp_model(language_model()).eval().generate(**generation, **options)
     together = model.eval().generate(**generation, **options)
     return {
@@ -184,3 +185,149 @@ def test_a_split_model_trains_and_generates_like_the_whole(
         assert max(answer["errors"].values()) < 1, answer["errors"]
         assert answer["tokens"]
         assert answer["bits"] == answers[0]["bits"], "ranks would drift apart"
+
+
+def _two_dimensions(folder: str) -> tuple[bool, dict[str, float]]:
+    """Sharded over two, split over two: each pair that shares the work has half of the batch."""
+    from torch.nn.parallel import DistributedDataParallel
+    from transformers import LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    base = LlamaForCausalLM.from_pretrained(
+        folder, distributed_config=DistributedConfig(fsdp_size=2, tp_size=2), attn_implementation="eager"
+    )
+    data = base._device_mesh["fsdp"]
+    model: Any = memvp_model(base)
+    model.memory = DistributedDataParallel(model.memory, process_group=data.get_group())
+    fused: list[bool] = []
+    with model.observing(
+        lambda layer, x, y: fused.append(isinstance(model.memory_ffns()[layer][1].ffn_matrices(), Matrices))
+    ):
+        half = data.get_local_rank()
+        loss = model(**{name: v[2 * half : 2 * half + 2] for name, v in batch(without=(1,)).items()}).loss
+    loss.backward()
+    loss = loss.detach().clone()
+    dist.all_reduce(loss, group=data.get_group())
+    return len(fused) == 2 and all(fused), reference(batch(without=(1,))).errors(loss / 2, adapter_gradients(model))
+
+
+def test_sharded_and_split(four: Group, tmp_path: Any) -> None:
+    for fused, errors in four.run(_two_dimensions, saved_base(tmp_path)):
+        assert fused
+        assert max(errors.values()) < 1, errors
+
+
+def _by_hooks() -> tuple[bool, dict[str, float]]:
+    """torch's own parallelize_module, which hooks the layers."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    base = language_model()
+    mesh = dist.init_device_mesh("cpu", (2,))
+    columns, rows = (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
+        (
+            "self_attn.o_proj",
+            "mlp.down_proj",
+        ),
+    )
+    plan = {**{name: ColwiseParallel() for name in columns}, **{name: RowwiseParallel() for name in rows}}
+    for layer in base.model.layers:
+        parallelize_module(layer, mesh, plan)
+    model = memvp_model(base)
+    opaque = all(isinstance(ffn.ffn_matrices(), Opaque) for _, ffn in model.memory_ffns())
+    loss = model(**batch(without=(1,))).loss
+    loss.backward()
+    return opaque, reference(batch(without=(1,))).errors(loss, adapter_gradients(model))
+
+
+def test_a_split_that_is_not_understood_is_right_all_the_same(two: Group) -> None:
+    """The memory is whole on every rank and added after the reduce."""
+    for opaque, errors in two.run(_by_hooks):
+        assert opaque
+        assert max(errors.values()) < 1, errors
+
+
+def _drift(folder: str) -> bytes:
+    """Adapter after five steps with dropout, from ranks whose generators disagree."""
+    from dataclasses import replace
+
+    torch.manual_seed(100 + dist.get_rank())
+    model = parallel_model(folder, config=replace(CONFIG, dropout=0.3))
+    optimizer = torch.optim.AdamW(model.memory.parameters(), lr=0.05)
+    for _ in range(5):
+        model(**batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.cat([p.detach().flatten() for p in model.memory.parameters()]).numpy().tobytes()
+
+
+def test_ranks_stay_equal_whatever_their_dropout_draws(two: Group, tmp_path: Any) -> None:
+    first, second = two.run(_drift, saved_base(tmp_path))
+    assert first == second
+
+
+class _Mesh:
+    """As much of a mesh as a draw needs."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def get_local_rank(self) -> int:
+        return self.rank
+
+    def size(self) -> int:
+        return 4
+
+
+def test_ranks_under_one_seed_draw_different_masks_and_go_on_together() -> None:
+    seeds, states = [], []
+    for rank in range(4):
+        torch.manual_seed(3)
+        with parallel.own_draw(_Mesh(rank), torch.device("cpu"), 0.1):
+            seeds.append(draw_seed(torch.device("cpu")).item())
+        states.append(torch.get_rng_state())
+    assert len(set(seeds)) == 4
+    assert all(torch.equal(state, states[0]) for state in states)
+
+
+def test_a_replaced_forward_that_is_not_transformers_own_is_not_read() -> None:
+    linear = nn.Linear(4, 4)
+    assert parallel.read_split(linear) is None
+
+    def tp_forward(x: Tensor) -> Tensor:
+        return x
+
+    linear.forward = tp_forward  # type: ignore[method-assign]
+    assert parallel.read_split(linear) is None
+    tp_forward.__module__ = "transformers.distributed.tensor_parallel"
+    assert parallel.read_split(linear) is None, "the name alone says nothing"
+
+
+def _styles() -> dict[str, str | None]:
+    """What is read from layers under each of transformers' styles for a linear layer."""
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+
+    mesh = dist.init_device_mesh("cpu", (2,))
+    found = {}
+    for name in (
+        "colwise",
+        "rowwise",
+        "colwise_gather_output",
+        "colwise_rep",
+        "rowwise_split_input",
+        "packed_colwise",
+        "replicate",
+    ):
+        linear = nn.Linear(4, 4)
+        ALL_PARALLEL_STYLES[name].install_forward(linear, mesh)
+        split = parallel.read_split(linear)
+        found[name] = None if split is None else split.kind
+    return found
+
+
+def test_only_the_two_plain_styles_are_read(two: Group) -> None:
+    """Any other gathers, splits or packs what the fused FFN would take for a plain part."""
+    wanted = dict.fromkeys(
+        ("colwise_gather_output", "colwise_rep", "rowwise_split_input", "packed_colwise", "replicate")
+    )
+    assert two.run(_styles) == [{"colwise": "columns", "rowwise": "rows", **wanted}] * 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,10 +29,16 @@ def shape(**changes: Any) -> Any:
     """The language model's configuration."""
     from transformers import LlamaConfig
 
-    sizes = dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-        vocab_size=64, max_position_embeddings=64, attn_implementation="eager",
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 64,
+        "max_position_embeddings": 64,
+        "attn_implementation": "eager",
+    }
     return LlamaConfig(**{**sizes, **changes})
 
 
@@ -84,7 +89,7 @@ class Reference(NamedTuple):
     Attributes:
         loss: in float64 (but for the norms, which transformers computes in float32).
         gradients: of the memory's parameters, likewise.
-        limit: twice the worst relative error of the same in float32, the bound for any other order of float32 sums.
+        limit: twice the worst relative error of the same in float32 (or another dtype), the bound for any other order of its sums.
     """
 
     loss: Tensor
@@ -98,12 +103,10 @@ class Reference(NamedTuple):
         return {name: error / self.limit for name, error in {"loss": difference(loss, self.loss), **found}.items()}
 
 
-def reference(inputs: dict[str, Any], base: Callable[[], Any] = language_model, **options: Any) -> Reference:
-    """One process, the whole batch."""
-    wide, plain = (
-        _trained(memvp_model(base().to(dtype), **options), inputs) for dtype in (torch.float64, torch.float32)
-    )
-    own = Reference(*wide, limit=1.0).errors(*plain)
+def reference(inputs: dict[str, Any], *, dtype: torch.dtype = torch.float32) -> Reference:
+    """One process, the whole batch; the limit for a language model in ``dtype``."""
+    wide = _trained(memvp_model(language_model().to(torch.float64)), inputs)
+    own = Reference(*wide, limit=1.0).errors(*_trained(memvp_model(language_model().to(dtype)), inputs))
     return Reference(*wide, limit=2 * max(own.values()))
 
 
