@@ -157,7 +157,7 @@ def draw(machine: Machine) -> None:
         plots.plot_sweep(documents, path, against="visual_tokens", label="visual tokens of the image")
         path = folder / "speedup-text-length.png"
         plots.plot_sweep(documents, path, against="text_length", label="text tokens")
-        plots.plot_memory(documents, folder / "memory-per-image.png")
+        plots.plot_memory(documents[:1], folder / "memory-per-image.png")
     floors = [
         document for program, document in machine.documents.items() if program in ("latency", "kernels", "decode")
     ]

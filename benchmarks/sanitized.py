@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import torch
 from harness.correctness import allowed_error, relative_error
@@ -19,7 +20,7 @@ from memvp_kernels.choose import missing
 _BACKENDS = ("torch", "triton", "cuda")
 
 
-def operands(device: torch.device, *, factored: bool, tokens: int) -> dict[str, torch.Tensor]:
+def operands(device: torch.device, *, factored: bool, tokens: int) -> dict[str, Any]:
     """Three sequences over two memories, one of them ragged; the last sequence has none."""
     width, pairs, slots, rank = 136, 200, 19, 24
     generator = torch.Generator().manual_seed(tokens)
@@ -28,7 +29,7 @@ def operands(device: torch.device, *, factored: bool, tokens: int) -> dict[str, 
         return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(device, torch.bfloat16)
 
     memory = normal(2, slots, rank if factored else width)
-    found = {
+    found: dict[str, Any] = {
         "x": normal(3, tokens, width) * width**0.5,
         "key": normal(pairs, width),
         "gate": normal(pairs, width),

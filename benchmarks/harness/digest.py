@@ -39,7 +39,7 @@ class Machine:
     @property
     def environment(self) -> Mapping[str, Any]:
         """Of the first program; the report names each program's own commit and date."""
-        return next(iter(self.documents.values()))["environment"]  # type: ignore[no-any-return]
+        return next(iter(self.documents.values()))["environment"]
 
     @property
     def is_gpu(self) -> bool:

@@ -55,7 +55,7 @@ class _Operands:
         kv, vv = self.memory.key.to(dtype), self.memory.value.to(dtype)
 
         def per_image(t: Tensor) -> Tensor:
-            return t.to(dtype).unflatten(0, (self.images, -1))
+            return t.to(dtype).view(self.images, -1, t.shape[-1])
 
         if name == "hidden":
             x = self.x.to(dtype)
@@ -147,7 +147,7 @@ class _Operands:
         """The matrix products that a kernel contains, as cuBLAS does them, the per-image ones batched."""
         w, memory = self.weights, self.memory
         x, grad, visual, dscores = (
-            t.unflatten(0, (self.images, -1)) for t in (self.x, self.grad, self.visual, self.dscores)
+            t.view(self.images, -1, t.shape[-1]) for t in (self.x, self.grad, self.visual, self.dscores)
         )
         kv, vv = memory.key.transpose(1, 2), memory.value.transpose(1, 2)
         calls: dict[str, list[Callable[[], object]]] = {

@@ -22,6 +22,8 @@ def colour(variant: str) -> str:
     """Green for ours, blue for text only, red for the prompt-length form, violet for the peers."""
     if variant.startswith("text"):
         return _TEXT
+    if variant == "MemVPModel":
+        return _OURS
     if variant.startswith("prompt"):
         return _PROMPT
     ours = variant.split("-")[0] in ("plain", "factored", "positions") and not variant.endswith("eager")
@@ -132,7 +134,7 @@ def plot_memory(documents: Sequence[Document], path: Path) -> bool:
     kept: dict[str, dict[str, float]] = {}
     for row in _timed(documents):
         size = (row.get("memory_per_image_bytes") or 0) + (row.get("cache_per_image_bytes") or 0)
-        if row.get("level") == "model" and size:
+        if row.get("level") == "model" and size and not row["variant"].endswith("compile"):
             kept.setdefault(f"{row['preset']}, {row['visual_tokens']} visual tokens", {})[row["variant"]] = size / 1e6
     plt = _matplotlib()
     if plt is None or not kept:

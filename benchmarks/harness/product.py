@@ -86,8 +86,8 @@ def _language_model(stack: Stack) -> nn.Module:
         vocab_size=preset.vocabulary,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
-        attn_implementation="sdpa",
     )
+    config._attn_implementation = "sdpa"
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     state = {
@@ -102,4 +102,5 @@ def _language_model(stack: Stack) -> nn.Module:
         state |= {f"model.layers.{i}.mlp.{name}.weight": weight for name, weight in names.items()}
     model.load_state_dict(state, assign=True)
     model.model.rotary_emb = stack.rotary
-    return model.eval()
+    model.train(False)
+    return model

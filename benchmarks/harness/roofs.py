@@ -18,7 +18,7 @@ def measure_roofs(device: torch.device, dtype: torch.dtype, *, samples: int = 20
     Args:
         device: to measure.
         dtype: of the matrix product; bandwidth does not depend on it.
-        samples: per task; the fastest fifth counts, for a ceiling is what is possible.
+        samples: per task; the fastest counts, for a ceiling is what is possible.
     """
     big = device.type == "cuda"
     side = 8192 if big else 1024
@@ -36,7 +36,7 @@ def measure_roofs(device: torch.device, dtype: torch.dtype, *, samples: int = 20
         "max": Run([functools.partial(torch.amax, source, dim=0, out=total)]),
     }
     timings = Timer(device, samples=samples, warmup_ms=200 if big else 50).compare(runs)
-    best = {name: timing.p20_ms for name, timing in timings.items()}
+    best = {name: min(timing.samples) for name, timing in timings.items()}
     return Roofs(
         matmul_tflops=2 * side**3 / best["matmul"] / 1e9,
         copy_gbs=2 * stream_bytes / best["copy"] / 1e6,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,11 +17,14 @@ __all__ = ["Run", "Timer", "Timing", "operand_sets", "percentile"]
 
 Call = Callable[[], object]
 
+_Event: Any = torch.cuda.Event  # untyped in torch
+_Stream: Any = torch.cuda.Stream
+
 #: A sample shorter than this is mostly clock resolution and launch overhead, so short calls are repeated within one sample.
 SHORTEST_SAMPLE_MS = {"cpu": 1.0, "cuda": 1.0}
 #: Operands are rotated until together they are this many times the last-level cache.
 CACHE_MULTIPLE = {"cpu": 4, "cuda": 10}
-CPU_CACHE_BYTES = 32 * 2**20
+_L3 = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 MOST_OPERAND_SETS = 64
 
 
@@ -43,7 +50,7 @@ def operand_sets(set_bytes: int, device: torch.device, *, memory_limit: int | No
         device: its cache decides.
         memory_limit: bytes that all sets together may take; default a quarter of the free memory on a GPU, 1 GiB on a CPU.
     """
-    cache = CPU_CACHE_BYTES
+    cache = _cpu_cache_bytes()
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         if memory_limit is None:
@@ -53,6 +60,13 @@ def operand_sets(set_bytes: int, device: torch.device, *, memory_limit: int | No
     set_bytes = max(set_bytes, 1)
     wanted = math.ceil(CACHE_MULTIPLE[device.type] * cache / set_bytes)
     return max(1, min(wanted, memory_limit // set_bytes, MOST_OPERAND_SETS))
+
+
+@functools.cache
+def _cpu_cache_bytes() -> int:
+    """Of the last level, as Linux tells it; elsewhere 32 MiB, a common size."""
+    found = re.fullmatch(r"(\d+)K", _L3.read_text().strip()) if _L3.exists() else None
+    return int(found[1]) * 1024 if found else 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -248,8 +262,8 @@ class Timer:
         return sample
 
     def _events(self, run: Run, repeat: int) -> Callable[[], float]:
-        begin = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
+        begin = _Event(enable_timing=True)
+        end = _Event(enable_timing=True)
         turn = 0
 
         def sample() -> float:
@@ -267,7 +281,7 @@ class Timer:
         return sample
 
     def _capture(self, run: Run, repeat: int) -> torch.cuda.CUDAGraph:
-        side = torch.cuda.Stream(self.device)
+        side = _Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):  # libraries allocate their workspaces for the capturing stream beforehand
             for call in run.calls:
@@ -282,8 +296,8 @@ class Timer:
         return graph
 
     def _replay(self, graph: torch.cuda.CUDAGraph, repeat: int) -> Callable[[], float]:
-        begin = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
+        begin = _Event(enable_timing=True)
+        end = _Event(enable_timing=True)
 
         def sample() -> float:
             begin.record()

@@ -90,6 +90,16 @@ def test_kernels(tmp_path: Path) -> None:
     }
 
 
+def test_host_overhead() -> None:
+    """`make bench` itself takes its time; that its functions run is a matter of seconds."""
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-disable"]
+    done = subprocess.run(
+        [*command, str(BENCHMARKS / "host_overhead.py")], cwd=BENCHMARKS.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
 def test_a_time_limit_leaves_cases_out_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert latency.main(options(tmp_path, "--seconds", "0", samples=1)) == 0
     assert "4 cases were not begun" in capsys.readouterr().out

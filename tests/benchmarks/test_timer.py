@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from harness import timer
 from harness.clocks import ClockLog, summarise
 from harness.memory import call_peak_bytes, tensor_bytes
 from harness.timer import Run, Timer, Timing, operand_sets, percentile
@@ -146,7 +147,8 @@ def test_refuses_what_makes_no_measurement(samples: int, warmup: float) -> None:
         Run([])
 
 
-def test_operands_exceed_the_cache_within_the_memory() -> None:
+def test_operands_exceed_the_cache_within_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timer, "_cpu_cache_bytes", lambda: 32 * 2**20)
     small = operand_sets(2**20, CPU, memory_limit=2**40)
     assert small == 64  # the most
     middle = operand_sets(16 * 2**20, CPU, memory_limit=2**40)
