@@ -1,11 +1,12 @@
-// Loads by who may write what they read, copies into shared memory, shared memory itself, and the order of chained launches.
+// Loads by who may write what they read, copies into shared memory, shared memory itself, and the order of chained
+// launches.
 #pragma once
 #include "common/platform.cuh"
 
 namespace memvp {
 
-// 16 bytes of an input that no thread writes during the call and that is read once: past L1. Zeros, and no access, where not
-// `valid`: a predicate and not a branch, so that the loads of a loop can all be under way at once.
+// 16 bytes of an input that no thread writes during the call and that is read once: past L1. Zeros, and no access,
+// where not `valid`: a predicate and not a branch, so that the loads of a loop can all be under way at once.
 MEMVP_DEVICE uint4 load_input16(const void* p, bool valid) {
 #ifdef __CUDACC__
   uint4 v;
@@ -42,7 +43,8 @@ MEMVP_DEVICE V load_input(const V* p) {
 #endif
 }
 
-// What an earlier launch of the chain, or this block before a barrier, wrote: an ordinary load, never the read-only path.
+// What an earlier launch of the chain, or this block before a barrier, wrote: an ordinary load, never the read-only
+// path.
 template <class V>
 MEMVP_DEVICE V load_written(const void* p) {
 #ifdef __CUDACC__
@@ -64,9 +66,10 @@ MEMVP_DEVICE void prefetch_line(const void* p) {
 // Starts a copy of 16 bytes to shared memory, or of 16 zero bytes without touching `global` when not `valid`.
 MEMVP_DEVICE void copy16_async(void* shared, const void* global, bool valid) {
 #ifdef __CUDACC__
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-               "l"(global), "r"(valid ? 16 : 0)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+      "l"(global), "r"(valid ? 16 : 0)
+      : "memory");
 #else
   host_run::copy_async(shared, global, valid ? 16 : 0, 16);
 #endif
@@ -100,8 +103,8 @@ MEMVP_DEVICE V* shared_at(size_t offset, size_t count) {
 #endif
 }
 
-// Programmatic dependent launch. A grid of the chain may begin before the one ahead of it has ended; what that one writes
-// may be read only after wait_for_previous_grid. Without sm_90 the launches just follow one another.
+// Programmatic dependent launch. A grid of the chain may begin before the one ahead of it has ended; what that one
+// writes may be read only after wait_for_previous_grid. Without sm_90 the launches just follow one another.
 MEMVP_DEVICE void wait_for_previous_grid() {
 #ifdef __CUDACC__
 #if __CUDA_ARCH__ >= 900

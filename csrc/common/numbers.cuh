@@ -1,4 +1,5 @@
-// The two 16-bit number types as raw bits; arithmetic is float32. A `word` is 32 bits that hold two of them, the first in the low half.
+// The two 16-bit number types as raw bits; arithmetic is float32. A `word` is 32 bits that hold two of them, the first
+// in the low half.
 #pragma once
 #include "common/platform.cuh"
 
@@ -19,7 +20,9 @@ MEMVP_DEVICE float float_of_bits(uint32_t bits) {
 #endif
 }
 
-MEMVP_DEVICE float to_float(BFloat16 h) { return float_of_bits(static_cast<uint32_t>(h.bits) << 16); }
+MEMVP_DEVICE float to_float(BFloat16 h) {
+  return float_of_bits(static_cast<uint32_t>(h.bits) << 16);
+}
 
 MEMVP_DEVICE float to_float(Float16 h) {
 #ifdef __CUDACC__
@@ -82,6 +85,8 @@ MEMVP_DEVICE uint32_t high_halves(uint32_t first, uint32_t second) {
 #endif
 }
 
-MEMVP_DEVICE uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+MEMVP_DEVICE uint32_t word_of(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
 
 }  // namespace memvp

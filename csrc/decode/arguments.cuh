@@ -30,7 +30,9 @@ MEMVP_DEVICE Row row_of(const DecodeTensor& t, int64_t offset, int64_t stride) {
   return {t.data == nullptr ? nullptr : static_cast<const char*>(t.data) + offset * (wide ? 4 : 2), stride, wide};
 }
 // Row i of a matrix; slot m of memory i of a (memories, slots, ·) tensor.
-MEMVP_DEVICE Row row_of(const DecodeTensor& t, int64_t i) { return row_of(t, i * t.strides[0], t.strides[1]); }
+MEMVP_DEVICE Row row_of(const DecodeTensor& t, int64_t i) {
+  return row_of(t, i * t.strides[0], t.strides[1]);
+}
 MEMVP_DEVICE Row slot_of(const DecodeTensor& t, int64_t i, int64_t m) {
   return row_of(t, i * t.strides[0] + m * t.strides[1], t.strides[2]);
 }
@@ -46,7 +48,8 @@ MEMVP_DEVICE float element_or_zero(const DecodeTensor& t, int64_t k) {
   return t.data == nullptr ? 0.0f : element<T>(row_of(t, 0, t.strides[0]), k);
 }
 
-// What the compiler knows of a matrix: kNarrow, 16-byte pieces of T; kPieces, 16-byte pieces of T or float32; kElements, nothing.
+// What the compiler knows of a matrix: kNarrow, 16-byte pieces of T; kPieces, 16-byte pieces of T or float32;
+// kElements, nothing.
 enum class Reading { kNarrow, kPieces, kElements };
 
 // Elements k .. k + 7 of a row as float32, zero from `end` on. In pieces `end` is a multiple of 8.
@@ -80,7 +83,8 @@ MEMVP_DEVICE uint4 pack8(const float (&f)[8]) {
 // The same eight as an operand of an mma.
 template <class T, Reading kReading>
 MEMVP_DEVICE uint4 load8(const Row& row, int64_t k, int64_t end) {
-  if (kReading == Reading::kNarrow || (kReading == Reading::kPieces && !row.wide)) return load_input16(row.data + 2 * k, k < end);
+  if (kReading == Reading::kNarrow || (kReading == Reading::kPieces && !row.wide))
+    return load_input16(row.data + 2 * k, k < end);
   float f[8];
   load_floats<T, kReading>(f, row, k, end);
   return pack8<T>(f);

@@ -1,5 +1,5 @@
-// Products of at most eight tokens that one block computes straight from global memory: the memory's rows and columns, and
-// every weight that the ring cannot take. The warps share out k; their sums are added in the warps' order.
+// Products of at most eight tokens that one block computes straight from global memory: the memory's rows and columns,
+// and every weight that the ring cannot take. The warps share out k; their sums are added in the warps' order.
 #pragma once
 #include "common/mma.cuh"
 #include "decode/arguments.cuh"
@@ -7,26 +7,34 @@
 namespace memvp::decode {
 
 // Whose result a lane holds: accumulators c[0], c[1] are of tokens 2t, 2t + 1, operands are of token g.
-MEMVP_DEVICE int warp_of_thread() { return static_cast<int>(threadIdx.x) / 32; }
-MEMVP_DEVICE int group_of_lane() { return static_cast<int>(threadIdx.x) % 32 / 4; }
-MEMVP_DEVICE int member_of_lane() { return static_cast<int>(threadIdx.x) % 4; }
+MEMVP_DEVICE int warp_of_thread() {
+  return static_cast<int>(threadIdx.x) / 32;
+}
+MEMVP_DEVICE int group_of_lane() {
+  return static_cast<int>(threadIdx.x) % 32 / 4;
+}
+MEMVP_DEVICE int member_of_lane() {
+  return static_cast<int>(threadIdx.x) % 4;
+}
 
-// How many steps of k have their loads under way at once. Anything but plain pieces has so many that one step is enough.
+// How many steps of k have their loads under way at once. Anything but plain pieces has so many that one step is
+// enough.
 template <Reading kReading>
 constexpr int kStepsAhead = kReading == Reading::kNarrow ? 4 : 1;
 
 constexpr size_t kRowSumsBytes = kWarps * kRowTile * kTokenTile * sizeof(float);
 constexpr size_t kColumnSumsBytes = kWarps * kColumnTile * kTokenTile * sizeof(float);
 
-// sum += 16 rows · 8 tokens over the pieces of 32 elements of k from `first` on, every `step`-th. load(k) gives a lane's eight
-// elements from k of row g, of row g + 8 and of token g.
+// sum += 16 rows · 8 tokens over the pieces of 32 elements of k from `first` on, every `step`-th. load(k) gives a
+// lane's eight elements from k of row g, of row g + 8 and of token g.
 struct RowOperands {
   uint4 row, row8, token;
 };
 template <class T, int kAhead, class Load>
 MEMVP_DEVICE void add_rows(float (&sum)[4], int first, int step, int64_t k_end, Load load) {
 #pragma unroll kAhead
-  for (int64_t k = static_cast<int64_t>(first) * 32 + member_of_lane() * 8; k - member_of_lane() * 8 < k_end; k += step * 32) {
+  for (int64_t k = static_cast<int64_t>(first) * 32 + member_of_lane() * 8; k - member_of_lane() * 8 < k_end;
+       k += step * 32) {
     const RowOperands v = load(k);
     mma_rows<T>(sum, v.row, v.row8, v.token);
   }
@@ -55,8 +63,8 @@ MEMVP_DEVICE void block_rows(int64_t k_end, Load load, Store store) {
   }
 }
 
-// sum += 64 columns · 8 tokens over the rows k_begin .. k_end in steps of 16, this warp's share. load(k) gives a lane's eight
-// columns of row k; the four k of a lane's token start at token[k], zero past k_end up to a multiple of 16.
+// sum += 64 columns · 8 tokens over the rows k_begin .. k_end in steps of 16, this warp's share. load(k) gives a lane's
+// eight columns of row k; the four k of a lane's token start at token[k], zero past k_end up to a multiple of 16.
 template <class T, int kAhead, class Load>
 MEMVP_DEVICE void add_columns(float (&sum)[4][4], int64_t k_begin, int64_t k_end, const T* token, Load load) {
 #pragma unroll kAhead
@@ -69,8 +77,8 @@ MEMVP_DEVICE void add_columns(float (&sum)[4][4], int64_t k_begin, int64_t k_end
   }
 }
 
-// All warps' sums together, then store(column of the 64, token of the 8, sum) once for each. Begins and ends with a barrier's
-// safety: the shared sums may be in use before, and again after.
+// All warps' sums together, then store(column of the 64, token of the 8, sum) once for each. Begins and ends with a
+// barrier's safety: the shared sums may be in use before, and again after.
 template <class Store>
 MEMVP_DEVICE void store_columns(const float (&sum)[4][4], Store store) {
   float* sums = shared_at<float>(0, kColumnSumsBytes / sizeof(float));  // [warp][token][column]

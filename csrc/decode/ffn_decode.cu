@@ -33,8 +33,10 @@ struct Launcher {
   cudaStream_t stream;
   bool early;  // programmatic dependent launch: sm_90 or newer
 
-  int operator()(decode::DecodeKernel kernel, int blocks, size_t shared_bytes, const decode::DecodeArgs& args, bool chained) const {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  int operator()(decode::DecodeKernel kernel, int blocks, size_t shared_bytes, const decode::DecodeArgs& args,
+                 bool chained) const {
+    cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -53,11 +55,17 @@ struct Launcher {
 
 }  // namespace
 
-const char* ffn_decode_unsupported(const FfnDecodeParams& params) { return decode::why_unsupported(params); }
+const char* ffn_decode_unsupported(const FfnDecodeParams& params) {
+  return decode::why_unsupported(params);
+}
 
-bool ffn_decode_is_fast(const FfnDecodeParams& params) { return decode::is_fast(params); }
+bool ffn_decode_is_fast(const FfnDecodeParams& params) {
+  return decode::is_fast(params);
+}
 
-size_t ffn_decode_workspace_bytes(const FfnDecodeParams& params) { return decode::make_plan(params).at.bytes; }
+size_t ffn_decode_workspace_bytes(const FfnDecodeParams& params) {
+  return decode::make_plan(params).at.bytes;
+}
 
 int ffn_decode_launch(const FfnDecodeParams& params, void* stream) {
   const DeviceGuard guard(params.device);

@@ -1,5 +1,5 @@
-// Third launch of a step: y = partial sums + b_V + residual, and where memory is factored + [u | visual] [W; p^v]. A block has
-// 64 columns of eight tokens.
+// Third launch of a step: y = partial sums + b_V + residual, and where memory is factored + [u | visual] [W; p^v]. A
+// block has 64 columns of eight tokens.
 #pragma once
 #include "decode/values.cuh"
 
@@ -35,9 +35,10 @@ __global__ void __launch_bounds__(kThreads, kBy16 ? 2 : 1) finish_kernel(const _
       add_columns<T, ceil_div(kStepsAhead<reading.value>, 2)>(sum, 0, p.rank, visual, [&](int64_t k) {
         return load8<T, reading.value>(row_of(p.visual_basis, k), column, k < p.rank ? p.width : 0);
       });
-      add_columns<T, ceil_div(kStepsAhead<reading.value>, 2)>(sum, 0, p.value_position.data == nullptr ? 0 : p.slots, visual + plan.rank_stride, [&](int64_t k) {
-        return load8<T, reading.value>(row_of(p.value_position, k), column, k < p.slots ? p.width : 0);
-      });
+      add_columns<T, ceil_div(kStepsAhead<reading.value>, 2)>(
+          sum, 0, p.value_position.data == nullptr ? 0 : p.slots, visual + plan.rank_stride, [&](int64_t k) {
+            return load8<T, reading.value>(row_of(p.value_position, k), column, k < p.slots ? p.width : 0);
+          });
     });
   }
   store_columns(sum, [&](int c, int t, float v) {

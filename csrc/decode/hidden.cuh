@@ -9,8 +9,8 @@
 
 namespace memvp::decode {
 
-// Stores what pair `pair` of row sums means for `token`. Gated: the gate's and the key's sum of hidden unit `pair`; plain: the
-// sums of units 2 pair and 2 pair + 1. Units past F are zero: they pad the second product's k.
+// Stores what pair `pair` of row sums means for `token`. Gated: the gate's and the key's sum of hidden unit `pair`;
+// plain: the sums of units 2 pair and 2 pair + 1. Units past F are zero: they pad the second product's k.
 template <class T>
 MEMVP_DEVICE void store_hidden(const DecodeArgs& args, int token, int pair, float low, float high) {
   const FfnDecodeParams& p = args.p;
@@ -18,7 +18,8 @@ MEMVP_DEVICE void store_hidden(const DecodeArgs& args, int token, int pair, floa
   if (p.gate.data != nullptr) {
     float h = 0.0f;
     if (pair < p.pairs)
-      h = activate(p.activation, low + element_or_zero<T>(p.gate_bias, pair)) * (high + element_or_zero<T>(p.key_bias, pair));
+      h = activate(p.activation, low + element_or_zero<T>(p.gate_bias, pair)) *
+          (high + element_or_zero<T>(p.key_bias, pair));
     hidden[pair] = round_to<T>(h);
     return;
   }
@@ -26,7 +27,8 @@ MEMVP_DEVICE void store_hidden(const DecodeArgs& args, int token, int pair, floa
   for (int half = 0; half < 2; ++half) {
     const int unit = 2 * pair + half;
     const float sum = half == 0 ? low : high;
-    hidden[unit] = round_to<T>(unit < p.pairs ? activate(p.activation, sum + element_or_zero<T>(p.key_bias, unit)) : 0.0f);
+    hidden[unit] =
+        round_to<T>(unit < p.pairs ? activate(p.activation, sum + element_or_zero<T>(p.key_bias, unit)) : 0.0f);
   }
 }
 
@@ -38,7 +40,8 @@ MEMVP_DEVICE void hidden_by_ring(const DecodeArgs& args, int block) {
     rows = {{static_cast<const T*>(p.gate.data), static_cast<const T*>(p.key.data)},
             {p.gate.strides[0], p.key.strides[0]},
             {p.pairs, p.pairs}};
-  Ring<T, kTokenTiles> ring(args.plan.hidden, rows, {static_cast<const T*>(p.x.data), p.x.strides[0], p.tokens}, block, p.width);
+  Ring<T, kTokenTiles> ring(args.plan.hidden, rows, {static_cast<const T*>(p.x.data), p.x.strides[0], p.tokens}, block,
+                            p.width);
   RingSums<kTokenTiles> sums;
   ring.start_rows();
   ring.run(sums);
@@ -57,8 +60,8 @@ MEMVP_DEVICE void hidden_by_ring(const DecodeArgs& args, int block) {
   }
 }
 
-// Everything below reads an operand's row past the last one as zeros (`end` 0), and for a token past the last one that of
-// another token: an mma keeps rows and tokens apart, and nothing of those is stored.
+// Everything below reads an operand's row past the last one as zeros (`end` 0), and for a token past the last one that
+// of another token: an mma keeps rows and tokens apart, and nothing of those is stored.
 
 // One weight row pair tile of eight against eight tokens, element by element.
 template <class T>
@@ -74,8 +77,8 @@ MEMVP_DEVICE void hidden_by_block(const DecodeArgs& args, int block) {
   block_rows<T, kStepsAhead<kReading>>(
       p.width,
       [&](int64_t k) -> RowOperands {
-        return {load8<T, kReading>(row, k, low < p.pairs ? p.width : 0), load8<T, kReading>(row8, k, high < p.pairs ? p.width : 0),
-                load8<T, kReading>(x, k, p.width)};
+        return {load8<T, kReading>(row, k, low < p.pairs ? p.width : 0),
+                load8<T, kReading>(row8, k, high < p.pairs ? p.width : 0), load8<T, kReading>(x, k, p.width)};
       },
       [&](int g, int t, float sum, float sum8) {
         if (first_token + t < p.tokens) store_hidden<T>(args, first_token + t, first_pair + g, sum, sum8);
@@ -100,8 +103,8 @@ MEMVP_DEVICE void shared_scores(const DecodeArgs& args, int block) {
   block_rows<T, kStepsAhead<kReading>>(
       first_row < rows ? p.width : 0,
       [&](int64_t k) -> RowOperands {
-        return {load8<T, kReading>(row, k, low < rows ? p.width : 0), load8<T, kReading>(row8, k, high < rows ? p.width : 0),
-                load8<T, kReading>(x, k, p.width)};
+        return {load8<T, kReading>(row, k, low < rows ? p.width : 0),
+                load8<T, kReading>(row8, k, high < rows ? p.width : 0), load8<T, kReading>(x, k, p.width)};
       },
       [&](int g, int t, float sum, float sum8) {
         const int64_t n = first_token + t;
@@ -136,7 +139,8 @@ MEMVP_DEVICE void memory_scores(const DecodeArgs& args, int block) {
       first_slot < group.slots ? p.width : 0,
       [&](int64_t k) -> RowOperands {
         return {load8<T, kReading>(row, position, k, low < group.slots ? p.width : 0),
-                load8<T, kReading>(row8, position8, k, high < group.slots ? p.width : 0), load8<T, kReading>(x, k, p.width)};
+                load8<T, kReading>(row8, position8, k, high < group.slots ? p.width : 0),
+                load8<T, kReading>(x, k, p.width)};
       },
       [&](int g, int t, float score, float score8) {
         if (t >= group.count) return;
@@ -148,7 +152,8 @@ MEMVP_DEVICE void memory_scores(const DecodeArgs& args, int block) {
 
 // kTokenTiles 0: nothing can be read by 16 bytes, and the activations go the slow road too.
 template <class T, int kTokenTiles>
-__global__ void __launch_bounds__(kThreads, kTokenTiles > 0 ? 2 : 1) hidden_kernel(const __grid_constant__ DecodeArgs args) {
+__global__ void __launch_bounds__(kThreads, kTokenTiles > 0 ? 2 : 1)
+    hidden_kernel(const __grid_constant__ DecodeArgs args) {
   constexpr bool kBy16 = kTokenTiles > 0;
   const FfnDecodeParams& p = args.p;
   const int block = blockIdx.x, memory_block = block - args.plan.hidden_blocks;
@@ -161,9 +166,11 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles > 0 ? 2 : 1) hidden_kern
   }
   let_next_grid_begin();
   if (p.visual_basis.data != nullptr)
-    with_reading<kBy16>(p.visual_basis, p.key_position, [&](auto reading) { shared_scores<T, reading.value>(args, memory_block); });
+    with_reading<kBy16>(p.visual_basis, p.key_position,
+                        [&](auto reading) { shared_scores<T, reading.value>(args, memory_block); });
   else
-    with_reading<kBy16>(p.visual_key, p.key_position, [&](auto reading) { memory_scores<T, reading.value>(args, memory_block); });
+    with_reading<kBy16>(p.visual_key, p.key_position,
+                        [&](auto reading) { memory_scores<T, reading.value>(args, memory_block); });
 }
 
 }  // namespace memvp::decode

@@ -1,5 +1,5 @@
-// The three launches of a step, in their order: which instance of each kernel, how many blocks, how much shared memory. The
-// same for the device and for the host run; `launch(kernel, blocks, shared bytes, args)` is theirs.
+// The three launches of a step, in their order: which instance of each kernel, how many blocks, how much shared memory.
+// The same for the device and for the host run; `launch(kernel, blocks, shared bytes, args)` is theirs.
 #pragma once
 #include "decode/finish.cuh"
 
@@ -76,7 +76,8 @@ int launch_step(const FfnDecodeParams& params, Launch launch) {
   DecodeArgs args{params, make_plan(params)};
   // Memory without slots or rows is no memory, and key without pairs no FFN.
   if (!has_memory(params)) args.p.visual_key = args.p.visual_value = args.p.visual_basis = DecodeTensor{};
-  return params.type == DecodeType::kBFloat16 ? launch_step<BFloat16>(args, launch) : launch_step<Float16>(args, launch);
+  return params.type == DecodeType::kBFloat16 ? launch_step<BFloat16>(args, launch)
+                                              : launch_step<Float16>(args, launch);
 }
 
 }  // namespace memvp::decode

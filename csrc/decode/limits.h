@@ -1,13 +1,22 @@
-// What the decode kernels take, and which road through them: decided from the params alone, before anything is launched.
+// What the decode kernels take, and which road through them: decided from the params alone, before anything is
+// launched.
 #pragma once
 #include "decode/ffn_decode.h"
 
 namespace memvp::decode {
 
-inline bool present(const DecodeTensor& t) { return t.data != nullptr; }
-inline bool has_ffn(const FfnDecodeParams& p) { return present(p.key); }
-inline bool has_memory(const FfnDecodeParams& p) { return present(p.visual_key) && p.slots > 0 && p.memories > 0; }
-inline bool is_factored(const FfnDecodeParams& p) { return has_memory(p) && present(p.visual_basis); }
+inline bool present(const DecodeTensor& t) {
+  return t.data != nullptr;
+}
+inline bool has_ffn(const FfnDecodeParams& p) {
+  return present(p.key);
+}
+inline bool has_memory(const FfnDecodeParams& p) {
+  return present(p.visual_key) && p.slots > 0 && p.memories > 0;
+}
+inline bool is_factored(const FfnDecodeParams& p) {
+  return has_memory(p) && present(p.visual_basis);
+}
 
 inline const char* why_unsupported(const FfnDecodeParams& p) {
   const DecodeTensor* same[] = {&p.x, &p.key, &p.value, &p.gate, &p.residual};
@@ -26,7 +35,7 @@ inline const char* why_unsupported(const FfnDecodeParams& p) {
   if (p.tokens > kDecodeMaxTokens) return "the decode kernels take at most 64 tokens in all";
   if (p.multiprocessors < 1) return "multiprocessors must be the device's own number";
   if (p.tokens == 0 || p.width == 0) return nullptr;  // nothing to do
-  if (!present(p.x)) return "x is missing";  // y and workspace come with the launch
+  if (!present(p.x)) return "x is missing";           // y and workspace come with the launch
   if (present(p.key) != present(p.value)) return "key and value go together";
   if (present(p.visual_key) != present(p.visual_value)) return "visual_key and visual_value go together";
   if (present(p.gate) && !present(p.key)) return "gate needs key";
@@ -51,14 +60,18 @@ inline DecodeTensor transposed(const DecodeTensor& value) {
   t.strides[1] = value.strides[0];
   return t;
 }
-inline bool value_along_pairs(const FfnDecodeParams& p) { return reads_by_16(transposed(p.value), 2); }
+inline bool value_along_pairs(const FfnDecodeParams& p) {
+  return reads_by_16(transposed(p.value), 2);
+}
 
 inline bool is_fast(const FfnDecodeParams& p) {
   if (p.width % 8 != 0 || p.pairs % 8 != 0) return false;
   if (is_factored(p) && p.rank % 8 != 0) return false;
-  const bool ffn = !has_ffn(p) || (reads_by_16(p.key, 2) && reads_by_16(p.gate, 2) && (value_along_pairs(p) || reads_by_16(p.value, 2)));
-  const bool memory = !has_memory(p) || (reads_by_16(p.visual_key, 3) && reads_by_16(p.visual_value, 3) && reads_by_16(p.visual_basis, 2) &&
-                                         reads_by_16(p.key_position, 2) && reads_by_16(p.value_position, 2));
+  const bool ffn = !has_ffn(p) || (reads_by_16(p.key, 2) && reads_by_16(p.gate, 2) &&
+                                   (value_along_pairs(p) || reads_by_16(p.value, 2)));
+  const bool memory = !has_memory(p) || (reads_by_16(p.visual_key, 3) && reads_by_16(p.visual_value, 3) &&
+                                         reads_by_16(p.visual_basis, 2) && reads_by_16(p.key_position, 2) &&
+                                         reads_by_16(p.value_position, 2));
   return reads_by_16(p.x, 2) && ffn && memory;
 }
 

@@ -1,5 +1,5 @@
-// How one decode step is cut into blocks, and where its intermediate results lie in the workspace. Plain arithmetic on the
-// params, the same on every call: what makes the result repeatable, and the step capturable in a graph.
+// How one decode step is cut into blocks, and where its intermediate results lie in the workspace. Plain arithmetic on
+// the params, the same on every call: what makes the result repeatable, and the step capturable in a graph.
 #pragma once
 #include "common/platform.cuh"
 #include "decode/limits.h"
@@ -8,20 +8,22 @@ namespace memvp::decode {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kTokenTile = 8;    // tokens of one mma
-constexpr int kRowTile = 16;     // weight rows of one mma
-constexpr int kPairTile = 8;     // the same in pairs: rows g and g + 8 of an mma belong together (a gate row and its key row)
+constexpr int kTokenTile = 8;  // tokens of one mma
+constexpr int kRowTile = 16;   // weight rows of one mma
+constexpr int kPairTile =
+    8;  // the same in pairs: rows g and g + 8 of an mma belong together (a gate row and its key row)
 constexpr int kColumnTile = 64;  // columns of one block where the weight is contiguous along them
 constexpr int kSlice = 64;       // elements of k in a slice of the ring: a 128-byte line of every row
 constexpr int kSliceBytes = 2 * kSlice;
 constexpr int kStages = 4;
 constexpr int kMaxRowTilesPerWarp = 2;
 constexpr int kMaxSplits = 16;
-// A stage of the ring, weights and tokens. Four fit the 99 KB that every chip since sm_80 gives a block, and twice four an
-// H100's multiprocessor: there the next launch of the chain fills its ring while this one drains.
+// A stage of the ring, weights and tokens. Four fit the 99 KB that every chip since sm_80 gives a block, and twice four
+// an H100's multiprocessor: there the next launch of the chain fills its ring while this one drains.
 constexpr int kStageBytes = 24 * 1024;
 
-// A product of weight rows that run along k with all tokens. Block b does pairs [b % row_blocks] and k part [b / row_blocks].
+// A product of weight rows that run along k with all tokens. Block b does pairs [b % row_blocks] and k part [b /
+// row_blocks].
 struct RingPlan {
   int32_t pairs_per_block = 0, row_blocks = 0, splits = 0;
   int32_t slices = 0, slices_per_split = 0, slices_per_stage = 0;
@@ -32,8 +34,9 @@ struct RingPlan {
 
 // Bytes from the workspace's start.
 struct Workspace {
-  size_t hidden = 0;        // T [tokens][hidden_stride]: the activations, zero past `pairs`
-  size_t visual = 0;        // T [tokens][visual_stride]: factored [visual A_v | visual], else visual; zero past a memory's end
+  size_t hidden = 0;  // T [tokens][hidden_stride]: the activations, zero past `pairs`
+  size_t visual =
+      0;  // T [tokens][visual_stride]: factored [visual A_v | visual], else visual; zero past a memory's end
   size_t basis_scores = 0;  // T [tokens][rank_stride]: x W^T, zero past `rank`
   size_t slot_scores = 0;   // float [tokens][slot_stride]: x p^k^T
   size_t parts = 0;         // float [parts][tokens][width]: what y is the sum of
@@ -46,11 +49,11 @@ struct DecodePlan {
   int32_t token_tiles = 0;  // tiles of 8 tokens that a ring block computes: 1, 2, 4 or 8
   int32_t token_groups = 0;
   RingPlan hidden, value;
-  int32_t parts = 0;        // the splits of hidden · value, and where memory is not factored one for visual · Vv
+  int32_t parts = 0;  // the splits of hidden · value, and where memory is not factored one for visual · Vv
   int32_t hidden_stride = 0, rank_stride = 0, slot_stride = 0, visual_stride = 0;
-  int32_t hidden_blocks = 0, score_blocks = 0;         // first launch
-  int32_t value_blocks = 0, memory_blocks = 0;         // second
-  int32_t finish_blocks = 0;                           // third
+  int32_t hidden_blocks = 0, score_blocks = 0;  // first launch
+  int32_t value_blocks = 0, memory_blocks = 0;  // second
+  int32_t finish_blocks = 0;                    // third
   Workspace at;
 };
 
@@ -62,8 +65,8 @@ inline size_t ring_bytes(const RingPlan& ring, int token_tiles) {
   return kStages * rows * ring.slices_per_stage * kSliceBytes;
 }
 
-// Cuts `row_pairs` rows-by-two and k so that every multiprocessor has the same number of bytes to read. A split of k lets a
-// block be taller, which reads the tokens fewer times, and costs partial sums: with 64 tokens both count.
+// Cuts `row_pairs` rows-by-two and k so that every multiprocessor has the same number of bytes to read. A split of k
+// lets a block be taller, which reads the tokens fewer times, and costs partial sums: with 64 tokens both count.
 inline RingPlan plan_ring(int row_pairs, int k, int tokens, int token_tiles, int multiprocessors, int max_splits) {
   RingPlan best;
   double least_bytes = 0;
@@ -78,7 +81,8 @@ inline RingPlan plan_ring(int row_pairs, int k, int tokens, int token_tiles, int
       ring.slices = slices;
       ring.slices_per_split = ceil_div(slices, splits);
       ring.splits = greatest(ceil_div(slices, greatest(ring.slices_per_split, 1)), 1);
-      // Tokens and partial sums come from L2, at about twice the rate of the weights; a block costs about 16 KB of waiting.
+      // Tokens and partial sums come from L2, at about twice the rate of the weights; a block costs about 16 KB of
+      // waiting.
       const double weights = 2.0 * ring.pairs_per_block * kSliceBytes, from_l2 = 0.5 * tokens * kSliceBytes;
       const double sums = max_splits > 1 ? 0.5 * 2 * 4 * tokens * 2.0 * ring.pairs_per_block : 0;
       const double bytes = rounds * ((weights + from_l2) * ring.slices_per_split + sums + 16384);

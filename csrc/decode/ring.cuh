@@ -1,6 +1,6 @@
-// Weight rows times tokens at the memory's speed: four stages of shared memory, filled by asynchronous copies far ahead of
-// the tensor cores that empty them. The weights are the tall operand and the tokens the narrow one, so that one token costs
-// the same reads as eight.
+// Weight rows times tokens at the memory's speed: four stages of shared memory, filled by asynchronous copies far ahead
+// of the tensor cores that empty them. The weights are the tall operand and the tokens the narrow one, so that one
+// token costs the same reads as eight.
 #pragma once
 #include "common/mma.cuh"
 #include "decode/arguments.cuh"
@@ -36,18 +36,26 @@ struct RingSums {
 };
 
 // Row tile i of a warp, in the block; its pairs are 8 tile + g.
-MEMVP_DEVICE int row_tile_of_warp(int i) { return static_cast<int>(threadIdx.x) / 32 + i * kWarps; }
+MEMVP_DEVICE int row_tile_of_warp(int i) {
+  return static_cast<int>(threadIdx.x) / 32 + i * kWarps;
+}
 
-// The place of 16 bytes, piece `piece` of a row's 128-byte slice: rows of odd number have their halves swapped, so that the
-// two rows a quarter-warp reads at once lie in different banks.
-MEMVP_DEVICE int swizzled(int row, int piece) { return row * 8 + (piece ^ (row & 1) << 2); }
+// The place of 16 bytes, piece `piece` of a row's 128-byte slice: rows of odd number have their halves swapped, so that
+// the two rows a quarter-warp reads at once lie in different banks.
+MEMVP_DEVICE int swizzled(int row, int piece) {
+  return row * 8 + (piece ^ (row & 1) << 2);
+}
 
 template <class T, int kTokenTiles>
 class Ring {
  public:
   __device__ Ring(const RingPlan& plan, const RowPairs<T>& rows, const TokenRows<T>& tokens, int block, int64_t k_end)
-      : rows_(rows), tokens_(tokens), first_pair_((block % plan.row_blocks) * plan.pairs_per_block), pairs_(plan.pairs_per_block),
-        row_tiles_(plan.row_tiles()), slices_(plan.slices_per_stage) {
+      : rows_(rows),
+        tokens_(tokens),
+        first_pair_((block % plan.row_blocks) * plan.pairs_per_block),
+        pairs_(plan.pairs_per_block),
+        row_tiles_(plan.row_tiles()),
+        slices_(plan.slices_per_stage) {
     const int64_t part = static_cast<int64_t>(plan.slices_per_split) * kSlice;
     k_begin_ = block / plan.row_blocks * part;
     k_end_ = least(k_end, k_begin_ + part);
@@ -59,7 +67,8 @@ class Ring {
     shared_tokens_ = shared_at<uint4>(row_bytes, static_cast<size_t>(kStages) * slices_ * token_pieces_);
   }
 
-  // Weights are inputs of the call: their first stages may be under way before the launch that makes the tokens has ended.
+  // Weights are inputs of the call: their first stages may be under way before the launch that makes the tokens has
+  // ended.
   __device__ void start_rows() {
     for (int step = 0; step < kStages - 1; ++step)
       if (step < steps_) copy_rows(step);
@@ -100,10 +109,12 @@ class Ring {
   static constexpr int kRowsAtOnce = kThreads / 8;
   static_assert(kRowsAtOnce % kPairTile == 0 && kPairTile % 2 == 0, "copy_rows steps by whole tiles");
 
-  __device__ int pair_in_block(int i) const { return row_tile_of_warp(i) * kPairTile + static_cast<int>(threadIdx.x) % 32 / 4; }
+  __device__ int pair_in_block(int i) const {
+    return row_tile_of_warp(i) * kPairTile + static_cast<int>(threadIdx.x) % 32 / 4;
+  }
 
-  // Thread i copies piece i % 8 of every kRowsAtOnce-th row from i / 8 on: a warp reads four whole lines. Those rows are a multiple
-  // of the tile apart, so their places in shared memory are at equal steps, swizzle included.
+  // Thread i copies piece i % 8 of every kRowsAtOnce-th row from i / 8 on: a warp reads four whole lines. Those rows
+  // are a multiple of the tile apart, so their places in shared memory are at equal steps, swizzle included.
   __device__ void copy_rows(int step) {
     uint4* stage = shared_rows_ + static_cast<size_t>(step % kStages) * slices_ * row_pieces_;
     const int piece = threadIdx.x % 8, first = threadIdx.x / 8;

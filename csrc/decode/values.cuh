@@ -7,7 +7,8 @@
 namespace memvp::decode {
 
 MEMVP_DEVICE float* part_of(const DecodeArgs& args, int part, int token) {
-  return in_workspace<float>(args, args.plan.at.parts) + (static_cast<int64_t>(part) * args.p.tokens + token) * args.p.width;
+  return in_workspace<float>(args, args.plan.at.parts) +
+         (static_cast<int64_t>(part) * args.p.tokens + token) * args.p.width;
 }
 
 template <class T, int kTokenTiles>
@@ -53,7 +54,8 @@ MEMVP_DEVICE void values_by_block(const DecodeArgs& args, int block) {
     return load8<T, kReading>(row_of(p.value, k), column, k < k_end ? p.width : 0);
   });
   store_columns(sum, [&](int c, int t, float v) {
-    if (first_column + c < p.width && first_token + t < p.tokens) part_of(args, split, first_token + t)[first_column + c] = v;
+    if (first_column + c < p.width && first_token + t < p.tokens)
+      part_of(args, split, first_token + t)[first_column + c] = v;
   });
 }
 
@@ -61,7 +63,8 @@ MEMVP_DEVICE void values_by_block(const DecodeArgs& args, int block) {
 template <class T, Reading kReading>
 MEMVP_DEVICE void core_step(const DecodeArgs& args, int block) {
   const FfnDecodeParams& p = args.p;
-  const int64_t rank_stride = args.plan.rank_stride, slot_stride = args.plan.slot_stride, visual_stride = args.plan.visual_stride;
+  const int64_t rank_stride = args.plan.rank_stride, slot_stride = args.plan.slot_stride,
+                visual_stride = args.plan.visual_stride;
   int32_t* members;
   const TokenGroup group = find_group(p, block, kColumnSumsBytes, members);
   wait_for_previous_grid();
@@ -78,17 +81,19 @@ MEMVP_DEVICE void core_step(const DecodeArgs& args, int block) {
     const int low = tile * kRowTile + group_of_lane(), high = low + 8;
     const Row row = slot_of(p.visual_key, group.memory, low), row8 = slot_of(p.visual_key, group.memory, high);
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    add_rows<T, kStepsAhead<kReading>>(sum, 0, 1, tile * kRowTile < group.slots ? p.rank : 0, [&](int64_t k) -> RowOperands {
-      return {load8<T, kReading>(row, k, low < group.slots ? p.rank : 0), load8<T, kReading>(row8, k, high < group.slots ? p.rank : 0),
-              load_written<uint4>(basis_scores + k)};
-    });
+    add_rows<T, kStepsAhead<kReading>>(
+        sum, 0, 1, tile * kRowTile < group.slots ? p.rank : 0, [&](int64_t k) -> RowOperands {
+          return {load8<T, kReading>(row, k, low < group.slots ? p.rank : 0),
+                  load8<T, kReading>(row8, k, high < group.slots ? p.rank : 0), load_written<uint4>(basis_scores + k)};
+        });
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int t = 2 * member_of_lane() + j % 2, slot = j < 2 ? low : high;
       if (t >= group.count) continue;
       const int64_t n = members[t];
       float visual = 0.0f;
-      if (slot < group.slots) visual = visual_of_score(p, sum[j] + load_written<float>(slot_scores + n * slot_stride + slot));
+      if (slot < group.slots)
+        visual = visual_of_score(p, sum[j] + load_written<float>(slot_scores + n * slot_stride + slot));
       out[n * visual_stride + rank_stride + slot] = round_to<T>(visual);
     }
   }
@@ -101,7 +106,8 @@ MEMVP_DEVICE void core_step(const DecodeArgs& args, int block) {
       return load8<T, kReading>(slot_of(p.visual_value, group.memory, k), column, k < group.slots ? p.rank : 0);
     });
     store_columns(sum, [&](int c, int t, float v) {
-      if (t < group.count && first_column + c < rank_stride) out[members[t] * visual_stride + first_column + c] = round_to<T>(v);
+      if (t < group.count && first_column + c < rank_stride)
+        out[members[t] * visual_stride + first_column + c] = round_to<T>(v);
     });
   }
 }
@@ -123,7 +129,8 @@ MEMVP_DEVICE void memory_values(const DecodeArgs& args, int block) {
                               k < group.slots ? p.width : 0);
   });
   store_columns(sum, [&](int c, int t, float v) {
-    if (t < group.count && first_column + c < p.width) part_of(args, args.plan.parts - 1, members[t])[first_column + c] = v;
+    if (t < group.count && first_column + c < p.width)
+      part_of(args, args.plan.parts - 1, members[t])[first_column + c] = v;
   });
 }
 
@@ -141,9 +148,11 @@ __global__ void __launch_bounds__(kThreads, kBy16 ? 2 : 1) values_kernel(const _
   }
   let_next_grid_begin();
   if (p.visual_basis.data != nullptr)
-    with_reading<kBy16>(p.visual_key, p.visual_value, [&](auto reading) { core_step<T, reading.value>(args, memory_block); });
+    with_reading<kBy16>(p.visual_key, p.visual_value,
+                        [&](auto reading) { core_step<T, reading.value>(args, memory_block); });
   else
-    with_reading<kBy16>(p.visual_value, p.value_position, [&](auto reading) { memory_values<T, reading.value>(args, memory_block); });
+    with_reading<kBy16>(p.visual_value, p.value_position,
+                        [&](auto reading) { memory_values<T, reading.value>(args, memory_block); });
 }
 
 }  // namespace memvp::decode

@@ -1,5 +1,5 @@
-// Runs stored cases (tests/csrc/host_run.py writes them) and judges the results: the program that the sanitizers watch and
-// that the planted bugs must make fail. Usage: cases FILE SCHEDULES; exit status 1 when a case failed.
+// Runs stored cases (tests/csrc/host_run.py writes them) and judges the results: the program that the sanitizers watch
+// and that the planted bugs must make fail. Usage: cases FILE SCHEDULES; exit status 1 when a case failed.
 #include "host_run/ffn_decode_host.h"
 
 namespace {
@@ -58,8 +58,8 @@ StoredCase read_case(Reader& reader) {
   }
   FfnDecodeParams& p = stored.params;
   reader.read(static_cast<void*>(&p), sizeof(p));
-  for (DecodeTensor* t : {&p.x, &p.key, &p.value, &p.gate, &p.key_bias, &p.gate_bias, &p.value_bias, &p.visual_key, &p.visual_value,
-                          &p.visual_basis, &p.key_position, &p.value_position, &p.residual})
+  for (DecodeTensor* t : {&p.x, &p.key, &p.value, &p.gate, &p.key_bias, &p.gate_bias, &p.value_bias, &p.visual_key,
+                          &p.visual_value, &p.visual_basis, &p.key_position, &p.value_position, &p.residual})
     place(t->data, stored);
   place(p.cu_seqlens, stored);
   place(p.visual_index, stored);
@@ -81,14 +81,16 @@ std::string judge(const StoredCase& stored, const uint16_t* y) {
     squares += error * error;
   }
   if (std::sqrt(squares) <= stored.norm && largest <= stored.largest) return "";
-  return text("error %g (allowed %g), largest %g (allowed %g)", std::sqrt(squares), stored.norm, largest, stored.largest);
+  return text("error %g (allowed %g), largest %g (allowed %g)", std::sqrt(squares), stored.norm, largest,
+              stored.largest);
 }
 
 std::string run_case(const StoredCase& stored, uint64_t schedules) {
   FfnDecodeParams params = stored.params;
   params.y_stride = params.width;
   Config config;
-  for (const StoredTensor& tensor : stored.tensors) config.inputs.push_back({tensor.data(), tensor.buffer.bytes() - tensor.offset});
+  for (const StoredTensor& tensor : stored.tensors)
+    config.inputs.push_back({tensor.data(), tensor.buffer.bytes() - tensor.offset});
 #ifdef MEMVP_HOST_UNCHECKED_INPUTS  // what the address sanitizer finds by itself
   config.inputs.clear();
 #endif
@@ -104,7 +106,8 @@ std::string run_case(const StoredCase& stored, uint64_t schedules) {
     const std::string wrong = judge(stored, bits);
     if (!wrong.empty()) return text("schedule %d: ", static_cast<int>(seed)) + wrong;
     if (first.empty()) first.assign(bits, bits + stored.exact.size());
-    if (memcmp(first.data(), bits, 2 * first.size()) != 0) return text("schedule %d: other bits than schedule 1", static_cast<int>(seed));
+    if (memcmp(first.data(), bits, 2 * first.size()) != 0)
+      return text("schedule %d: other bits than schedule 1", static_cast<int>(seed));
   }
   return "";
 }

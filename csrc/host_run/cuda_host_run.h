@@ -22,6 +22,10 @@ struct alignas(16) uint4 {
 struct alignas(8) float2 {
   float x, y;
 };
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+  return {x, y, z, w};
+}
 
-inline void __syncthreads(MEMVP_SITE) { memvp::host_run::sync_block({file, line, "__syncthreads"}); }
+inline void __syncthreads(MEMVP_SITE) {
+  memvp::host_run::sync_block({file, line, "__syncthreads"});
+}

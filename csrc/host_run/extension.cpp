@@ -1,5 +1,5 @@
-// The launcher of decode/ffn_decode.h on the CPU. With csrc/bindings.cpp it makes an extension module whose pointers are the
-// host's: the tests take a problem through all of the Python side and the bindings, to a result, without a GPU.
+// The launcher of decode/ffn_decode.h on the CPU. With csrc/bindings.cpp it makes an extension module whose pointers
+// are the host's: the tests take a problem through all of the Python side and the bindings, to a result, without a GPU.
 #include "host_run/ffn_decode_host.h"
 
 namespace memvp {
@@ -11,11 +11,17 @@ thread_local std::string host_run_message;
 
 }  // namespace
 
-const char* ffn_decode_unsupported(const FfnDecodeParams& params) { return decode::why_unsupported(params); }
+const char* ffn_decode_unsupported(const FfnDecodeParams& params) {
+  return decode::why_unsupported(params);
+}
 
-bool ffn_decode_is_fast(const FfnDecodeParams& params) { return decode::is_fast(params); }
+bool ffn_decode_is_fast(const FfnDecodeParams& params) {
+  return decode::is_fast(params);
+}
 
-size_t ffn_decode_workspace_bytes(const FfnDecodeParams& params) { return decode::make_plan(params).at.bytes; }
+size_t ffn_decode_workspace_bytes(const FfnDecodeParams& params) {
+  return decode::make_plan(params).at.bytes;
+}
 
 int ffn_decode_launch(const FfnDecodeParams& params, void*) {
   if (decode::why_unsupported(params) != nullptr) return kDecodeUnsupported;
@@ -28,6 +34,8 @@ int ffn_decode_launch(const FfnDecodeParams& params, void*) {
   }
 }
 
-const char* ffn_decode_error_text(int) { return host_run_message.c_str(); }
+const char* ffn_decode_error_text(int) {
+  return host_run_message.c_str();
+}
 
 }  // namespace memvp

@@ -4,7 +4,8 @@
 
 namespace memvp::host_run {
 
-// A buffer of exact size, so that the address sanitizer guards both ends; filled with NaN, so that an unwritten read shows.
+// A buffer of exact size, so that the address sanitizer guards both ends; filled with NaN, so that an unwritten read
+// shows.
 class Buffer {
  public:
   explicit Buffer(size_t bytes, size_t alignment = 256) : bytes_(bytes) {
@@ -28,8 +29,10 @@ inline Stats run_decode(FfnDecodeParams params, const Config& config) {
   const Buffer workspace(params.tokens == 0 ? 0 : decode::make_plan(params).at.bytes);
   params.workspace = workspace.data();
   std::vector<Launch> launches;
-  decode::launch_step(params, [&](decode::DecodeKernel kernel, int blocks, size_t shared_bytes, const decode::DecodeArgs& args, bool chained) {
-    launches.push_back({static_cast<unsigned>(blocks), decode::kThreads, shared_bytes, [kernel, args] { kernel(args); }, chained});
+  decode::launch_step(params, [&](decode::DecodeKernel kernel, int blocks, size_t shared_bytes,
+                                  const decode::DecodeArgs& args, bool chained) {
+    launches.push_back(
+        {static_cast<unsigned>(blocks), decode::kThreads, shared_bytes, [kernel, args] { kernel(args); }, chained});
     return 0;
   });
   return run_chain(std::move(launches), config);

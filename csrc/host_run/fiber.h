@@ -1,5 +1,5 @@
-// One CUDA thread as a fiber: a stack of its own, and a switch that the sanitizers follow. All fibers share one OS thread, so
-// a run is a function of its inputs and its seed.
+// One CUDA thread as a fiber: a stack of its own, and a switch that the sanitizers follow. All fibers share one OS
+// thread, so a run is a function of its inputs and its seed.
 #pragma once
 #include <pthread.h>
 #include <sys/mman.h>
@@ -46,7 +46,8 @@ constexpr size_t kStackBytes = 64 << 10;
 #endif
 constexpr size_t kGuardBytes = 4096;  // below a stack: running over it is a fault, not a corruption
 
-// What a fiber runs on. Making one asks the kernel for memory (a megabyte under the thread sanitizer), so later fibers use it again.
+// What a fiber runs on. Making one asks the kernel for memory (a megabyte under the thread sanitizer), so later fibers
+// use it again.
 struct Stack {
   char* memory = nullptr;
   void* tsan = nullptr;
@@ -104,7 +105,8 @@ class Quiet {
 };
 
 #ifndef MEMVP_FIBER_UCONTEXT
-// Saves the callee's registers and the stack, takes the other's: a twentieth of swapcontext's time, which asks the kernel.
+// Saves the callee's registers and the stack, takes the other's: a twentieth of swapcontext's time, which asks the
+// kernel.
 __attribute__((naked, noinline)) inline void switch_stacks(void** /*save*/, void* /*load*/) {
   __asm__ volatile(
       "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
@@ -133,7 +135,8 @@ inline void switch_fiber(FiberContext& from, FiberContext& to, bool last) {
   void* load = to.stack_pointer;
 #endif
 #ifdef MEMVP_FIBER_TSAN
-  // From here to the switch no access to memory: it would count as the other fiber's. No order is implied between the two.
+  // From here to the switch no access to memory: it would count as the other fiber's. No order is implied between the
+  // two.
   void* tsan = to.stack.tsan;
   if (last)
     for (int depth = from.quiet; depth > 0; --depth) watch_again();  // a fiber must not end while ignoring
@@ -175,7 +178,8 @@ class StackPool {
   }
   Stack take() {
     if (free_.empty()) {
-      void* p = mmap(nullptr, kStackBytes + kGuardBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      void* p = mmap(nullptr, kStackBytes + kGuardBytes, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (p == MAP_FAILED) throw std::runtime_error("host run: no memory for a fiber's stack");
       mprotect(p, kGuardBytes, PROT_NONE);
       Stack made{static_cast<char*>(p) + kGuardBytes};
@@ -218,7 +222,8 @@ inline void start_fiber(FiberContext& fiber, const Stack& stack, unsigned number
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, entry, 0);
 #else
-  void** top = reinterpret_cast<void**>(stack.memory + kStackBytes - 64 - number * 192 % 4096);  // spread over the cache's sets
+  void** top =
+      reinterpret_cast<void**>(stack.memory + kStackBytes - 64 - number * 192 % 4096);  // spread over the cache's sets
   *--top = nullptr;  // keeps the stack aligned at entry
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;

@@ -19,10 +19,13 @@ struct HostRunOptions {
 extern "C" {
 
 // For the caller to compare with its own picture of the structs.
-uint64_t memvp_host_params_bytes() { return sizeof(FfnDecodeParams); }
+uint64_t memvp_host_params_bytes() {
+  return sizeof(FfnDecodeParams);
+}
 
 // 0, or 1 with a message. Adds to `stats` (switches, barriers, collectives, blocks that began early).
-int memvp_host_decode(const FfnDecodeParams* params, const HostRunOptions* options, uint64_t stats[4], char* message, size_t bytes) {
+int memvp_host_decode(const FfnDecodeParams* params, const HostRunOptions* options, uint64_t stats[4], char* message,
+                      size_t bytes) {
   Config config;
   config.order = static_cast<Order>(options->order);
   config.resident = options->resident;
@@ -41,7 +44,30 @@ int memvp_host_decode(const FfnDecodeParams* params, const HostRunOptions* optio
   }
 }
 
-const char* memvp_host_unsupported(const FfnDecodeParams* params) { return decode::why_unsupported(*params); }
-int memvp_host_is_fast(const FfnDecodeParams* params) { return decode::is_fast(*params); }
-uint64_t memvp_host_workspace_bytes(const FfnDecodeParams* params) { return decode::make_plan(*params).at.bytes; }
+const char* memvp_host_unsupported(const FfnDecodeParams* params) {
+  return decode::why_unsupported(*params);
+}
+int memvp_host_is_fast(const FfnDecodeParams* params) {
+  return decode::is_fast(*params);
+}
+
+// How the step is cut, for tests of the plan: rows by two in a block, blocks of rows, parts of k and slices in a part,
+// of the first and of the second ring; blocks of the three launches; dynamic shared memory of the first two.
+void memvp_host_plan(const FfnDecodeParams* params, int64_t out[13]) {
+  const decode::DecodePlan plan = decode::make_plan(*params);
+  for (const decode::RingPlan* ring : {&plan.hidden, &plan.value}) {
+    *out++ = ring->pairs_per_block;
+    *out++ = ring->row_blocks;
+    *out++ = ring->splits;
+    *out++ = ring->slices_per_split;
+  }
+  *out++ = plan.hidden_blocks + plan.score_blocks;
+  *out++ = plan.value_blocks + plan.memory_blocks;
+  *out++ = plan.finish_blocks;
+  *out++ = static_cast<int64_t>(decode::hidden_shared_bytes(plan));
+  *out++ = static_cast<int64_t>(decode::values_shared_bytes(plan));
+}
+uint64_t memvp_host_workspace_bytes(const FfnDecodeParams* params) {
+  return decode::make_plan(*params).at.bytes;
+}
 }

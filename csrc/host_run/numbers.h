@@ -14,7 +14,9 @@ To bit_cast(const From& from) {
   return to;
 }
 
-inline float float_of_bfloat(uint16_t bits) { return bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+inline float float_of_bfloat(uint16_t bits) {
+  return bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+}
 
 // To the nearest, ties to even; NaN stays NaN.
 inline uint16_t bfloat_of_float(float f) {
@@ -40,7 +42,7 @@ inline uint16_t half_of_float(float f) {
   if (a >= 65520.0f) return sign | 0x7C00;
   if (a == 0.0f) return sign;
   int exponent = 0;
-  std::frexp(a, &exponent);                          // a = m 2^exponent, m in [0.5, 1)
+  std::frexp(a, &exponent);                                    // a = m 2^exponent, m in [0.5, 1)
   const int step = exponent - 11 < -24 ? -24 : exponent - 11;  // of the last bit that is kept
   const float units = std::nearbyint(std::ldexp(a, -step));    // exact scaling: rounds once
   // A carry out of the fraction lands in the exponent, which is where it belongs.

@@ -1,4 +1,5 @@
-// What kernels call: barriers, shared memory, loads that know who may write, asynchronous copies, the tensor-core product.
+// What kernels call: barriers, shared memory, loads that know who may write, asynchronous copies, the tensor-core
+// product.
 #pragma once
 #include <array>
 
@@ -17,11 +18,14 @@ inline void sync_block(const Site& site) {
   Quiet quiet(me.fiber);
   Block& block = *me.block;
   if (block.done > 0)
-    fail(text("%s at %s:%d after %u thread(s) of the block returned", site.what, site.file, site.line, block.done) + state_table());
+    fail(text("%s at %s:%d after %u thread(s) of the block returned", site.what, site.file, site.line, block.done) +
+         state_table());
   if (!block.at_barrier.empty()) {
     const Site& other = block.at_barrier[0]->site;
     if (other.line != site.line || strcmp(other.file, site.file) != 0)
-      fail(text("divergent __syncthreads: %s at %s:%d while others wait at %s:%d", name_of(me).c_str(), site.file, site.line, other.file, other.line) + state_table());
+      fail(text("divergent __syncthreads: %s at %s:%d while others wait at %s:%d", name_of(me).c_str(), site.file,
+                site.line, other.file, other.line) +
+           state_table());
   }
   me.site = site;
   void* object = &block.barrier_object[block.barriers % 2];
@@ -83,7 +87,8 @@ inline void mma_16x8x16(float (&c)[4], const Words4& a, const Words2& b, float (
   Warp& warp = *me.warp;
   const Operands operands{&a, &b};
   if (warp.arrived != 0 && (warp.site.line != line || strcmp(warp.site.file, file) != 0))
-    fail(text("warp divergence: %s in mma.sync at %s:%d while its warp waits at %s:%d", name_of(me).c_str(), file, line, warp.site.file, warp.site.line));
+    fail(text("warp divergence: %s in mma.sync at %s:%d while its warp waits at %s:%d", name_of(me).c_str(), file, line,
+              warp.site.file, warp.site.line));
   me.site = warp.site = {file, line, "mma.sync"};
   warp.in[me.lane] = &operands;
   warp.out[me.lane] = c;
@@ -125,7 +130,8 @@ V* shared_at(size_t offset, size_t count) {
   Quiet quiet(me.fiber);
   Block& block = *me.block;
   const size_t bytes = sizeof(V) * count, limit = run().launches[block.launch].shared_bytes;
-  if (offset + bytes > limit) fail(text("shared memory %zu..%zu does not fit the launch's %zu bytes", offset, offset + bytes, limit));
+  if (offset + bytes > limit)
+    fail(text("shared memory %zu..%zu does not fit the launch's %zu bytes", offset, offset + bytes, limit));
   if (offset % alignof(V) != 0) fail(text("shared memory at %zu is misaligned", offset));
   const auto found = block.shared.find(offset);
   if (found != block.shared.end() && found->second.bytes == bytes) return static_cast<V*>(found->second.data);
@@ -147,7 +153,9 @@ inline void check_input(const void* p, size_t bytes) {
     const char *first = static_cast<const char*>(range.data), *at = static_cast<const char*>(p);
     if (at >= first && at + bytes <= first + range.bytes) return;
   }
-  if (!run().config.inputs.empty()) fail(text("%s loads %zu bytes through the read-only path, outside of every input", name_of(this_thread()).c_str(), bytes));
+  if (!run().config.inputs.empty())
+    fail(text("%s loads %zu bytes through the read-only path, outside of every input", name_of(this_thread()).c_str(),
+              bytes));
 }
 
 template <class V>
@@ -170,7 +178,8 @@ inline void land(const PendingCopy& copy) {
     static_cast<volatile char*>(copy.to)[i] = i < copy.bytes ? static_cast<const volatile char*>(copy.from)[i] : 0;
 }
 inline void copy_async(void* to, const void* from, int bytes, int filled) {
-  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 != 0) fail("misaligned asynchronous copy");
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 != 0)
+    fail("misaligned asynchronous copy");
   const PendingCopy copy{static_cast<char*>(to), static_cast<const char*>(from), bytes, filled};
   bool now;
   {

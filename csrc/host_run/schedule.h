@@ -1,5 +1,6 @@
-// Runs a chain of kernel launches on the CPU, every CUDA thread a fiber: which blocks are resident, which thread is next, what
-// each waits for. Config decides the order, so a run can be repeated exactly, and every seed is another interleaving.
+// Runs a chain of kernel launches on the CPU, every CUDA thread a fiber: which blocks are resident, which thread is
+// next, what each waits for. Config decides the order, so a run can be repeated exactly, and every seed is another
+// interleaving.
 //
 // What it models: blocks come and go in any order, a few resident at a time; threads give way at barriers, at warp
 // collectives and, by chance, at any primitive; a chained launch may begin before the one ahead of it has ended
@@ -140,8 +141,12 @@ inline Run*& run_pointer() {
   static Run* run = nullptr;
   return run;
 }
-inline Run& run() { return *run_pointer(); }
-inline Thread& this_thread() { return *run().current; }
+inline Run& run() {
+  return *run_pointer();
+}
+inline Thread& this_thread() {
+  return *run().current;
+}
 
 __attribute__((format(printf, 1, 2))) inline std::string text(const char* format, ...) {
   char buffer[512];
@@ -159,12 +164,16 @@ inline std::string state_table() {
   std::map<std::string, std::pair<int, std::string>> rows;
   for (const auto& block : run().blocks)
     for (const Thread& t : block->threads) {
-      std::string key = t.state == State::kDone ? "returned" : t.state == State::kReady ? "ready" : text("waiting in %s at %s:%d", t.site.what, t.site.file, t.site.line);
+      std::string key = t.state == State::kDone ? "returned"
+                        : t.state == State::kReady
+                            ? "ready"
+                            : text("waiting in %s at %s:%d", t.site.what, t.site.file, t.site.line);
       auto& row = rows[key];
       if (row.first++ == 0) row.second = name_of(t);
     }
   std::string table;
-  for (const auto& [key, row] : rows) table += text("\n  %5d thread(s) %s, first: %s", row.first, key.c_str(), row.second.c_str());
+  for (const auto& [key, row] : rows)
+    table += text("\n  %5d thread(s) %s, first: %s", row.first, key.c_str(), row.second.c_str());
   return table;
 }
 
@@ -266,7 +275,8 @@ inline void admit(unsigned launch) {
 inline void admit_blocks() {
   Run& r = run();
   for (unsigned launch = 0; launch < r.launches.size(); ++launch)
-    while (r.alive < r.config.resident && r.progress[launch].admitted < r.launches[launch].blocks && may_admit(launch)) admit(launch);
+    while (r.alive < r.config.resident && r.progress[launch].admitted < r.launches[launch].blocks && may_admit(launch))
+      admit(launch);
 }
 
 inline void free_block(Block& block) {
@@ -345,10 +355,12 @@ inline Stats run_chain(std::vector<Launch> launches, const Config& config) {
   for (unsigned launch = 0; launch < r.launches.size(); ++launch) {
     const Launch& shape = r.launches[launch];
     if (shape.blocks == 0 || shape.threads == 0 || shape.threads > 1024 || shape.shared_bytes > 227 * 1024)
-      throw std::runtime_error(text("host run: launch %u of %u blocks, %u threads, %zu bytes of shared memory is impossible", launch,
-                                    shape.blocks, shape.threads, shape.shared_bytes));
+      throw std::runtime_error(
+          text("host run: launch %u of %u blocks, %u threads, %zu bytes of shared memory is impossible", launch,
+               shape.blocks, shape.threads, shape.shared_bytes));
     std::vector<unsigned>& order = r.progress[launch].order;
-    for (unsigned i = 0; i < shape.blocks; ++i) order.push_back(config.order == Order::kReverse ? shape.blocks - 1 - i : i);
+    for (unsigned i = 0; i < shape.blocks; ++i)
+      order.push_back(config.order == Order::kReverse ? shape.blocks - 1 - i : i);
     if (config.order == Order::kRandom)
       for (unsigned i = shape.blocks; i > 1; --i) std::swap(order[i - 1], order[r.random() % i]);
   }

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.csrc.host_run import Case
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -49,7 +51,8 @@ def make(
     a["x"] = random(tokens, width) if cu_seqlens is not None or shared or slots == 0 else random(tokens, 1, width)
     if pairs is not None:
         a["key"] = random(pairs, width, scale=width**-0.5)
-        a["value"] = random(pairs, width, scale=pairs**-0.5) if value_contiguous else random(width, pairs, scale=pairs**-0.5).T
+        down = max(pairs, 1) ** -0.5
+        a["value"] = random(pairs, width, scale=down) if value_contiguous else random(width, pairs, scale=down).T
         if gated:
             a["gate"] = random(pairs, width, scale=width**-0.5)
         if bias:
@@ -64,7 +67,9 @@ def make(
         if rank is not None:
             a["visual_basis"] = random(rank, width, scale=(width * rank) ** -0.5, dtype=memory)
         if positions:
-            a["key_position"], a["value_position"] = (random(slots, width, scale=0.3 * width**-0.5, dtype=memory) for _ in range(2))
+            a["key_position"], a["value_position"] = (
+                random(slots, width, scale=0.3 * width**-0.5, dtype=memory) for _ in range(2)
+            )
         if not shared:
             sequences = tokens if cu_seqlens is None else len(cu_seqlens) - 1
             a["visual_index"] = torch.tensor([s % images for s in range(sequences)] if index is None else index)
@@ -79,33 +84,52 @@ def make(
 
 # One case for every argument and road: (name, make's arguments). Kept small, for the sanitizers and the planted bugs run them all.
 SMALL: dict[str, dict[str, Any]] = {
-    "text_gated": dict(tokens=3, residual=True),
-    "text_plain_biased": dict(tokens=2, gated=False, bias=True, bias_dtype=FP32, activation="gelu"),
-    "long_rows": dict(tokens=1, width=584, pairs=392),
-    "many_pairs": dict(tokens=9, width=328, pairs=456, gated=False, activation="relu"),
-    "formed": dict(tokens=5, slots=35, images=3, positions=True, lengths=[35, 17, 0], index=[0, -1, 1, 0, 2], visual_scale=0.7),
-    "formed_one_image": dict(tokens=19, width=64, pairs=16, slots=17, images=1, positions=True, shared=True),
-    "formed_wide_memory": dict(tokens=2, slots=20, images=2, positions=True, memory_dtype=FP32, visual_activation="relu"),
-    "factored": dict(tokens=5, slots=35, images=3, rank=24, positions=True, lengths=[35, 17, 0], index=[0, -1, 1, 0, 2], visual_scale=0.7),
-    "factored_wide_rank": dict(tokens=3, width=136, slots=150, images=2, rank=136, positions=True, residual=True),
-    "factored_wide_memory": dict(tokens=2, slots=20, images=2, rank=8, memory_dtype=FP32),
-    "factored_packed": dict(tokens=11, slots=18, images=3, rank=16, positions=True, cu_seqlens=[0, 3, 3, 10], index=[2, 0, 2]),
-    "visual_alone": dict(tokens=2, pairs=None, slots=18, rank=16, positions=True, residual=True),
-    "value_contiguous": dict(tokens=10, width=136, pairs=264, value_contiguous=True, slots=18, rank=8),
-    "odd_text": dict(tokens=3, width=37, pairs=21, bias=True, residual=True),
-    "odd_plain": dict(tokens=9, width=35, pairs=23, gated=False, activation="gelu_tanh", value_contiguous=True),
-    "odd_formed": dict(tokens=3, width=37, pairs=21, slots=19, positions=True, lengths=[19, 5]),
-    "odd_factored": dict(tokens=3, width=37, pairs=21, slots=19, rank=13, positions=True, lengths=[19, 5], memory_dtype=FP32),
-    "misaligned": dict(tokens=2, slots=18, rank=16, positions=True, misaligned=True),
-    "half": dict(tokens=5, slots=18, rank=16, positions=True, dtype=FP16, bias=True),
-    "half_formed_odd": dict(tokens=3, width=37, pairs=21, slots=18, positions=True, dtype=FP16),
-    "tokens_64": dict(tokens=64, width=136, pairs=72, slots=18, images=5, rank=16, positions=True),
-    "tokens_30": dict(tokens=30, width=136, pairs=264, slots=18, images=30, rank=16, positions=True),
+    "text_gated": {"tokens": 3, "residual": True},
+    "text_plain_biased": {"tokens": 2, "gated": False, "bias": True, "bias_dtype": FP32, "activation": "gelu"},
+    "long_rows": {"tokens": 1, "width": 584, "pairs": 392},
+    "many_pairs": {"tokens": 9, "width": 328, "pairs": 456, "gated": False, "activation": "relu"},
+    "formed": {"tokens": 5, "slots": 35, "images": 3, "positions": True, "lengths": [35, 17, 0], "index": [0, -1, 1, 0, 2], "visual_scale": 0.7},
+    "formed_one_image": {"tokens": 19, "width": 64, "pairs": 16, "slots": 17, "images": 1, "positions": True, "shared": True},
+    "formed_wide_memory": {"tokens": 2, "slots": 20, "images": 2, "positions": True, "memory_dtype": FP32, "visual_activation": "relu"},
+    "factored": {"tokens": 5, "slots": 35, "images": 3, "rank": 24, "positions": True, "lengths": [35, 17, 0], "index": [0, -1, 1, 0, 2], "visual_scale": 0.7},
+    "factored_wide_rank": {"tokens": 3, "width": 136, "slots": 150, "images": 2, "rank": 136, "positions": True, "residual": True},
+    "factored_wide_memory": {"tokens": 2, "slots": 20, "images": 2, "rank": 8, "memory_dtype": FP32},
+    "factored_packed": {"tokens": 11, "slots": 18, "images": 3, "rank": 16, "positions": True, "cu_seqlens": [0, 3, 3, 10], "index": [2, 0, 2]},
+    "visual_alone": {"tokens": 2, "pairs": None, "slots": 18, "rank": 16, "positions": True, "residual": True},
+    "value_contiguous": {"tokens": 10, "width": 136, "pairs": 264, "value_contiguous": True, "slots": 18, "rank": 8},
+    "odd_text": {"tokens": 3, "width": 37, "pairs": 21, "bias": True, "residual": True},
+    "odd_plain": {"tokens": 9, "width": 35, "pairs": 23, "gated": False, "activation": "gelu_tanh", "value_contiguous": True},
+    "odd_formed": {"tokens": 3, "width": 37, "pairs": 21, "slots": 19, "positions": True, "lengths": [19, 5]},
+    "odd_factored": {"tokens": 3, "width": 37, "pairs": 21, "slots": 19, "rank": 13, "positions": True, "lengths": [19, 5], "memory_dtype": FP32},
+    "misaligned": {"tokens": 2, "slots": 18, "rank": 16, "positions": True, "misaligned": True},
+    "half": {"tokens": 5, "slots": 18, "rank": 16, "positions": True, "dtype": FP16, "bias": True},
+    "half_formed_odd": {"tokens": 3, "width": 37, "pairs": 21, "slots": 18, "positions": True, "dtype": FP16},
+    "tokens_64": {"tokens": 64, "width": 136, "pairs": 72, "slots": 18, "images": 5, "rank": 16, "positions": True},
+    "split_k": {"tokens": 33, "width": 136, "pairs": 520, "multiprocessors": 12},
+    "tokens_30": {"tokens": 30, "width": 136, "pairs": 264, "slots": 18, "images": 30, "rank": 16, "positions": True},
 }  # fmt: skip
+
+
+def small(name: str) -> Case:
+    """The case of that name; made for a device of three multiprocessors where it does not say how many."""
+    sizes = dict(SMALL[name])
+    multiprocessors = sizes.pop("multiprocessors", 3)
+    return Case(make(**sizes), multiprocessors=multiprocessors)
+
 
 # The product of the sizes that decide tails: everything once more, run under `slow`.
 SWEEP = [
-    dict(tokens=n, width=d, pairs=f, slots=m, rank=r, gated=(n + d) % 2 == 0, positions=True, residual=n % 3 == 0, seed=n + d + f + m)
+    {
+        "tokens": n,
+        "width": d,
+        "pairs": f,
+        "slots": m,
+        "rank": r,
+        "gated": (n + d) % 2 == 0,
+        "positions": True,
+        "residual": n % 3 == 0,
+        "seed": n + d + f + m,
+    }
     for n, (d, f), (m, r) in itertools.product(
         (1, 2, 7, 8, 9, 16, 17, 33, 64),
         ((8, 8), (9, 37), (24, 31), (40, 64), (264, 136), (136, 520), (301, 267)),

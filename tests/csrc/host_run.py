@@ -49,7 +49,10 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("cu_seqlens", "visual_index", "visual_lengths", "y")),
         ("y_stride", ctypes.c_int64),
         ("workspace", ctypes.c_void_p),
-        *((n, ctypes.c_int32) for n in ("tokens", "width", "pairs", "slots", "rank", "memories", "sequences", "length")),
+        *(
+            (n, ctypes.c_int32)
+            for n in ("tokens", "width", "pairs", "slots", "rank", "memories", "sequences", "length")
+        ),
         ("shared_memory", ctypes.c_bool),
         ("activation", ctypes.c_int32),
         ("visual_activation", ctypes.c_int32),
@@ -109,7 +112,11 @@ class Case:
             if shared:
                 self.tensors[name] = arguments[name][None]
         index, cu = arguments.get("visual_index"), arguments.get("cu_seqlens")
-        for name, tensor in (("visual_index", index), ("cu_seqlens", cu), ("visual_lengths", arguments.get("visual_lengths"))):
+        for name, tensor in (
+            ("visual_index", index),
+            ("cu_seqlens", cu),
+            ("visual_lengths", arguments.get("visual_lengths")),
+        ):
             if tensor is not None:
                 self.tensors[name] = tensor.to(torch.int32)
         if shared and index is not None:
@@ -191,8 +198,25 @@ class HostLibrary:
     def is_fast(self, case: Case) -> bool:
         return bool(self._library.memvp_host_is_fast(ctypes.byref(case.params)))
 
-    def workspace_bytes(self, case: Case) -> int:
-        return int(self._library.memvp_host_workspace_bytes(ctypes.byref(case.params)))
+    def workspace_bytes(self, params: Params) -> int:
+        return int(self._library.memvp_host_workspace_bytes(ctypes.byref(params)))
+
+    def plan(self, params: Params) -> dict[str, int]:
+        """How a step of these sizes would be cut into blocks; looks at no data."""
+        out = (ctypes.c_int64 * 13)()
+        self._library.memvp_host_plan(ctypes.byref(params), out)
+        rings = (
+            f"{ring}_{part}"
+            for ring in ("hidden", "value")
+            for part in ("pairs_per_block", "row_blocks", "splits", "slices_per_split")
+        )
+        return dict(
+            zip(
+                (*rings, "first_blocks", "second_blocks", "third_blocks", "first_shared", "second_shared"),
+                out,
+                strict=True,
+            )
+        )
 
 
 def write_cases(path: Path, cases: Iterable[Case]) -> None:
@@ -218,5 +242,7 @@ def write_cases(path: Path, cases: Iterable[Case]) -> None:
             file.write(bytes(params))
             norm, largest = yardstick.errors(theirs, exact)
             rounding = exact.abs() * torch.finfo(case.y.dtype).eps / 2
-            file.write(struct.pack("<dd", max(2 * norm, rounding.norm().item()), max(2 * largest, rounding.max().item())))
+            file.write(
+                struct.pack("<dd", max(2 * norm, rounding.norm().item()), max(2 * largest, rounding.max().item()))
+            )
             file.write(exact.contiguous().numpy().tobytes())

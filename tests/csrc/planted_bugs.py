@@ -32,7 +32,9 @@ class Bug:
     def plant(self, sources: Path) -> None:
         path = sources / self.file
         parts = path.read_text().split(self.old)
-        assert len(parts) - 1 == self.count, f"{self.file}: {len(parts) - 1} occurrences of {self.old!r}, wanted {self.count}"
+        assert len(parts) - 1 == self.count, (
+            f"{self.file}: {len(parts) - 1} occurrences of {self.old!r}, wanted {self.count}"
+        )
         left, right = parts[: self.nth + 1], parts[self.nth + 1 :]
         path.write_text(self.old.join(left) + self.new + self.old.join(right))
 
@@ -57,7 +59,7 @@ BUGS: dict[str, Bug] = {
     "row fragments swapped": Bug(MMA, "row.x, row8.x, row.y, row8.y", "row.x, row.y, row8.x, row8.y"),
     "k in another order": Bug(MMA, "token.z, token.w);", "token.w, token.z);"),
     "column halves swapped": Bug(MMA, "low_halves(r2, r3), high_halves(r2, r3)", "high_halves(r2, r3), low_halves(r2, r3)"),
-    "column tokens swapped": Bug(MMA, "token.x, token.y);", "token.y, token.x);", nth=1, count=2),
+    "column tokens swapped": Bug(MMA, "high_halves(r2, r3), token.x,", "high_halves(r2, r3), token.y,"),
     # sums over warps
     "no barrier before the row sums": Bug(BLOCK, "sum[3];\n" + SYNC, "sum[3];\n"),
     "no barrier before column sums are stored": Bug(BLOCK, "member_of_lane();\n" + SYNC, "member_of_lane();\n"),
@@ -79,7 +81,7 @@ BUGS: dict[str, Bug] = {
     "no wait for the first launch": Bug(VALUES, "  wait_for_previous_grid();\n  ring.run(sums);", "  ring.run(sums);"),
     "wait after the read": Bug(VALUES, "  wait_for_previous_grid();\n  ring.run(sums);", "  ring.run(sums);\n  wait_for_previous_grid();"),
     "no barrier between visual and u": Bug(VALUES, "  __syncthreads();  // visual", "  // visual"),
-    "visual past a length": Bug(VALUES, "if (slot < group.slots) visual", "if (slot < p.slots) visual"),
+    "visual past a length": Bug(VALUES, "if (slot < group.slots)\n", "if (slot < p.slots)\n"),
     "two writers of one part": Bug(VALUES, "part_of(args, args.plan.parts - 1, members[t])", "part_of(args, 0, members[t])"),
     # the third
     "a part that nobody wrote": Bug(FINISH, "memory_of_token(p, n).row != kNoMemory", "true"),

@@ -30,7 +30,8 @@ Launch launch_of(const Shape& shape, Kernel kernel, bool chained = false) {
 }
 
 // `wanted`: part of the message; empty: no complaint.
-void expect(const char* name, const std::string& wanted, const std::vector<Launch>& launches, const std::vector<Range>& inputs = {}) {
+void expect(const char* name, const std::string& wanted, const std::vector<Launch>& launches,
+            const std::vector<Range>& inputs = {}) {
   for (const Order order : {Order::kForward, Order::kReverse, Order::kRandom}) {
     Config config;
     config.order = order;
@@ -45,12 +46,14 @@ void expect(const char* name, const std::string& wanted, const std::vector<Launc
     const bool good = wanted.empty() ? message.empty() : message.find(wanted) != std::string::npos;
     if (!good) {
       ++failures;
-      printf("%s (order %d): wanted \"%s\", got \"%s\"\n", name, static_cast<int>(order), wanted.c_str(), message.c_str());
+      printf("%s (order %d): wanted \"%s\", got \"%s\"\n", name, static_cast<int>(order), wanted.c_str(),
+             message.c_str());
     }
   }
 }
 template <class Kernel>
-void expect(const char* name, const std::string& wanted, const Shape& shape, Kernel kernel, const std::vector<Range>& inputs = {}) {
+void expect(const char* name, const std::string& wanted, const Shape& shape, Kernel kernel,
+            const std::vector<Range>& inputs = {}) {
   expect(name, wanted, {launch_of(shape, kernel)}, inputs);
 }
 
@@ -58,7 +61,9 @@ void check(bool right, const char* what) {
   if (!right) fail(what);
 }
 
-uint32_t pack_bfloat(float low, float high) { return pack(BFloat16{}, low, high); }
+uint32_t pack_bfloat(float low, float high) {
+  return pack(BFloat16{}, low, high);
+}
 
 void right_kernels() {
   static float out[3][64];
@@ -76,9 +81,10 @@ void right_kernels() {
     const auto a = [](int row, int k) { return row == k ? 2.0f : 0.0f; };
     const auto b = [](int k, int n) { return static_cast<float>(k * 8 + n); };
     float c[4] = {};
-    mma_16x8x16(BFloat16{}, c, pack_bfloat(a(g, 2 * t), a(g, 2 * t + 1)), pack_bfloat(a(g + 8, 2 * t), a(g + 8, 2 * t + 1)),
-                pack_bfloat(a(g, 2 * t + 8), a(g, 2 * t + 9)), pack_bfloat(a(g + 8, 2 * t + 8), a(g + 8, 2 * t + 9)),
-                pack_bfloat(b(2 * t, g), b(2 * t + 1, g)), pack_bfloat(b(2 * t + 8, g), b(2 * t + 9, g)));
+    mma_16x8x16(BFloat16{}, c, pack_bfloat(a(g, 2 * t), a(g, 2 * t + 1)),
+                pack_bfloat(a(g + 8, 2 * t), a(g + 8, 2 * t + 1)), pack_bfloat(a(g, 2 * t + 8), a(g, 2 * t + 9)),
+                pack_bfloat(a(g + 8, 2 * t + 8), a(g + 8, 2 * t + 9)), pack_bfloat(b(2 * t, g), b(2 * t + 1, g)),
+                pack_bfloat(b(2 * t + 8, g), b(2 * t + 9, g)));
     for (int i = 0; i < 4; ++i) check(c[i] == 2 * b(g + i / 2 * 8, 2 * t + i % 2), "fragment layout");
   });
 
@@ -116,8 +122,9 @@ void right_kernels() {
     if ((h & 0x7C00) != 0x7C00 || (h & 0x3FF) == 0) failures += half_of_float(float_of_half(h)) != h;
     if ((h & 0x7F80) != 0x7F80 || (h & 0x7F) == 0) failures += bfloat_of_float(float_of_bfloat(h)) != h;
   }
-  failures += half_of_float(65519.9f) != 0x7BFF || half_of_float(65520.0f) != 0x7C00 || half_of_float(1.0f + 0x1p-11f) != 0x3C00 ||
-              half_of_float(1.0f + 0x3p-11f) != 0x3C02 || bfloat_of_float(1.0f + 0x1p-8f) != 0x3F80 || bfloat_of_float(1.0f + 0x3p-8f) != 0x3F82;
+  failures += half_of_float(65519.9f) != 0x7BFF || half_of_float(65520.0f) != 0x7C00 ||
+              half_of_float(1.0f + 0x1p-11f) != 0x3C00 || half_of_float(1.0f + 0x3p-11f) != 0x3C02 ||
+              bfloat_of_float(1.0f + 0x1p-8f) != 0x3F80 || bfloat_of_float(1.0f + 0x3p-8f) != 0x3F82;
 }
 
 void wrong_kernels() {
@@ -150,10 +157,12 @@ void wrong_kernels() {
     shared_at<float>(64, 4);
   });
   expect("shared memory misaligned", "misaligned", {1, 32, 200}, [] { shared_at<float>(2, 4); });
-  expect("a misaligned load", "misaligned", {1, 32}, [] { load_input16(reinterpret_cast<char*>(out) + 4); });
-  expect("the read-only path outside of the inputs", "outside of every input", {1, 32}, [] { load_input(out + 32); }, {{out, 128}});
+  expect("a misaligned load", "misaligned", {1, 32}, [] { load_input16(reinterpret_cast<char*>(out) + 4, true); });
+  expect("the read-only path outside of the inputs", "outside of every input", {1, 32}, [] { load_input(out + 32); },
+         {{out, 128}});
   expect("a written input", "was written", {1, 32}, [] { out[threadIdx.x] += 1; }, {{out, 128}});
-  expect("copies not waited for", "not waited for", {1, 32, 512}, [] { copy16_async(shared_at<uint4>(0, 32) + threadIdx.x, out, true); });
+  expect("copies not waited for", "not waited for", {1, 32, 512},
+         [] { copy16_async(shared_at<uint4>(0, 32) + threadIdx.x, out, true); });
   expect("an exception", "exception in kernel", {1, 32}, [] {
     if (threadIdx.x == 7) throw std::runtime_error("thrown");
     __syncthreads();
@@ -164,7 +173,8 @@ void wrong_kernels() {
     if (std::isnan(shared[63 - threadIdx.x])) fail("a value that nobody wrote");
   });
   const auto idle = [] {};
-  expect("a chained launch that never waits", "without waiting", {launch_of({6, 32}, idle), launch_of({2, 32}, idle, true)});
+  expect("a chained launch that never waits", "without waiting",
+         {launch_of({6, 32}, idle), launch_of({2, 32}, idle, true)});
   static float late[2];
   late[0] = late[1] = NAN;
   const auto late_maker = [] {
@@ -179,7 +189,8 @@ void wrong_kernels() {
     late[0] = late[1] = NAN;
     if (missing) fail("read before it was written");
   };
-  expect("a chained launch that reads first", "read before", {launch_of({2, 32}, late_maker), launch_of({2, 32}, early, true)});
+  expect("a chained launch that reads first", "read before",
+         {launch_of({2, 32}, late_maker), launch_of({2, 32}, early, true)});
   expect("an impossible launch", "impossible", {1, 2048}, [] {});
 }
 

@@ -1,0 +1,61 @@
+"""The host run itself: it names the mistakes of small kernels, runs the decode step under the sanitizers, and notices planted bugs."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.csrc.decode_cases import SMALL, small
+from tests.csrc.host_run import ROOT, compile_host, compiler, write_cases
+from tests.csrc.planted_bugs import BUGS, QUICK, build_cases, run_cases
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+
+# A thread sanitizer run costs forty times a plain one: the cases that between them reach every kernel.
+FOR_THREADS = ("text_gated", "long_rows", "formed", "factored", "value_contiguous", "odd_formed", "odd_factored")
+
+
+@pytest.fixture(scope="module")
+def all_cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("cases") / "all"
+    write_cases(file, [small(name) for name in SMALL])
+    return file
+
+
+@pytest.fixture(scope="module")
+def thread_cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("cases") / "threads"
+    write_cases(file, [small(name) for name in FOR_THREADS])
+    return file
+
+
+def test_runner_names_mistakes(tmp_path: Path) -> None:
+    program = tmp_path / "selftest"
+    compile_host(ROOT / "tests" / "csrc" / "runner_selftest.cpp", program, "-O1")
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(("build", "schedules"), [("address", 2), ("thread", 1)])
+def test_clean_under_the_sanitizer(
+    build: str, schedules: int, tmp_path: Path, all_cases: Path, thread_cases: Path
+) -> None:
+    done = run_cases(build_cases(tmp_path, build), build, thread_cases if build == "thread" else all_cases, schedules)
+    assert done.returncode == 0, (done.stdout + done.stderr)[:4000]
+    assert "cases passed" in done.stdout
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in BUGS])
+def test_planted_bug_is_noticed(name: str, tmp_path: Path, all_cases: Path, thread_cases: Path) -> None:
+    bug = BUGS[name]
+    done = run_cases(
+        build_cases(tmp_path, bug.build, bug), bug.build, thread_cases if bug.build == "thread" else all_cases, 4
+    )
+    assert done.returncode != 0, f"not noticed: {done.stdout}"
+    report = done.stdout + done.stderr
+    wanted = {"plain": ("case ",), "address": ("AddressSanitizer", "case "), "thread": ("ThreadSanitizer", "case ")}[
+        bug.build
+    ]
+    assert any(w in report for w in wanted), report[:2000]
