@@ -114,7 +114,7 @@ def parts(device: str) -> list[Part]:
             program("latency", *seven_b, *_sizes(device, "16", "1", "64")),
             lambda: _lacks("transformers"),
         ),
-        Part("training", 60, program("training", *seven_b, *_sizes(device, "16", "4")), lambda: _lacks("transformers")),
+        Part("training", 60, program("training", *seven_b, *_sizes(device, "16", "4"))),
     ]
 
 

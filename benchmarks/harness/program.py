@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,12 @@ def run(program: str, setting: Setting, jobs: Sequence[Job]) -> tuple[Results, i
                 left_out += 1
                 continue
             progress.show(job.template.case)
-            rows = measure(job.template, job.candidates(), timer=timer, roofs=roofs, host=job.host)
+            try:
+                rows = measure(job.template, job.candidates(), timer=timer, roofs=roofs, host=job.host)
+            except ImportError as error:  # an optional package: its cases are left out, the others run
+                row = dataclasses.replace(job.template, variant="all")
+                row.leave_out("skipped", str(error))
+                rows = [row]
             results.environment["clocks"] = clocks.summary()
             results.add(rows)
             if setting.compiled:

@@ -119,6 +119,14 @@ def test_a_gpu_that_is_not_there_is_named(tmp_path: Path) -> None:
         latency.main(["--device", "cuda", "--json", str(tmp_path / "rows.json")])
 
 
+def test_without_transformers_the_ffn_is_still_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert latency.main(options(tmp_path, "--variants", "plain-torch", samples=1)) == 0
+    rows = load(tmp_path / "rows.json")["rows"]
+    assert {(row["level"], row["status"]) for row in rows} == {("model", "skipped"), ("ffn", "ok")}
+    assert all("transformers" in row["reason"] for row in rows if row["level"] == "model")
+
+
 def test_harness_imports_without_transformers() -> None:
     names = " ".join(
         f"harness.{path.stem}," for path in sorted((BENCHMARKS / "harness").glob("*.py")) if path.stem != "__init__"
