@@ -32,17 +32,16 @@ GPUS = (1, 2, 4, 8, 16, 32, 64)
 MODELS = {"llama-7b": "7B", "llama-13b": "13B", "llama-70b": "70B"}
 _GB, _MB, _KB = 1e9, 1e6, 1e3
 _MODE_NAMES = {"ddp": "DDP", "fsdp2": "FSDP2", "tp": "TP"}
-
-#: Not run: a table of what a layout needs is only useful where a person would choose it.
-_MODES_OF_ONE_GPU = ("ddp",)
+_OF_THE_MEMORY = ("adapter's gradients", "gradient of the cores", "gradient of p^k, p^v", "gradient of the basis")
 
 
 def training_rows(preset: Preset, *, sequences: int, length: int) -> list[dict[str, Any]]:
     """One row per number of GPUs and mode: what a GPU holds, computes and sends in one step."""
     rows = []
     for gpus in GPUS:
-        for mode in _MODES_OF_ONE_GPU if gpus == 1 else _MODE_NAMES:
+        for mode in ("ddp",) if gpus == 1 else _MODE_NAMES:
             layout = Layout(mode, gpus)
+            replicas = mode == "tp" and layout.data > 1
             bytes_held = held(preset, layout, sequences=sequences, length=length)
             collectives = list(training_collectives(preset, layout, sequences=sequences, length=length))
             adapter = [
@@ -54,15 +53,14 @@ def training_rows(preset: Preset, *, sequences: int, length: int) -> list[dict[s
             rows.append(
                 {
                     "gpus": gpus,
-                    "mode": _MODE_NAMES[mode]
-                    + (f" {layout.tensor} × DP {layout.data}" if layout.data > 1 and mode == "tp" else ""),
+                    "mode": _MODE_NAMES[mode] + (f" {layout.tensor} × DP {layout.data}" if replicas else ""),
                     "base": (bytes_held["base"] + bytes_held["gathered"]) / _GB,
                     "rest": (bytes_held["adapter"] + bytes_held["activations"]) / _GB,
                     "tflop": training_flops(preset, layout, sequences=sequences, length=length) / 1e12,
                     "messages": sum(c.times for c in collectives),
                     "moved": sum(c.moved for c in collectives) / _GB,
                     "adapter": sum(c.moved for c in adapter) / _MB,
-                    "prompt": sum(c.moved for c in prompt) / _GB,
+                    "prompt": sum(c.moved for c in prompt) / _GB if mode == "tp" else None,
                 }
             )
     return rows

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing as mp
 import os
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TIMEOUT", "Group"]
+__all__ = ["TIMEOUT", "Group", "free_port"]
 
 TIMEOUT = 15.0  # seconds, of one collective
 _PATIENCE = 60.0  # seconds, of one test's function
@@ -36,10 +37,12 @@ class Group:
 
     Args:
         world: how many.
+        meet: in one group from the start; False: what they run sees to that, as under torchrun.
     """
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, *, meet: bool = True) -> None:
         self.world = world
+        self.meet = meet
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -87,26 +90,31 @@ class Group:
         Path(meeting).unlink()  # the store wants to make it
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.world, meeting), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, rank, self.world, meeting if self.meet else None), daemon=True
+            )
             process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
 
 
-def _serve(pipe: Connection, rank: int, world: int, meeting: str) -> None:
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(pipe: Connection, rank: int, world: int, meeting: str | None) -> None:
     import torch
     import torch.distributed as dist
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{meeting}",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=TIMEOUT),
-    )
+    if meeting is not None:
+        patience = datetime.timedelta(seconds=TIMEOUT)
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=patience)
     while True:
         try:
             function, args = pipe.recv()

@@ -219,7 +219,7 @@ def test_cores_from_a_sharded_memory(two: Group) -> None:
 def _names() -> tuple[list[str], bool]:
     """What policies and device maps go by."""
     from accelerate import infer_auto_device_map
-    from accelerate.utils import get_module_class_from_name
+    from accelerate.utils.dataclasses import get_module_class_from_name
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
     model = memvp_model()
