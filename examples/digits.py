@@ -46,7 +46,7 @@ class Plan(NamedTuple):
     step_time: float
 
 
-FULL = Plan(text_steps=600, image_steps=2500, accuracy=0.93, behind=0.02, step_time=0.7)
+FULL = Plan(text_steps=600, image_steps=3500, accuracy=0.93, behind=0.02, step_time=0.7)
 QUICK = Plan(text_steps=300, image_steps=300, accuracy=0.40, behind=0.02, step_time=0.8)
 
 

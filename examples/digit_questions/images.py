@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
 __all__ = ["GRID", "PATCH", "Images", "load"]
 
-PATCH, MARGIN = 6, 1
-"""Width of a patch, and of the empty margin around the image; patches overlap, one starts at every pixel."""
-GRID = 8 + 2 * MARGIN - PATCH + 1
+PATCH = 4
+"""Width of a patch; patches overlap, one starts at every pixel."""
+GRID = 8 - PATCH + 1
 """Patches along each side of an image."""
 
 
@@ -43,8 +42,7 @@ def load(*, held_out: int = 360, seed: int = 0) -> tuple[Images, Images]:
     """
     data = load_digits()
     pixels = torch.tensor(data.images, dtype=torch.float32) / 16
-    padded = F.pad(pixels, (MARGIN,) * 4)
-    features = padded.unfold(1, PATCH, 1).unfold(2, PATCH, 1).reshape(len(pixels), GRID**2, PATCH**2)
+    features = pixels.unfold(1, PATCH, 1).unfold(2, PATCH, 1).reshape(len(pixels), GRID**2, PATCH**2)
     features = (features - pixels.mean()) / pixels.std()
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
     digits = torch.tensor(data.target)
