@@ -8,11 +8,6 @@
 
 namespace memvp::decode {
 
-struct DecodeArgs {
-  FfnDecodeParams p;
-  DecodePlan plan;
-};
-
 template <class V>
 MEMVP_DEVICE V* in_workspace(const DecodeArgs& args, size_t at) {
   return reinterpret_cast<V*>(static_cast<char*>(args.p.workspace) + at);

@@ -22,9 +22,6 @@ MEMVP_DEVICE int member_of_lane() {
 template <Reading kReading>
 constexpr int kStepsAhead = kReading == Reading::kNarrow ? 4 : 1;
 
-constexpr size_t kRowSumsBytes = kWarps * kRowTile * kTokenTile * sizeof(float);
-constexpr size_t kColumnSumsBytes = kWarps * kColumnTile * kTokenTile * sizeof(float);
-
 // sum += 16 rows · 8 tokens over the pieces of 32 elements of k from `first` on, every `step`-th. load(k) gives a
 // lane's eight elements from k of row g, of row g + 8 and of token g.
 struct RowOperands {

@@ -1,7 +1,7 @@
 // The device side of the launcher: three kernels in the caller's stream, each begun early where the chip can.
 #include <cuda_runtime.h>
 
-#include "decode/launch.cuh"
+#include "decode/launch.h"
 
 namespace memvp {
 namespace {

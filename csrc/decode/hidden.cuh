@@ -46,18 +46,9 @@ MEMVP_DEVICE void hidden_by_ring(const DecodeArgs& args, int block) {
   ring.start_rows();
   ring.run(sums);
   const int pairs = p.gate.data != nullptr ? args.plan.hidden_stride : args.plan.hidden_stride / 2;
-#pragma unroll
-  for (int i = 0; i < kMaxRowTilesPerWarp; ++i) {
-    const int pair = ring.pair_of_lane(i);
-    if (!ring.pair_exists(i) || pair >= pairs) continue;
-#pragma unroll
-    for (int b = 0; b < kTokenTiles; ++b)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int token = b * kTokenTile + 2 * member_of_lane() + j;
-        if (token < p.tokens) store_hidden<T>(args, token, pair, sums.c[i][b][j], sums.c[i][b][2 + j]);
-      }
-  }
+  ring.store(sums, [&](int pair, int token, float low, float high) {
+    if (pair < pairs) store_hidden<T>(args, token, pair, low, high);
+  });
 }
 
 // Everything below reads an operand's row past the last one as zeros (`end` 0), and for a token past the last one that

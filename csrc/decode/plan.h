@@ -21,6 +21,10 @@ constexpr int kMaxSplits = 16;
 // A stage of the ring, weights and tokens. Four fit the 99 KB that every chip since sm_80 gives a block, and twice four
 // an H100's multiprocessor: there the next launch of the chain fills its ring while this one drains.
 constexpr int kStageBytes = 24 * 1024;
+// Shared memory of a block that does not use the ring: sums of its warps, and the tokens that read one memory row.
+constexpr size_t kRowSumsBytes = kWarps * kRowTile * kTokenTile * sizeof(float);
+constexpr size_t kColumnSumsBytes = kWarps * kColumnTile * kTokenTile * sizeof(float);
+constexpr size_t kGroupBytes = (kDecodeMaxTokens + kTokenTile) * sizeof(int32_t);
 
 // A product of weight rows that run along k with all tokens. Block b does pairs [b % row_blocks] and k part [b /
 // row_blocks].
@@ -56,6 +60,13 @@ struct DecodePlan {
   int32_t finish_blocks = 0;                    // third
   Workspace at;
 };
+
+// What every kernel of a step is given.
+struct DecodeArgs {
+  FfnDecodeParams p;
+  DecodePlan plan;
+};
+using DecodeKernel = void (*)(DecodeArgs);
 
 inline int max_row_tiles(int token_tiles) {
   return least((kStageBytes / kSliceBytes - kTokenTile * token_tiles) / kRowTile, kWarps * kMaxRowTilesPerWarp);
@@ -152,6 +163,19 @@ inline DecodePlan make_plan(const FfnDecodeParams& p) {
   plan.at.slot_scores = take(plan.at.bytes, is_factored(p) ? 4 * tokens * plan.slot_stride : 0);
   plan.at.parts = take(plan.at.bytes, 4 * tokens * p.width * plan.parts);
   return plan;
+}
+
+// Dynamic shared memory of the three launches.
+inline size_t hidden_shared_bytes(const DecodePlan& plan) {
+  const size_t ring = plan.fast && plan.hidden_blocks > 0 ? ring_bytes(plan.hidden, plan.token_tiles) : 0;
+  return greatest(ring, kRowSumsBytes + kGroupBytes);
+}
+inline size_t values_shared_bytes(const DecodePlan& plan) {
+  const size_t ring = plan.value_ring ? ring_bytes(plan.value, plan.token_tiles) : 0;
+  return greatest(ring, kColumnSumsBytes + kGroupBytes);
+}
+inline size_t finish_shared_bytes() {
+  return kColumnSumsBytes;
 }
 
 }  // namespace memvp::decode

@@ -70,6 +70,7 @@ class Ring {
   // Weights are inputs of the call: their first stages may be under way before the launch that makes the tokens has
   // ended.
   __device__ void start_rows() {
+#pragma unroll 1
     for (int step = 0; step < kStages - 1; ++step)
       if (step < steps_) copy_rows(step);
   }
@@ -82,6 +83,7 @@ class Ring {
       for (int b = 0; b < kTokenTiles; ++b)
 #pragma unroll
         for (int j = 0; j < 4; ++j) sums.c[i][b][j] = 0.0f;
+#pragma unroll 1
     for (int step = 0; step < kStages - 1; ++step) {
       if (step < steps_) copy_tokens(step);
       commit_copies();
@@ -102,16 +104,35 @@ class Ring {
     wait_copies<0>();
   }
 
-  __device__ int pair_of_lane(int i) const { return first_pair_ + pair_in_block(i); }
-  __device__ bool pair_exists(int i) const { return pair_in_block(i) < pairs_; }
+  // store(pair, token, sum of its first row, sum of its second) once for each of the block, by way of the ring's
+  // memory: one copy of what `store` does, and neighbouring pairs in neighbouring threads.
+  template <class Store>
+  __device__ void store(const RingSums<kTokenTiles>& sums, Store store) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, padded_pairs = row_tiles_ * kPairTile;
+    float2* all = reinterpret_cast<float2*>(shared_rows_);  // [token][pair]: an eighth of the ring at most
+    __syncthreads();                                        // nobody reads the ring any more
+#pragma unroll
+    for (int i = 0; i < kMaxRowTilesPerWarp; ++i) {
+      const int tile = row_tile_of_warp(i);
+      if (tile >= row_tiles_) continue;
+#pragma unroll
+      for (int b = 0; b < kTokenTiles; ++b)
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          all[(b * kTokenTile + 2 * t + j) * padded_pairs + tile * kPairTile + g] =
+              float2{sums.c[i][b][j], sums.c[i][b][2 + j]};
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < tokens_.count * pairs_; i += kThreads) {
+      const int token = i / pairs_, pair = i % pairs_;
+      const float2 both = all[token * padded_pairs + pair];
+      store(first_pair_ + pair, token, both.x, both.y);
+    }
+  }
 
  private:
   static constexpr int kRowsAtOnce = kThreads / 8;
   static_assert(kRowsAtOnce % kPairTile == 0 && kPairTile % 2 == 0, "copy_rows steps by whole tiles");
-
-  __device__ int pair_in_block(int i) const {
-    return row_tile_of_warp(i) * kPairTile + static_cast<int>(threadIdx.x) % 32 / 4;
-  }
 
   // Thread i copies piece i % 8 of every kRowsAtOnce-th row from i / 8 on: a warp reads four whole lines. Those rows
   // are a multiple of the tile apart, so their places in shared memory are at equal steps, swizzle included.

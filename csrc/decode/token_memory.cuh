@@ -46,7 +46,6 @@ MEMVP_DEVICE MemoryOfToken memory_of_token(const FfnDecodeParams& p, int token) 
 // The group that begins at token `first`; all threads of the block call. Tokens of one memory row are taken eight by
 // eight in their order, so exactly one block in the grid has each. `members` gets the tokens, `first` again past the
 // count. A token without memory is a group of its own.
-constexpr size_t kGroupBytes = (kDecodeMaxTokens + kTokenTile) * sizeof(int32_t);
 MEMVP_DEVICE TokenGroup find_group(const FfnDecodeParams& p, int first, size_t shared_offset, int32_t*& members) {
   int32_t* rows = shared_at<int32_t>(shared_offset, kGroupBytes / sizeof(int32_t));
   members = rows + kDecodeMaxTokens;

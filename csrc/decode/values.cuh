@@ -22,19 +22,9 @@ MEMVP_DEVICE void values_by_ring(const DecodeArgs& args, int block) {
   wait_for_previous_grid();
   ring.run(sums);
   const int split = block / args.plan.value.row_blocks;
-#pragma unroll
-  for (int i = 0; i < kMaxRowTilesPerWarp; ++i) {
-    const int column = 2 * ring.pair_of_lane(i);
-    if (!ring.pair_exists(i) || column >= p.width) continue;
-#pragma unroll
-    for (int b = 0; b < kTokenTiles; ++b)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int token = b * kTokenTile + 2 * member_of_lane() + j;
-        if (token >= p.tokens) continue;
-        *reinterpret_cast<float2*>(part_of(args, split, token) + column) = float2{sums.c[i][b][j], sums.c[i][b][2 + j]};
-      }
-  }
+  ring.store(sums, [&](int pair, int token, float low, float high) {
+    if (2 * pair < p.width) *reinterpret_cast<float2*>(part_of(args, split, token) + 2 * pair) = float2{low, high};
+  });
 }
 
 // 64 columns, one part of k, eight tokens.

@@ -1,6 +1,6 @@
 // The decode step on the CPU: the device's own kernels, plan and launch order, run by host_run.
 #pragma once
-#include "decode/launch.cuh"
+#include "decode/kernels.cuh"
 
 namespace memvp::host_run {
 

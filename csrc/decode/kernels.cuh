@@ -1,0 +1,45 @@
+// Which instance of each kernel a plan takes. Compiled once for each number type: kernels_bfloat16.cu,
+// kernels_float16.cu.
+#pragma once
+#include "decode/finish.cuh"
+#include "decode/launch.h"
+
+namespace memvp::decode {
+
+template <class T>
+DecodeKernel hidden_kernel_of(const DecodePlan& plan) {
+  if (!plan.fast) return hidden_kernel<T, 0>;
+  switch (plan.token_tiles) {
+    case 1:
+      return hidden_kernel<T, 1>;
+    case 2:
+      return hidden_kernel<T, 2>;
+    case 4:
+      return hidden_kernel<T, 4>;
+    default:
+      return hidden_kernel<T, 8>;
+  }
+}
+
+template <class T>
+DecodeKernel values_kernel_of(const DecodePlan& plan) {
+  if (!plan.fast) return values_kernel<T, 0, false>;
+  if (!plan.value_ring) return values_kernel<T, 0, true>;
+  switch (plan.token_tiles) {
+    case 1:
+      return values_kernel<T, 1, true>;
+    case 2:
+      return values_kernel<T, 2, true>;
+    case 4:
+      return values_kernel<T, 4, true>;
+    default:
+      return values_kernel<T, 8, true>;
+  }
+}
+
+template <class T>
+DecodeKernel finish_kernel_of(const DecodePlan& plan) {
+  return plan.fast ? finish_kernel<T, true> : finish_kernel<T, false>;
+}
+
+}  // namespace memvp::decode
