@@ -34,20 +34,24 @@ class Plan(NamedTuple):
     Attributes:
         text_steps: of the language model.
         image_steps: of each contestant.
+        looks: how often to look at held-out images on the way.
         accuracy: over all questions about held-out images.
-        behind: how far at most under the prompt's accuracy.
+        above_blind: how much more than when the image is withheld, which is what guessing gets.
+        behind: how far at most under the prompt's accuracy; None: too early to say, since the prompt learns faster at first.
         step_time: how long at most, as a share of the prompt's.
     """
 
     text_steps: int
     image_steps: int
+    looks: int
     accuracy: float
-    behind: float
+    above_blind: float
+    behind: float | None
     step_time: float
 
 
-FULL = Plan(text_steps=600, image_steps=3500, accuracy=0.93, behind=0.02, step_time=0.7)
-QUICK = Plan(text_steps=300, image_steps=300, accuracy=0.40, behind=0.02, step_time=0.8)
+FULL = Plan(600, 3500, looks=10, accuracy=0.93, above_blind=0.5, behind=0.02, step_time=0.7)
+QUICK = Plan(300, 400, looks=4, accuracy=0.40, above_blind=0.15, behind=None, step_time=0.8)
 
 
 def main() -> int:
@@ -73,7 +77,9 @@ def main() -> int:
     memory = InMemory(copy.deepcopy(base).eval(), **shape)
     prompt = InPrompt(copy.deepcopy(base).eval(), words, **shape)
     contestants: list[Contestant] = [memory, prompt]
-    runs = race(contestants, words, known, held_out, steps=plan.image_steps, learning_rate=LEARNING_RATE)
+    runs = race(
+        contestants, words, known, held_out, steps=plan.image_steps, learning_rate=LEARNING_RATE, looks=plan.looks
+    )
 
     scores, answers = [], []
     for contestant in contestants:
@@ -98,7 +104,7 @@ def main() -> int:
     explained.plot(1 - held_out.pixels[0], path=arguments.out / "memory.png")
     print(f"\n{explained}\n\ncurves.png, answers.png and memory.png are in {arguments.out}/")
 
-    met = _bars(plan, scores, runs)
+    met = _bars(plan, scores, blind, runs)
     print(f"{time.perf_counter() - started:.0f} s in all, on {torch.get_num_threads()} threads")
     return 0 if met else 1
 
@@ -138,17 +144,20 @@ def _cost_table(contestants: list[Contestant], runs: list[Run]) -> str:
     return report.aligned(rows)
 
 
-def _bars(plan: Plan, scores: list[dict[str, float]], runs: list[Run]) -> bool:
-    memory, prompt = (score["all"] for score in scores)
+def _bars(plan: Plan, scores: list[dict[str, float]], blind: dict[str, float], runs: list[Run]) -> bool:
+    memory, prompt, guess = scores[0]["all"], scores[1]["all"], blind["all"]
     ratio = runs[0].step_time / runs[1].step_time
     bars = [
-        (f"MemVP {memory:.1%}, at least {plan.accuracy:.0%} wanted", memory >= plan.accuracy),
+        (f"MemVP {memory:.1%}, wanted at least {plan.accuracy:.0%}", memory >= plan.accuracy),
         (
-            f"prompt {prompt:.1%}, MemVP at most {100 * plan.behind:.0f} points under it wanted",
-            memory >= prompt - plan.behind,
+            f"without the image {guess:.1%}, wanted at least {100 * plan.above_blind:.0f} points less",
+            memory >= guess + plan.above_blind,
         ),
-        (f"step time {ratio:.2f}x the prompt's, at most {plan.step_time}x wanted", ratio <= plan.step_time),
+        (f"step time {ratio:.2f}x the prompt's, wanted at most {plan.step_time}x", ratio <= plan.step_time),
     ]
+    if plan.behind is not None:
+        text = f"prompt {prompt:.1%}, wanted at most {100 * plan.behind:.0f} points above MemVP"
+        bars.append((text, memory >= prompt - plan.behind))
     print()
     for text, met in bars:
         print(f"{'met   ' if met else 'MISSED'}  {text}")

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import digits
 import pytest
 import torch
 from digit_questions import images, language_model, questions, race, report
@@ -187,3 +188,22 @@ def test_the_pictures_are_drawn(tmp_path: Path, split: Any) -> None:
     report.draw_curves(runs, tmp_path / "curves.png")
     for name in ("answers.png", "curves.png"):
         assert 10_000 < (tmp_path / name).stat().st_size < 200_000
+
+
+@pytest.mark.parametrize(
+    ("memory", "prompt", "blind", "ratio", "met"),
+    [
+        (0.94, 0.95, 0.2, 0.6, True),
+        (0.92, 0.92, 0.2, 0.6, False),
+        (0.94, 0.97, 0.2, 0.6, False),
+        (0.94, 0.95, 0.5, 0.6, False),
+        (0.94, 0.95, 0.2, 0.8, False),
+    ],
+    ids=["met", "too few right", "too far behind", "the image hardly matters", "too slow"],
+)
+def test_each_bar_can_be_missed(
+    memory: float, prompt: float, blind: float, ratio: float, met: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [race.Run("MemVP", seconds=[ratio]), race.Run("prompt", seconds=[1.0])]
+    assert digits._bars(digits.FULL, [{"all": memory}, {"all": prompt}], {"all": blind}, runs) is met
+    assert ("MISSED" in capsys.readouterr().out) is not met
