@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,10 +35,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["descriptors", "pointers"])
-def operands(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def operands(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to load a tile; without it a test runs the one that its device and alignment give."""
     if request.param == "pointers":
         monkeypatch.setattr(launch, "has_tma", lambda device: False)
     elif not INTERPRETED and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("this GPU has no TMA")
-    yield request.param
+    return str(request.param)

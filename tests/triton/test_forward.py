@@ -125,7 +125,17 @@ def problem_of(a: dict[str, Any], *, index: list[int], lengths: list[int]) -> Pr
         index=torch.tensor(index, dtype=torch.int32, device=DEVICE),
         lengths=torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
     )
-    names = ("key", "value", "gate", "key_bias", "gate_bias", "value_bias", "visual_key", "visual_value", "visual_basis")
+    names = (
+        "key",
+        "value",
+        "gate",
+        "key_bias",
+        "gate_bias",
+        "value_bias",
+        "visual_key",
+        "visual_value",
+        "visual_basis",
+    )
     given = {n: a.get(n) for n in (*names, "key_position", "value_position", "residual")}
     return Problem(
         x=a["x"].reshape(S * T, d), **given, seed=None, segments=segments, activation="silu", visual_activation="gelu",

@@ -22,7 +22,14 @@ __all__ = ["core_forward", "core_fwd_kernel"]
 
 
 def core_forward(
-    c: Tensor, key_core: Tensor, value_core: Tensor, segments: Segments, visual: Visual, *, value_position: bool, save_scores: bool
+    c: Tensor,
+    key_core: Tensor,
+    value_core: Tensor,
+    segments: Segments,
+    visual: Visual,
+    *,
+    value_position: bool,
+    save_scores: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the core kernel.
 
@@ -81,13 +88,17 @@ def core_fwd_kernel(
         for slot in tl.range(0, M, BLOCK_M):
             b_scores = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for k in tl.range(0, RANK, BLOCK_R):
-                b_c = load_tile(c, row, k, N, RANK, stride_c_n, 1, BLOCK_N, BLOCK_R, BY_POINTER, False, RANK % BLOCK_R == 0)
+                b_c = load_tile(
+                    c, row, k, N, RANK, stride_c_n, 1, BLOCK_N, BLOCK_R, BY_POINTER, False, RANK % BLOCK_R == 0
+                )
                 b_key = load_memory_tile(
                     key_core, read, slot, k, slots, RANK, stride_key_r, stride_key_m, stride_key_rank, BLOCK_M, BLOCK_R, BY_POINTER
                 )  # fmt: skip
                 b_scores = tl.dot(b_c, b_key.to(DTYPE).T, b_scores, input_precision=PRECISION)
             if KEY_POSITION:
-                b_scores += load_tile(c, row, RANK + slot, N, WIDTH, stride_c_n, 1, BLOCK_N, BLOCK_M, BY_POINTER).to(tl.float32)
+                b_scores += load_tile(c, row, RANK + slot, N, WIDTH, stride_c_n, 1, BLOCK_N, BLOCK_M, BY_POINTER).to(
+                    tl.float32
+                )
             # Only the first part of u stores what all parts form.
             stored_end = tl.where(part == 0, end, first)
             b_visual = store_visual(

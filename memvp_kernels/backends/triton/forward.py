@@ -58,7 +58,12 @@ def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[
     """y (N, d), the pre-activations (P, N, F) and the scores (N, M), the last two None unless asked for (see `Problem`'s contract)."""
     x, segments = problem.x, problem.segments
     empty = problem.rows == 0 or problem.width == 0 or (problem.key is not None and problem.pairs == 0)
-    unread = problem.has_memory and (problem.slots == 0 or problem.memories == 0 or segments.sequences == 0 or (problem.factored and problem.rank == 0))
+    unread = problem.has_memory and (
+        problem.slots == 0
+        or problem.memories == 0
+        or segments.sequences == 0
+        or (problem.factored and problem.rank == 0)
+    )
     if empty or (unread and problem.key is None) or (problem.key is None and not problem.has_memory):
         return eager.forward(problem, save_hidden=save_hidden, save_scores=save_scores)
     if unread:
@@ -76,7 +81,9 @@ def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[
     elif problem.has_memory:
         assert problem.visual_key is not None and problem.visual_value is not None
         key_memory = form_memory(problem.visual_key, problem.key_position, None, x.dtype, descriptors=descriptors)
-        value_memory = form_memory(problem.visual_value, problem.value_position, segments.lengths, x.dtype, descriptors=descriptors)
+        value_memory = form_memory(
+            problem.visual_value, problem.value_position, segments.lengths, x.dtype, descriptors=descriptors
+        )
 
     dense = dense_segments(problem.rows)
     made = hidden_forward(
@@ -92,6 +99,13 @@ def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[
             value_position=problem.value_position is not None, save_scores=save_scores,
         )  # fmt: skip
     y = output_forward(
-        made.hidden, problem.value, problem.value_bias, middle, value_memory, dense if problem.factored else segments, problem.residual, x
+        made.hidden,
+        problem.value,
+        problem.value_bias,
+        middle,
+        value_memory,
+        dense if problem.factored else segments,
+        problem.residual,
+        x,
     )
     return y, made.pre, scores

@@ -220,19 +220,43 @@ def _ffn_tile(
         for k in tl.range(0, d, BLOCK_K):
             b_x = load_tile(x, row, k, N, d, stride_x_n, stride_x_d, BLOCK_N, BLOCK_K, FORM, False, WHOLE)
             if gate is not None:
-                b_weight = load_tile(gate, column, k, F, d, stride_gate_f, stride_gate_d, BLOCK_F, BLOCK_K, FORM_GATE, F % BLOCK_F == 0, WHOLE)
+                b_weight = load_tile(
+                    gate,
+                    column,
+                    k,
+                    F,
+                    d,
+                    stride_gate_f,
+                    stride_gate_d,
+                    BLOCK_F,
+                    BLOCK_K,
+                    FORM_GATE,
+                    F % BLOCK_F == 0,
+                    WHOLE,
+                )
                 b_gate = tl.dot(b_x, b_weight.T, b_gate, input_precision=PRECISION)
-            b_weight = load_tile(key, column, k, F, d, stride_key_f, stride_key_d, BLOCK_F, BLOCK_K, FORM_KEY, F % BLOCK_F == 0, WHOLE)
+            b_weight = load_tile(
+                key, column, k, F, d, stride_key_f, stride_key_d, BLOCK_F, BLOCK_K, FORM_KEY, F % BLOCK_F == 0, WHOLE
+            )
             b_key = tl.dot(b_x, b_weight.T, b_key, input_precision=PRECISION)
 
     if gate is None and BLOCK_F > 128:
         # Without a gate the accumulator is all columns: stored by halves, whose addresses fit the registers beside it.
         low, high = tl.split(tl.permute(tl.reshape(b_key, (BLOCK_N, 2, BLOCK_F // 2)), (0, 2, 1)))
         HALF: tl.constexpr = BLOCK_F // 2
-        _store_hidden(low, low, row, column, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias, stride_hidden_n, N, F, BLOCK_N, HALF, ACTIVATION, DTYPE)
-        _store_hidden(high, high, row, column + HALF, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias, stride_hidden_n, N, F, BLOCK_N, HALF, ACTIVATION, DTYPE)
+        _store_hidden(
+            low, low, row, column, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias, stride_hidden_n, N, F,
+            BLOCK_N, HALF, ACTIVATION, DTYPE,
+        )  # fmt: skip
+        _store_hidden(
+            high, high, row, column + HALF, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias,
+            stride_hidden_n, N, F, BLOCK_N, HALF, ACTIVATION, DTYPE,
+        )  # fmt: skip
     else:
-        _store_hidden(b_gate, b_key, row, column, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias, stride_hidden_n, N, F, BLOCK_N, BLOCK_F, ACTIVATION, DTYPE)
+        _store_hidden(
+            b_gate, b_key, row, column, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias,
+            stride_hidden_n, N, F, BLOCK_N, BLOCK_F, ACTIVATION, DTYPE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -245,11 +269,15 @@ def _store_hidden(
     o_column = column + tl.arange(0, BLOCK_F)
     inside = (o_row[:, None] < N) & (o_column[None, :] < F)
     if key_bias is not None:
-        b_key += tl.load(key_bias + o_column.to(tl.int64) * stride_key_bias, mask=o_column < F, other=0.0).to(tl.float32)[None, :]
+        b_key += tl.load(key_bias + o_column.to(tl.int64) * stride_key_bias, mask=o_column < F, other=0.0).to(
+            tl.float32
+        )[None, :]
     o_pre = o_row.to(tl.int64)[:, None] * F + o_column[None, :]
     if gate is not None:
         if gate_bias is not None:
-            b_gate += tl.load(gate_bias + o_column.to(tl.int64) * stride_gate_bias, mask=o_column < F, other=0.0).to(tl.float32)[None, :]
+            b_gate += tl.load(gate_bias + o_column.to(tl.int64) * stride_gate_bias, mask=o_column < F, other=0.0).to(
+                tl.float32
+            )[None, :]
         if pre is not None:
             tl.store(pre + o_pre, b_gate.to(DTYPE), mask=inside)
             tl.store(pre + tl.cast(N, tl.int64) * F + o_pre, b_key.to(DTYPE), mask=inside)

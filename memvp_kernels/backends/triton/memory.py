@@ -15,7 +15,9 @@ __all__ = ["form_memory", "shared_operand"]
 _BLOCK_COLUMNS = 1024
 
 
-def form_memory(memory: Tensor, position: Tensor | None, lengths: Tensor | None, dtype: torch.dtype, *, descriptors: bool) -> Tensor:
+def form_memory(
+    memory: Tensor, position: Tensor | None, lengths: Tensor | None, dtype: torch.dtype, *, descriptors: bool
+) -> Tensor:
     """memory + position in float32, rounded once to `dtype`; slots past a row's length become zero.
 
     Zeros there let a product run over whole tiles: a visual activation is zero past the length, but 0 · NaN would not be.

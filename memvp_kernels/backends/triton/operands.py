@@ -76,7 +76,20 @@ def load_memory_tile(
         tile = memory.load([memory_row, slot, column]).reshape(SLOTS, COLUMNS)
     else:
         base = memory + tl.cast(memory_row, tl.int64) * stride_memory
-        tile = load_tile(base, slot, column, slots, columns, stride_slot, stride_column, SLOTS, COLUMNS, BY_POINTER, False, WHOLE_COLUMNS)
+        tile = load_tile(
+            base,
+            slot,
+            column,
+            slots,
+            columns,
+            stride_slot,
+            stride_column,
+            SLOTS,
+            COLUMNS,
+            BY_POINTER,
+            False,
+            WHOLE_COLUMNS,
+        )
     return tile
 
 

@@ -97,14 +97,14 @@ def output_fwd_kernel(
     row_tile, column_tile = swizzle(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(d, BLOCK_D), GROUP)
     row = row_tile * BLOCK_N
     column = column_tile * BLOCK_D
-    o_row = row + tl.arange(0, BLOCK_N)
-    o_column = column + tl.arange(0, BLOCK_D)
 
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     if hidden is not None:
         WHOLE_F: tl.constexpr = F % BLOCK_K == 0
         for k in tl.range(0, F, BLOCK_K):
-            b_hidden = load_tile(hidden, row, k, N, F, stride_hidden_n, stride_hidden_f, BLOCK_N, BLOCK_K, FORM, False, WHOLE_F)
+            b_hidden = load_tile(
+                hidden, row, k, N, F, stride_hidden_n, stride_hidden_f, BLOCK_N, BLOCK_K, FORM, False, WHOLE_F
+            )
             b_value = load_tile(
                 value, k, column, F, d, stride_value_f, stride_value_d, BLOCK_K, BLOCK_D, FORM_VALUE, WHOLE_F, d % BLOCK_D == 0
             )  # fmt: skip
@@ -115,14 +115,42 @@ def output_fwd_kernel(
             stride_memory_m, stride_memory_d, N, T, S, R, d, M, BLOCK_N, BLOCK_D, BLOCK_K, STRADDLES, FORM, PRECISION,
         )  # fmt: skip
 
-    inside = (o_row[:, None] < N) & (o_column[None, :] < d)
-    wide_column = o_column.to(tl.int64)
-    if value_bias is not None:
-        acc += tl.load(value_bias + wide_column * stride_value_bias, mask=o_column < d, other=0.0).to(tl.float32)[None, :]
-    if residual is not None:
-        o_residual = o_row.to(tl.int64)[:, None] * stride_residual_n + wide_column[None, :] * stride_residual_d
-        acc += tl.load(residual + o_residual, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + o_row.to(tl.int64)[:, None] * d + o_column[None, :], acc.to(DTYPE), mask=inside)
+    _store_output(
+        acc, row, column, value_bias, residual, y, stride_value_bias, stride_residual_n, stride_residual_d, N, d,
+        BLOCK_N, BLOCK_D, DTYPE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_output(
+    acc, row, column, value_bias, residual, y, stride_value_bias, stride_residual_n, stride_residual_d,
+    N, d: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """y = acc + b_V + residual; a residual comes in pieces of 64 columns: beside an accumulator of 256 it would not fit the registers."""
+    if residual is not None and BLOCK_D > 64:
+        HALF: tl.constexpr = BLOCK_D // 2
+        low, high = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, HALF)), (0, 2, 1)))
+        _store_output(
+            low, row, column, value_bias, residual, y, stride_value_bias, stride_residual_n, stride_residual_d, N, d,
+            BLOCK_N, HALF, DTYPE,
+        )  # fmt: skip
+        _store_output(
+            high, row, column + HALF, value_bias, residual, y, stride_value_bias, stride_residual_n, stride_residual_d, N, d,
+            BLOCK_N, HALF, DTYPE,
+        )  # fmt: skip
+    else:
+        o_row = row + tl.arange(0, BLOCK_N)
+        o_column = column + tl.arange(0, BLOCK_D)
+        inside = (o_row[:, None] < N) & (o_column[None, :] < d)
+        wide_column = o_column.to(tl.int64)
+        if value_bias is not None:
+            acc += tl.load(value_bias + wide_column * stride_value_bias, mask=o_column < d, other=0.0).to(tl.float32)[
+                None, :
+            ]
+        if residual is not None:
+            o_residual = o_row.to(tl.int64)[:, None] * stride_residual_n + wide_column[None, :] * stride_residual_d
+            acc += tl.load(residual + o_residual, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y + o_row.to(tl.int64)[:, None] * d + o_column[None, :], acc.to(DTYPE), mask=inside)
 
 
 @triton.jit

@@ -16,7 +16,18 @@ from functools import cache
 
 import torch
 
-__all__ = ["Chip", "Tile", "candidates", "chip_of", "core_tile", "hidden_cycles", "hidden_tile", "output_cycles", "output_tile", "straddles"]
+__all__ = [
+    "Chip",
+    "Tile",
+    "candidates",
+    "chip_of",
+    "core_tile",
+    "hidden_cycles",
+    "hidden_tile",
+    "output_cycles",
+    "output_tile",
+    "straddles",
+]
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,7 @@ class Chip:
         cuda: float32 FLOP per clock and multiprocessor outside the tensor cores.
         l2: bytes per clock that L2 delivers to one multiprocessor.
         memory: bytes per clock of device memory for the whole chip.
+        clock: GHz, to turn cycles into time for a report; for sm_90 what an H200 holds in a large product (790 TFLOP/s), else the data sheet's.
     """
 
     architecture: int
@@ -40,6 +52,7 @@ class Chip:
     cuda: int
     l2: int
     memory: int
+    clock: float
 
     @property
     def family(self) -> str:
@@ -49,15 +62,15 @@ class Chip:
 
 _KIB = 1024
 _CHIPS = {
-    80: Chip(80, 108, 163 * _KIB, 2048, 128, 64, 1100),
-    86: Chip(86, 84, 99 * _KIB, 512, 256, 48, 500),
-    87: Chip(87, 16, 163 * _KIB, 1024, 256, 48, 200),
-    89: Chip(89, 128, 99 * _KIB, 1024, 256, 48, 400),
-    90: Chip(90, 132, 227 * _KIB, 4096, 256, 64, 2500),
-    100: Chip(100, 148, 227 * _KIB, 8192, 256, 64, 4000),
-    103: Chip(103, 148, 227 * _KIB, 8192, 256, 64, 4000),
-    120: Chip(120, 170, 99 * _KIB, 1024, 256, 48, 700),
-    121: Chip(121, 48, 99 * _KIB, 1024, 256, 48, 120),
+    80: Chip(80, 108, 163 * _KIB, 2048, 128, 64, 1100, 1.41),
+    86: Chip(86, 84, 99 * _KIB, 512, 256, 48, 500, 1.7),
+    87: Chip(87, 16, 163 * _KIB, 1024, 256, 48, 200, 1.3),
+    89: Chip(89, 128, 99 * _KIB, 1024, 256, 48, 400, 2.5),
+    90: Chip(90, 132, 227 * _KIB, 4096, 256, 64, 2900, 1.46),
+    100: Chip(100, 148, 227 * _KIB, 8192, 256, 64, 4000, 1.85),
+    103: Chip(103, 148, 227 * _KIB, 8192, 256, 64, 4000, 1.85),
+    120: Chip(120, 170, 99 * _KIB, 1024, 256, 48, 700, 2.4),
+    121: Chip(121, 48, 99 * _KIB, 1024, 256, 48, 120, 2.4),
 }
 
 
@@ -161,12 +174,23 @@ def hidden_tile(
     descriptors: bool,
 ) -> Tile:
     """The hidden kernel's tile."""
-    return _hidden_tile(chip, dtype, precision, _bucket(rows), width, pairs, slots, _bucket(sequences), gated, descriptors)
+    return _hidden_tile(
+        chip, dtype, precision, _bucket(rows), width, pairs, slots, _bucket(sequences), gated, descriptors
+    )
 
 
 @cache
 def _hidden_tile(
-    chip: Chip, dtype: torch.dtype, precision: str, rows: int, width: int, pairs: int, slots: int, sequences: int, gated: bool, descriptors: bool
+    chip: Chip,
+    dtype: torch.dtype,
+    precision: str,
+    rows: int,
+    width: int,
+    pairs: int,
+    slots: int,
+    sequences: int,
+    gated: bool,
+    descriptors: bool,
 ) -> Tile:
     def cycles(tile: Tile) -> float:
         return hidden_cycles(chip, tile, dtype, precision, rows, width, pairs, slots, sequences, gated)
@@ -175,12 +199,25 @@ def _hidden_tile(
 
 
 def hidden_cycles(
-    chip: Chip, tile: Tile, dtype: torch.dtype, precision: str, rows: int, width: int, pairs: int, slots: int, sequences: int, gated: bool
+    chip: Chip,
+    tile: Tile,
+    dtype: torch.dtype,
+    precision: str,
+    rows: int,
+    width: int,
+    pairs: int,
+    slots: int,
+    sequences: int,
+    gated: bool,
 ) -> float:
     """Predicted clock cycles of one hidden launch."""
     wide = tile.columns * (1 + gated)
     row_tiles = math.ceil(rows / tile.block_n)
-    memory = (row_tiles + min(sequences, rows)) * math.ceil(slots / wide) if sequences > 1 else row_tiles * math.ceil(slots / wide)
+    memory = (
+        (row_tiles + min(sequences, rows)) * math.ceil(slots / wide)
+        if sequences > 1
+        else row_tiles * math.ceil(slots / wide)
+    )
     count = row_tiles * math.ceil(pairs / tile.columns) + memory
     moved = rows * width + pairs * width * (1 + gated) + sequences * slots * width + rows * (pairs + slots)
     return _cycles(chip, tile, dtype, precision, wide, count, math.ceil(width / tile.block_k), moved * dtype.itemsize)
@@ -202,12 +239,23 @@ def output_tile(
     """The output kernel's tile; `length` None: packed."""
     # The largest power of two in T decides which tiles a sequence's edge may cut, and nothing else about T matters.
     whole = 0 if length is None else length & -length if sequences > 1 else 1 << 30
-    return _output_tile(chip, dtype, precision, _bucket(rows), width, pairs, slots, _bucket(sequences), min(whole, 1 << 10), descriptors)
+    return _output_tile(
+        chip, dtype, precision, _bucket(rows), width, pairs, slots, _bucket(sequences), min(whole, 1 << 10), descriptors
+    )
 
 
 @cache
 def _output_tile(
-    chip: Chip, dtype: torch.dtype, precision: str, rows: int, width: int, pairs: int, slots: int, sequences: int, whole: int, descriptors: bool
+    chip: Chip,
+    dtype: torch.dtype,
+    precision: str,
+    rows: int,
+    width: int,
+    pairs: int,
+    slots: int,
+    sequences: int,
+    whole: int,
+    descriptors: bool,
 ) -> Tile:
     found: list[tuple[float, int, Tile]] = []
     single = list(candidates(chip, dtype, precision, descriptors=descriptors))
@@ -221,7 +269,16 @@ def _output_tile(
 
 
 def output_cycles(
-    chip: Chip, tile: Tile, dtype: torch.dtype, precision: str, rows: int, width: int, pairs: int, slots: int, sequences: int, cut: bool
+    chip: Chip,
+    tile: Tile,
+    dtype: torch.dtype,
+    precision: str,
+    rows: int,
+    width: int,
+    pairs: int,
+    slots: int,
+    sequences: int,
+    cut: bool,
 ) -> float:
     """Predicted clock cycles of one output launch; `cut`: sequences end inside row tiles."""
     row_tiles = math.ceil(rows / tile.block_n)

@@ -1,0 +1,109 @@
+"""The cost model: whatever it returns fits the chip, it asks only for buckets of the batch, and it prefers what waves and bytes prefer."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from memvp_kernels.backends.triton import tiles
+from memvp_kernels.backends.triton.tiles import Chip, Tile
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+KINDS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
+LLAMA = {"width": 4096, "pairs": 11008, "slots": 320}
+
+
+def hidden(
+    chip: Chip, rows: int, *, dtype: torch.dtype = torch.bfloat16, precision: str = "ieee", **given: int
+) -> Tile:
+    sizes = {**LLAMA, "sequences": max(rows // 512, 1), **given}
+    return tiles.hidden_tile(
+        chip, dtype, precision, rows=rows, gated=True, descriptors=chip.architecture >= 90, **sizes
+    )
+
+
+def output(
+    chip: Chip, rows: int, *, dtype: torch.dtype = torch.bfloat16, precision: str = "ieee", **given: int
+) -> Tile:
+    sizes = {**LLAMA, "sequences": max(rows // 512, 1), "length": 512, **given}
+    return tiles.output_tile(chip, dtype, precision, rows=rows, descriptors=chip.architecture >= 90, **sizes)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=str)
+def test_everything_it_returns_fits(architecture: int, dtype: torch.dtype, precision: str) -> None:
+    chip = tiles.chip_of(architecture)
+    for rows, width, pairs, slots in itertools.product((1, 17, 512, 8192, 10**6), (1, 37, 4096), (1, 11008), (0, 320)):
+        sizes = {"width": width, "pairs": pairs, "slots": slots, "dtype": dtype, "precision": precision}
+        first, second = hidden(chip, rows, **sizes), output(chip, rows, **sizes)
+        cut = output(chip, rows, **sizes, length=511, sequences=4)
+        for tile, wide, accumulators in (
+            (first, 2 * first.columns, 1),
+            (second, second.columns, 1),
+            (cut, cut.columns, 2),
+        ):
+            if tile is cut and not slots:
+                continue
+            assert tile.stages * (tile.block_n + wide) * tile.block_k * dtype.itemsize <= chip.shared
+            assert accumulators * tile.block_n * wide // (32 * tile.warps) <= 128
+            assert tile.stages >= 2
+            assert all(n & (n - 1) == 0 for n in (tile.block_n, tile.columns, tile.block_k, tile.warps))
+        core = tiles.core_tile(chip, dtype, precision, rows=rows, rank=136)
+        assert core.block_n * (core.columns + core.block_k) // (32 * core.warps) <= 128
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_and_sequences_count_only_by_bucket(architecture: int) -> None:
+    """A model that sees every length compiles few kernels, and neighbours in a bucket share theirs."""
+    chip = tiles.chip_of(architecture)
+    assert hidden(chip, 2049) == hidden(chip, 4096)
+    found = {(hidden(chip, rows), output(chip, rows)) for rows in range(1, 8193, 13)}
+    assert len(found) <= 8
+    lengths = {output(chip, 16 * length, sequences=16, length=length) for length in range(1, 513)}
+    assert len(lengths) <= 6
+
+
+def test_hopper_takes_the_widest_tile_for_training() -> None:
+    chip = tiles.chip_of(90)
+    assert hidden(chip, 8192) == Tile(128, 128, 64, 8, 4)
+    assert output(chip, 8192) == Tile(128, 256, 64, 8, 4)
+
+
+def test_few_rows_take_more_and_smaller_tiles() -> None:
+    """At 512 rows the down-projection has 64 tiles of 128x256 for 132 multiprocessors: half the chip would wait."""
+    chip = tiles.chip_of(90)
+    tile = output(chip, 512)
+    assert (512 // tile.block_n) * (4096 // tile.columns) >= 128
+    assert output(chip, 64).columns <= 64
+
+
+@pytest.mark.parametrize(
+    ("sequences", "length", "expected"),
+    [(4, 512, False), (4, 500, True), (1, 500, False), (1, None, True), (9, None, True)],
+)
+def test_which_tiles_a_sequence_may_end_in(sequences: int, length: int | None, expected: bool) -> None:
+    assert tiles.straddles(sequences, length, 128) == expected
+
+
+def test_an_unknown_chip_counts_as_the_one_before() -> None:
+    assert tiles.chip_of(94).architecture == 90
+    assert tiles.chip_of(75).architecture == 80
+    assert tiles.chip_of(90, 78).multiprocessors == 78
+
+
+def test_predictions_respect_the_roofs() -> None:
+    """Never faster than the tensor cores or the memory allow, and slower for more work."""
+    chip = tiles.chip_of(90)
+    previous = 0.0
+    for rows in (16, 128, 512, 2048, 8192):
+        tile = hidden(chip, rows)
+        cycles = tiles.hidden_cycles(
+            chip, tile, torch.bfloat16, "ieee", rows, 4096, 11008, 320, max(rows // 512, 1), True
+        )
+        flops = 2 * rows * 4096 * (2 * 11008 + 320)
+        assert cycles >= flops / (chip.tensor * chip.multiprocessors)
+        assert cycles >= 2 * 2 * 11008 * 4096 / chip.memory
+        assert cycles >= previous
+        previous = cycles
