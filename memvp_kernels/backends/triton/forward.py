@@ -50,20 +50,25 @@ def dense_segments(rows: int) -> Segments:
 
 def without_memory(problem: Problem) -> Problem:
     """The same problem with its visual branch gone, for a memory without slots, rows or readers."""
-    nothing = dict.fromkeys(("visual_key", "visual_value", "visual_basis", "key_position", "value_position", "seed"))
-    return replace(problem, **nothing, dropout_p=0.0)
+    return replace(
+        problem,
+        visual_key=None,
+        visual_value=None,
+        visual_basis=None,
+        key_position=None,
+        value_position=None,
+        seed=None,
+        dropout_p=0.0,
+    )
 
 
 def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y (N, d), the pre-activations (P, N, F) and the scores (N, M), the last two None unless asked for (see `Problem`'s contract)."""
     x, segments = problem.x, problem.segments
     empty = problem.rows == 0 or problem.width == 0 or (problem.key is not None and problem.pairs == 0)
-    unread = problem.has_memory and (
-        problem.slots == 0
-        or problem.memories == 0
-        or segments.sequences == 0
-        or (problem.factored and problem.rank == 0)
-    )
+    # A factored memory of rank 0 still has its positions.
+    empty = empty or (problem.factored and problem.rank == 0)
+    unread = problem.has_memory and 0 in (problem.slots, problem.memories, segments.sequences)
     if empty or (unread and problem.key is None) or (problem.key is None and not problem.has_memory):
         return eager.forward(problem, save_hidden=save_hidden, save_scores=save_scores)
     if unread:
