@@ -40,15 +40,16 @@ def jobs(setting: Setting) -> Iterator[Job]:
     def job(level: str, phase: str, name: str, batch: int, length: int, visual: int) -> Job:
         decode = phase == "decode"
         tokens = 1 if decode and level == "ffn" else length
+        here = setting.at((batch, length, visual))
 
         def found() -> Sequence[Candidate]:
             with torch.no_grad():
                 if level == "ffn":
                     return ffn_candidates(
-                        setting, sequences=batch, text_length=tokens, visual_tokens=visual, decode=decode
+                        here, sequences=batch, text_length=tokens, visual_tokens=visual, decode=decode
                     )
                 return model_candidates(
-                    setting, model(), sequences=batch, text_length=length, visual_tokens=visual, decode=decode
+                    here, model(), sequences=batch, text_length=length, visual_tokens=visual, decode=decode
                 )
 
         template = Row(

@@ -20,10 +20,10 @@ HERE = Path(__file__).resolve().parent
 
 #: What each program is asked to run on a CPU, beyond its defaults: enough shapes for every plot of the report.
 CPU = {
-    "latency": ["--compile", "--text-length", "32", "128", "--visual-tokens", "64", "256"],
-    "training": ["--compile", "--text-length", "32", "128"],
+    "latency": ["--compile", "--text-length", "64", "16", "--visual-tokens", "256", "64"],
+    "training": ["--compile", "--text-length", "64", "16", "--visual-tokens", "256", "64"],
     "kernels": [],
-    "decode": [],
+    "decode": ["--batch", "1", "16"],
 }
 CUDA: dict[str, list[str]] = {"latency": [], "training": [], "kernels": [], "decode": []}
 

@@ -37,13 +37,15 @@ def jobs(setting: Setting, *, recompute: bool, checkpointing: bool) -> Iterator[
     switches = "".join(f", {name}" for name, on in (("checkpointing", checkpointing), ("recompute", recompute)) if on)
 
     def job(level: str, batch: int, length: int, visual: int) -> Job:
+        here = setting.at((batch, length, visual))
+
         def found() -> Sequence[Candidate]:
             if level == "ffn":
                 return ffn_candidates(
-                    setting, sequences=batch, text_length=length, visual_tokens=visual, recompute=recompute
+                    here, sequences=batch, text_length=length, visual_tokens=visual, recompute=recompute
                 )
             return model_candidates(
-                setting,
+                here,
                 model(),
                 sequences=batch,
                 text_length=length,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,6 +72,12 @@ class Setting:
         return sorted(
             product(*lists), key=lambda size: sum(n != first[0] for n, first in zip(size, lists, strict=True))
         )
+
+    def at(self, size: tuple[int, int, int]) -> Setting:
+        """The setting for one of `sizes`: on a CPU, where a compilation takes many seconds, compiled forms only run at the first."""
+        if self.device.type == "cuda" or size == self.sizes()[0]:
+            return self
+        return dataclasses.replace(self, compiled=False)
 
     def wants(self, variant: str) -> bool:
         """Whether `--variants` lets it take part; the baseline of the speedup always does."""
