@@ -22,14 +22,16 @@ def relative_error(out: Tensor, exact: Tensor) -> float:
 
 def allowed_error(plain: Tensor, exact: Tensor) -> float:
     """Twice the error of `plain`, PyTorch's own result; never less than correct rounding of the result itself costs."""
-    rounding = torch.finfo(plain.dtype).eps / 2
-    return max(2 * relative_error(plain, exact), rounding)
+    return max(2 * relative_error(plain, exact), _rounding(plain))
 
 
 def judge(
     outputs: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor]
 ) -> tuple[float, float]:
-    """(error, allowed) of whichever named output comes closest to, or exceeds, what it is allowed.
+    """(error, allowed): root mean square of the relative errors of all results, and twice that of plain PyTorch.
+
+    Over all of them together, because a gradient of a few numbers may be right by luck, and nobody reaches twice its error
+    then. A result that is wrong is off by so much more than rounding that the others cannot hide it.
 
     Args:
         outputs: the candidate's results: an output, or an output and gradients.
@@ -39,5 +41,14 @@ def judge(
     Raises:
         KeyError: the candidate lacks one of the results.
     """
-    pairs = [(relative_error(outputs[name], exact[name]), allowed_error(plain[name], exact[name])) for name in exact]
-    return max(pairs, key=lambda pair: pair[0] / pair[1])
+    error = _root_mean_square([relative_error(outputs[name], exact[name]) for name in exact])
+    theirs = _root_mean_square([relative_error(plain[name], exact[name]) for name in exact])
+    return error, max(2 * theirs, max(_rounding(plain[name]) for name in exact))
+
+
+def _root_mean_square(errors: list[float]) -> float:
+    return math.sqrt(sum(error * error for error in errors) / len(errors))
+
+
+def _rounding(result: Tensor) -> float:
+    return torch.finfo(result.dtype).eps / 2

@@ -54,12 +54,12 @@ class Product:
         found: Tensor = self.model(input_ids=tokens, image_features=features, use_cache=True, logits_to_keep=1).logits
         return found[:, -1]
 
-    def loss(self, tokens: Tensor, features: Tensor, *, dropout: bool) -> Tensor:
-        """Mean cross entropy of the text."""
+    def loss(self, tokens: Tensor, features: Tensor, *, dropout: bool) -> tuple[Tensor, Tensor]:
+        """Mean cross entropy of the text, and its logits."""
         self.model.train()  # checkpointing happens in training mode alone
         self.model.memory.train(dropout)
-        found: Tensor = self.model(input_ids=tokens, image_features=features, labels=tokens, use_cache=False).loss
-        return found
+        found = self.model(input_ids=tokens, image_features=features, labels=tokens, use_cache=False)
+        return found.loss, found.logits
 
     def gradients(self) -> dict[str, Tensor]:
         """By the adapter's names; then forgets them."""

@@ -25,7 +25,8 @@ class Row:
         dtype: of the operands ("bfloat16").
         status: "ok"; "wrong" (the correctness check failed: no speed is given); "skipped" or "failed" with a reason.
         reason: why there is no time.
-        error, error_allowed: ‖out − reference‖ / ‖reference‖ against float64, and twice plain PyTorch's own.
+        error, error_allowed: ‖out − reference‖ / ‖reference‖ against float64 (root mean square over output and gradients where
+            both are checked), and twice plain PyTorch's own.
         samples, timing, first_call_s: of the timer.
         speedup_vs_prompt: time of the prompt-length variant of the same case over this one's; under 1 it loses.
         speedup_vs_text: the same against text only, in which no image takes part.

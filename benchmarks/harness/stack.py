@@ -184,10 +184,11 @@ class Stack(nn.Module):
         logits: Tensor = self.head(self.hidden(x, cache=cache, start=start)[:, -1])
         return logits
 
-    def loss(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """Mean cross entropy of the text; x may have visual tokens in front, which are not predicted."""
-        logits = self.head(self.hidden(x)[:, -tokens.shape[1] :])
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+    def loss(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross entropy of the text, and its logits; x may have visual tokens in front, which are not predicted."""
+        logits: Tensor = self.head(self.hidden(x)[:, -tokens.shape[1] :])
+        wide = logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        return nn.functional.cross_entropy(wide, tokens[:, 1:].flatten()), logits
 
     def first(self, layers: int) -> Stack:
         """The stack cut after its first layers; it shares every tensor, and which variant runs, with this one."""

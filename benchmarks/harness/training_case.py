@@ -127,7 +127,9 @@ def model_candidates(
     learner = copy.deepcopy(adapter)  # steps change it; the checks' own stays as it is
     optimiser = _optimiser(learner)
 
-    def loss(variant: Variant, stack: Stack, adapter: Adapter, dtype: torch.dtype, dropout: float) -> Tensor:
+    def loss(
+        variant: Variant, stack: Stack, adapter: Adapter, dtype: torch.dtype, dropout: float
+    ) -> tuple[Tensor, Tensor]:
         stack.checkpointing = checkpointing
         features_ = features.to(adapter.fc1_weight.dtype)
         visual = adapter.project(features_).to(dtype) if variant.form == "prompt" else None
@@ -142,9 +144,10 @@ def model_candidates(
 
     def gradients(variant: Variant, stack: Stack, adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
         _clear(adapter)
-        value = loss(variant, stack, adapter, dtype, 0.0)
+        value, logits = loss(variant, stack, adapter, dtype, 0.0)
         torch.autograd.backward(value)
-        return {"loss": value.detach(), **_adapter_gradients(adapter)}
+        # The logits rather than the loss: a single number can be right by luck, and then nobody reaches twice its error.
+        return {"logits": logits.detach(), **_adapter_gradients(adapter)}
 
     @functools.cache
     def plain(name: str) -> dict[str, Tensor]:
@@ -162,7 +165,8 @@ def model_candidates(
         outputs = gradients(variant, model.head, adapter, dtype)
 
         def step() -> None:
-            torch.autograd.backward(loss(variant, model.stack, learner, dtype, DROPOUT if variant.has_memory else 0.0))
+            dropout = DROPOUT if variant.has_memory else 0.0
+            torch.autograd.backward(loss(variant, model.stack, learner, dtype, dropout)[0])
             _update(optimiser)
 
         return outputs, Run([step], graph=False), model.stack.bytes + _trained_bytes(adapter)
@@ -170,14 +174,14 @@ def model_candidates(
     def build_product() -> tuple[dict[str, Tensor], Run, int]:
         switches = {"recompute": recompute, "checkpointing": checkpointing}
         checked = Product(model.head, adapter, **switches)
-        value = checked.loss(tokens, features, dropout=False)
+        value, logits = checked.loss(tokens, features, dropout=False)
         torch.autograd.backward(value)
-        outputs = {"loss": value.detach(), **checked.gradients()}
+        outputs = {"logits": logits.detach(), **checked.gradients()}
         product = Product(model.stack, adapter, **switches)
         own = _optimiser(product.model.memory)
 
         def step() -> None:
-            torch.autograd.backward(product.loss(tokens, features, dropout=True))
+            torch.autograd.backward(product.loss(tokens, features, dropout=True)[0])
             _update(own)
 
         return outputs, Run([step], graph=False), model.stack.bytes + _trained_bytes(adapter)
