@@ -36,9 +36,7 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return (product >> 32).bitwise_and_(_WORD), product.bitwise_and_(_WORD)
 
 
-def philox4x32(
-    seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words (in int64) for each counter; the key is the seed's low and high words."""
     c0, c1, c2, c3 = counter
     steps = torch.arange(_ROUNDS, dtype=torch.int64, device=seed.device)
@@ -56,5 +54,5 @@ def keep_mask(seed: Tensor, rows: int, slots: int, p: float) -> Tensor:
     slot = torch.arange(groups, dtype=torch.int64, device=seed.device)[None, :]
     token = torch.arange(rows, dtype=torch.int64, device=seed.device)[:, None]
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
-    words = torch.stack(torch.broadcast_tensors(*philox4x32(seed, (slot, token, zero, zero))), dim=-1)
+    words = torch.stack([w.expand(rows, groups) for w in philox4x32(seed, (slot, token, zero, zero))], dim=-1)
     return ((words >> 8) >= keep_threshold(p)).reshape(rows, groups * 4)[:, :slots]

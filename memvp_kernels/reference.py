@@ -80,10 +80,10 @@ def ffn(
         float64, the shape of x. No argument is checked: this is the yardstick, not the product.
     """
 
-    def wide(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.to(torch.float64)
+    def wide(t: Tensor) -> Tensor:
+        return t.to(torch.float64)
 
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(torch.float64)
+    rows = wide(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
     y = torch.zeros_like(rows)
     if key is not None and value is not None:
         up = rows @ wide(key).T
@@ -104,7 +104,7 @@ def ffn(
         covered = 0
         spans = sequences(x, visual_key, visual_index, cu_seqlens)
         vact = visual_activation or activation
-        memory = [(t if t.dim() == 3 else t[None]).to(torch.float64) for t in (visual_key, visual_value)]
+        memory = [wide(t if t.dim() == 3 else t[None]) for t in (visual_key, visual_value)]
         for first, end, row in spans:
             part = torch.zeros_like(rows[first:end])
             if row >= 0:
@@ -113,7 +113,7 @@ def ffn(
                 v = v if value_position is None else v + wide(value_position)
                 slots = k.shape[0] if visual_lengths is None else int(visual_lengths[row])
                 visual = activate(vact, rows[first:end] @ k[:slots].T)
-                if dropout_p > 0:
+                if keep is not None:
                     visual = visual * keep[first:end, :slots] / (1 - dropout_p) if dropout_p < 1 else visual * 0
                 part = visual_scale * (visual @ v[:slots])
             parts.append(part)

@@ -96,8 +96,10 @@ class Grouped:
                 out[slice(*spans[0])].addmm_(a[slice(*spans[0])], matrices[row])
                 continue
             product = self._take(a, spans) @ matrices[row]
-            for span, part in zip(spans, product.split([e - f for f, e in spans]), strict=True):
-                out[slice(*span)] += part
+            taken = 0
+            for first, end in spans:
+                out[first:end] += product[taken : taken + end - first]
+                taken += end - first
 
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
         out = a.new_zeros(self.memories, a.shape[-1], b.shape[-1])
