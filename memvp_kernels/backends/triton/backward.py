@@ -36,8 +36,9 @@ def backward(
         pre, scores: as the forward kept them, or None where it kept nothing: then they are formed again by the forward's kernels.
     """
     empty = problem.rows == 0 or problem.width == 0 or (problem.key is not None and problem.pairs == 0)
-    sizes = (problem.slots, problem.memories, problem.segments.sequences, problem.rank if problem.factored else 1)
-    unread = problem.has_memory and 0 in sizes
+    # A factored memory of rank 0 still has its positions.
+    empty = empty or (problem.factored and problem.rank == 0)
+    unread = problem.has_memory and 0 in (problem.slots, problem.memories, problem.segments.sequences)
     if empty or (unread and problem.key is None):
         return eager.backward(problem, grad, pre, scores, needs)
     if unread:

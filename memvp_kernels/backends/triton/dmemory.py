@@ -20,7 +20,7 @@ from torch import Tensor
 
 from memvp_kernels.backends.triton import backward_tiles, launch
 from memvp_kernels.backends.triton.operands import BY_POINTER, BY_ROW, load_tile
-from memvp_kernels.backends.triton.segments import sequence_bounds
+from memvp_kernels.backends.triton.segments import sequence_bounds, valid_slots
 from memvp_kernels.problem import Segments
 
 __all__ = ["Pair", "dense_gradients", "dmemory_bwd_kernel", "memory_gradients"]
@@ -40,11 +40,17 @@ def memory_gradients(pairs: Sequence[Pair], segments: Segments, memories: int, d
         dtype: of the results; sums are float32 until then.
 
     Returns:
-        one (R, M, d) for each pair; exact zeros for a row that nobody reads and wherever left is zero.
+        one (R, M, d) for each pair; exact zeros for a row that nobody reads and for slots past its length.
     """
-    if segments.shared:
-        return [g[None] for g in dense_gradients(pairs, dtype)]
-    return _launch(pairs, segments, memories, dtype)
+    if not segments.shared:
+        return _launch(pairs, segments, memories, dtype)
+    grads = [g[None] for g in dense_gradients(pairs, dtype)]
+    if segments.lengths is not None:
+        slots = grads[0].shape[1]
+        valid = torch.where((segments.lengths >= 0) & (segments.lengths <= slots), segments.lengths, 0)
+        past = torch.arange(slots, device=valid.device)[None, :] >= valid[:, None]
+        grads = [g.masked_fill_(past[:, :, None], 0) for g in grads]
+    return grads
 
 
 def dense_gradients(pairs: Sequence[Pair], dtype: torch.dtype) -> list[Tensor]:
@@ -80,7 +86,8 @@ def _launch(pairs: Sequence[Pair], segments: Segments, memories: int, dtype: tor
         # Descriptors built on the device need room there, for the length of the launch.
         triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=right.device))
         dmemory_bwd_kernel[(len(pairs) * memories * tiles,)](
-            left, right, outs[0], other_left, other_right, outs[-1], segments.cu_seqlens, segments.index,
+            left, right, outs[0], other_left, other_right, outs[-1],
+            segments.cu_seqlens, segments.index, segments.lengths,
             left.stride(0), right.stride(0), other_left.stride(0), other_right.stride(0),
             segments.rows, segments.length or 0, segments.sequences, memories,
             M=slots, d=width, BLOCK_M=tile.block_n, BLOCK_D=tile.columns, BLOCK_K=tile.block_k, SCAN=_SCAN,
@@ -95,7 +102,7 @@ def _launch(pairs: Sequence[Pair], segments: Segments, memories: int, dtype: tor
 
 @triton.jit(do_not_specialize=["N", "T", "S", "R"])
 def dmemory_bwd_kernel(
-    left, right, out, other_left, other_right, other_out, cu_seqlens, index,
+    left, right, out, other_left, other_right, other_out, cu_seqlens, index, lengths,
     stride_left_n, stride_right_n, stride_other_left_n, stride_other_right_n,
     N, T, S, R, M: tl.constexpr, d: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     SCAN: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
@@ -135,6 +142,9 @@ def dmemory_bwd_kernel(
 
     o_slot = slot + tl.arange(0, BLOCK_M)
     o_column = column + tl.arange(0, BLOCK_D)
+    if lengths is not None:
+        # Left is zero there, but 0 · NaN would not be.
+        acc = tl.where(o_slot[:, None] < valid_slots(read, lengths, M), acc, 0.0)
     inside = (o_slot[:, None] < M) & (o_column[None, :] < d)
     o_out = (tl.cast(read, tl.int64) * M + o_slot.to(tl.int64)[:, None]) * d + o_column[None, :]
     tl.store(out + o_out, acc.to(out.dtype.element_ty), mask=inside)

@@ -12,7 +12,7 @@ from memvp_kernels.backends.triton.segments import valid_slots
 
 __all__ = ["form_memory", "shared_operand"]
 
-_BLOCK_COLUMNS = 1024
+_BLOCK_SLOTS, _BLOCK_COLUMNS = 8, 512
 
 
 def form_memory(
@@ -36,11 +36,11 @@ def form_memory(
     memories, slots, width = memory.shape
     formed = torch.empty(memories, slots, width, dtype=dtype, device=memory.device)
     if formed.numel():
-        grid = (memories * slots, triton.cdiv(width, _BLOCK_COLUMNS))
+        grid = (memories * triton.cdiv(slots, _BLOCK_SLOTS), triton.cdiv(width, _BLOCK_COLUMNS))
         with on_device(memory):
             form_memory_kernel[grid](
                 memory, position, lengths, formed, *memory.stride(), *(position.stride() if position is not None else (0, 0)),
-                slots, width, _BLOCK_COLUMNS, element_type(dtype),
+                slots, width, _BLOCK_SLOTS, _BLOCK_COLUMNS, element_type(dtype),
             )  # fmt: skip
     return formed
 
@@ -55,17 +55,19 @@ def shared_operand(basis: Tensor, position: Tensor | None, dtype: torch.dtype) -
 @triton.jit(do_not_specialize=["M"])
 def form_memory_kernel(
     memory, position, lengths, formed, stride_memory, stride_slot, stride_column, stride_position_slot, stride_position_column,
-    M, d: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+    M, d: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) // M
-    slot = tl.program_id(0) % M
-    o_column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    inside = o_column < d
-    valid = inside & (slot < valid_slots(row, lengths, M))
-    wide_column = o_column.to(tl.int64)
-    base = memory + row.to(tl.int64) * stride_memory + slot.to(tl.int64) * stride_slot
-    b_formed = tl.load(base + wide_column * stride_column, mask=valid, other=0.0).to(tl.float32)
+    slot_tiles = tl.cdiv(M, BLOCK_SLOTS)
+    row = tl.program_id(0) // slot_tiles
+    o_slot = (tl.program_id(0) % slot_tiles * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS))[:, None]
+    o_column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
+    inside = (o_slot < M) & (o_column < d)
+    valid = inside & (o_slot < valid_slots(row, lengths, M))
+    wide_slot, wide_column = o_slot.to(tl.int64), o_column.to(tl.int64)
+    o_memory = row.to(tl.int64) * stride_memory + wide_slot * stride_slot + wide_column * stride_column
+    b_formed = tl.load(memory + o_memory, mask=valid, other=0.0).to(tl.float32)
     if position is not None:
-        base = position + slot.to(tl.int64) * stride_position_slot
-        b_formed += tl.load(base + wide_column * stride_position_column, mask=valid, other=0.0).to(tl.float32)
-    tl.store(formed + tl.program_id(0).to(tl.int64) * d + o_column, b_formed.to(DTYPE), mask=inside)
+        o_position = wide_slot * stride_position_slot + wide_column * stride_position_column
+        b_formed += tl.load(position + o_position, mask=valid, other=0.0).to(tl.float32)
+    o_formed = (row.to(tl.int64) * M + wide_slot) * d + wide_column
+    tl.store(formed + o_formed, b_formed.to(DTYPE), mask=inside)

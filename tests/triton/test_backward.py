@@ -1,0 +1,215 @@
+"""The backward kernels on tiles smaller than the problem: every gradient by the 2x rule, in every sharing of the memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from memvp_kernels import fused_ffn, philox, reference
+from memvp_kernels.backends.triton import backward_tiles, dhidden, dmemory, tiles
+from memvp_kernels.backends.triton.tiles import Tile
+from tests import cases, yardstick
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+run = functools.partial(fused_ffn, backend="triton")
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tiles, several pieces of columns and several parts of a sum from few numbers."""
+    monkeypatch.setattr(tiles, "hidden_tile", lambda *_, gated, **__: Tile(32, 64 if gated else 128, 64, 4, 2))
+    monkeypatch.setattr(tiles, "output_tile", lambda *_, **__: Tile(32, 64, 64, 4, 2))
+    monkeypatch.setattr(tiles, "core_tile", lambda *_, **__: Tile(32, 32, 32, 4, 2))
+    monkeypatch.setattr(backward_tiles, "dhidden_tile", lambda *_, **__: Tile(32, 64, 32, 4, 2, group=2))
+    monkeypatch.setattr(backward_tiles, "dinput_tile", lambda *_, **__: Tile(32, 32, 64, 4, 2, group=2))
+    monkeypatch.setattr(backward_tiles, "dmemory_tile", lambda *_, **__: Tile(16, 32, 32, 4, 2))
+    monkeypatch.setattr(backward_tiles, "core_backward_tile", lambda *_, **__: Tile(32, 16, 16, 4, 2))
+    monkeypatch.setattr(backward_tiles, "row_splits", lambda *_: 3)
+    monkeypatch.setattr(dhidden, "_PIECE", 16)
+    monkeypatch.setattr(dmemory, "_SCAN", 4)
+
+
+def example(
+    dtype: torch.dtype,
+    *,
+    lengths: list[int],
+    M: int,
+    form: str,
+    R: int | None = None,
+    d: int = 40,
+    F: int = 72,
+    packed: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Sequences of these lengths over R memory rows (default: one each); `form` is plain or factored."""
+    a = cases.ffn(dtype, S=len(lengths), T=lengths[0], d=d, F=F, **options)
+    a = cases.memory(a, R=len(lengths) if R is None else R, M=M, r=24 if form == "factored" else None)
+    if packed:
+        a = cases.packed(a, lengths)
+    return {n: t.to(DEVICE) if isinstance(t, Tensor) else t for n, t in a.items()}
+
+
+def integers(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def gradients(a: Mapping[str, Any], names: list[str] | None = None, grad: Tensor | None = None) -> dict[str, Tensor]:
+    """Of `names` (default: all there are) through the public function."""
+    names = [n for n in yardstick.FLOATING if a.get(n) is not None] if names is None else names
+    if grad is None:
+        grad = torch.randn(a["x"].shape, generator=torch.Generator().manual_seed(3)).to(a["x"])
+    return yardstick.gradients(lambda **b: run(**b), a, names, grad)[1]
+
+
+def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, g in found.items():
+        assert torch.equal(g, expected[name]), f"gradient of {name}"
+
+
+@pytest.mark.parametrize("form", ["plain", "factored"])
+@pytest.mark.parametrize("packed", [False, True], ids=["uniform", "packed"])
+def test_tiles_that_straddle_sequences(form: str, packed: bool, operands: str) -> None:
+    lengths = [11, 1, 0, 5, 27] if packed else [11] * 4
+    yardstick.check(run, example(torch.bfloat16, lengths=lengths, M=17, form=form, packed=packed))
+
+
+@pytest.mark.parametrize("form", ["plain", "factored"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_tiles_inside_one_sequence(form: str, dtype: torch.dtype) -> None:
+    yardstick.check(run, example(dtype, lengths=[64, 64], M=40, form=form))
+
+
+@pytest.mark.parametrize("form", ["plain", "factored"])
+def test_float32(form: str) -> None:
+    yardstick.check(run, example(torch.float32, lengths=[37, 37], M=19, form=form))
+
+
+@pytest.mark.parametrize("form", ["plain", "factored"])
+def test_odd_sizes(form: str) -> None:
+    yardstick.check(run, example(torch.bfloat16, lengths=[37] * 3, M=19, form=form, d=45, F=71))
+
+
+@pytest.mark.parametrize("form", ["plain", "factored"])
+def test_one_slot(form: str) -> None:
+    yardstick.check(run, example(torch.bfloat16, lengths=[9, 9], M=1, form=form))
+
+
+@pytest.mark.parametrize("form", ["plain", "factored"])
+def test_the_papers_320_slots(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backward_tiles, "dhidden_tile", lambda *_, **__: Tile(32, 128, 64, 4, 2))
+    monkeypatch.setattr(dhidden, "_PIECE", 64)
+    monkeypatch.setattr(backward_tiles, "core_backward_tile", lambda *_, **__: Tile(32, 32, 64, 4, 2))
+    monkeypatch.setattr(backward_tiles, "dmemory_tile", lambda *_, **__: Tile(64, 64, 16, 4, 2))
+    yardstick.check(run, example(torch.bfloat16, lengths=[13] * 2, M=320, form=form))
+
+
+@pytest.mark.parametrize("form", ["plain", "factored"])
+@pytest.mark.parametrize("packed", [False, True], ids=["uniform", "packed"])
+def test_rows_of_memory_shared_unread_and_absent(form: str, packed: bool) -> None:
+    """Sums over the sequences that read a row, in blocks of the index; exact zeros where nobody reads and past the lengths."""
+    lengths = [7, 0, 12, 3, 5, 1] if packed else [7] * 6
+    a = example(torch.bfloat16, lengths=lengths, M=17, R=4, form=form, packed=packed)
+    a["visual_index"] = integers(2, 0, -1, 2, 0, 2)
+    a["visual_lengths"] = integers(17, 17, 5, 17)
+    yardstick.check(run, a)
+    found = gradients(a)
+    for name in ("visual_key", "visual_value"):
+        assert not found[name][[1, 3]].any(), f"{name}: rows that nobody reads"
+        assert not found[name][2, 5:].any(), f"{name}: slots past the length"
+        assert found[name][0].any()
+        assert found[name][2, :5].any()
+
+
+@pytest.mark.parametrize("form", ["plain", "factored"])
+def test_one_memory_for_all(form: str) -> None:
+    a = example(torch.bfloat16, lengths=[35, 35], M=17, R=1, form=form)
+    a["visual_key"], a["visual_value"] = a["visual_key"][0], a["visual_value"][0]
+    yardstick.check(run, a)
+
+
+@pytest.mark.parametrize("form", ["plain", "factored"])
+def test_the_image_of_one_sequence_stays_out_of_the_others(form: str) -> None:
+    """NaN in a memory row, in a sequence's x or in its dy reaches that sequence's gradients and no other image's."""
+    a = example(torch.float32, lengths=[11, 9, 0, 5], M=9, form=form, F=16, packed=True)
+    a["visual_lengths"] = integers(9, 3, 9, 0)
+    names = ["x", "visual_key", "visual_value"]
+    clean = gradients(a, names)
+    for name in ("visual_key", "visual_value"):
+        dirty = a[name].clone()
+        for row, slots in enumerate(a["visual_lengths"].tolist()):
+            dirty[row, slots:] = float("nan")
+        assert_equal(gradients(dict(a, **{name: dirty}), names), clean)
+        dirty = a[name].clone()
+        dirty[1, 1] = float("nan")
+        found = gradients(dict(a, **{name: dirty}), names)
+        assert found["x"][11:20].isnan().all()
+        assert torch.equal(found["x"][:11], clean["x"][:11])
+        assert torch.equal(found["x"][20:], clean["x"][20:])
+    dirty_x = a["x"].clone()
+    dirty_x[12] = float("nan")
+    grad = torch.randn(a["x"].shape, generator=torch.Generator().manual_seed(3)).to(a["x"])
+    grad[13] = float("nan")
+    found = gradients(dict(a, x=dirty_x), names, grad)
+    for name in ("visual_key", "visual_value"):
+        assert found[name][1, :3].isnan().any()
+        assert not found[name][1, 3:].any()
+        others = [0, 2, 3]
+        assert not found[name][others].isnan().any()
+
+
+@pytest.mark.parametrize("form", ["plain", "factored"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
+def test_the_visual_branch_alone_and_weights_of_any_layout(form: str, gated: bool) -> None:
+    a = example(torch.bfloat16, lengths=[11] * 3, M=17, form=form, alone=True)
+    yardstick.check(run, a)
+    b = example(torch.bfloat16, lengths=[11] * 3, M=17, form=form, gated=gated, transposed=not gated, biased=True)
+    b["key"] = b["key"].T.contiguous().T
+    yardstick.check(run, dict(b, activation="gelu_tanh", visual_activation="relu", visual_scale=0.3))
+
+
+@pytest.mark.parametrize("form", ["plain", "factored"])
+def test_a_wider_memory_gets_wider_gradients(form: str) -> None:
+    """float32 memory under bfloat16: gradients in float32 that were never rounded to bfloat16, positions summed in float32."""
+    a = example(torch.bfloat16, lengths=[24] * 3, M=9, form=form)
+    for name in ("visual_key", "visual_value", "visual_basis", "key_position", "value_position"):
+        if name in a:
+            a[name] = a[name].float()
+    yardstick.check(run, a)
+    found = gradients(a)
+    for name in ("visual_key", "key_position", "value_position"):
+        assert found[name].dtype == torch.float32
+        assert (found[name].bfloat16().float() != found[name]).float().mean() > 0.9, name
+    if form == "plain":
+        torch.testing.assert_close(found["value_position"], found["visual_value"].sum(0))
+
+
+@pytest.mark.parametrize("form", ["plain", "factored"])
+@pytest.mark.parametrize("packed", [False, True], ids=["uniform", "packed"])
+def test_dropout_is_drawn_again_exactly(form: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [11, 1, 0, 27] if packed else [11] * 4
+    a = dict(example(torch.bfloat16, lengths=lengths, M=17, form=form, packed=packed), dropout_p=0.4)
+    seed = torch.tensor([0x7EDC_BA98_7654_3210], device=DEVICE)
+    monkeypatch.setattr("memvp_kernels.ffn.draw_seed", lambda device: seed)
+    rows = a["x"].shape[:-1].numel()
+    yardstick.check(run, a, keep=philox.keep_mask(seed, rows, 17, 0.4))
+
+
+def test_the_reference_would_notice() -> None:
+    """The yardstick has teeth here: a gradient with one sequence's slot missing fails it."""
+    a = example(torch.bfloat16, lengths=[11] * 3, M=17, form="plain")
+    grad = torch.randn(a["x"].shape).to(a["x"])
+    names = ["visual_key"]
+    exact = yardstick.gradients(lambda **b: reference.ffn(**b), a, names, grad)[1]["visual_key"]
+    theirs = yardstick.gradients(lambda **b: yardstick.plain(**b), a, names, grad)[1]["visual_key"]
+    found = gradients(a, names, grad)["visual_key"]
+    yardstick.assert_within_twice(found, exact, theirs)
+    found[1, 16] = 0
+    with pytest.raises(AssertionError, match="error"):
+        yardstick.assert_within_twice(found, exact, theirs)

@@ -1,0 +1,180 @@
+"""What the backward computes, keeps and leaves alone: the matrix of needs, recomputation, the same bits, expanded gradients."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from memvp_kernels.arguments import TENSORS
+from memvp_kernels.backends import eager
+from memvp_kernels.backends import triton as backend
+from memvp_kernels.ops import normalise
+from memvp_kernels.problem import Problem, Segments
+from tests import cases
+
+# The package gives the function of that name; this is the module around it.
+passes = importlib.import_module("memvp_kernels.backends.triton.backward")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MEMORY = ("visual_key", "visual_value", "visual_basis", "key_position", "value_position")
+FFN = ("key", "gate", "value", "key_bias", "gate_bias", "value_bias")
+FORMS = ("plain", "factored")
+
+
+def problem(
+    form: str = "plain", *, alone: bool = False, dropout_p: float = 0.0, dtype: torch.dtype = torch.bfloat16
+) -> Problem:
+    """Five sequences of nine tokens over three rows of memory, one of them without, one row unread."""
+    a = cases.ffn(dtype, S=5, T=9, d=40, F=72, biased=not alone, alone=alone)
+    a = cases.memory(a, R=3, M=17, r=24 if form == "factored" else None)
+    a["visual_index"] = torch.tensor([2, -1, 0, 2, 2])
+    if dropout_p:
+        a["seed"] = torch.tensor([77])
+    on_device = {n: t.to(DEVICE) if isinstance(t, Tensor) else t for n, t in a.items()}
+    scalars = {"activation": "silu", "visual_activation": "gelu", "visual_scale": 0.3, "dropout_p": dropout_p}
+    return normalise({n: on_device.get(n) for n in (*TENSORS, "seed")}, scalars)
+
+
+def trainable(p: Problem) -> frozenset[str]:
+    return frozenset(n for n in ("x", *FFN, *MEMORY) if getattr(p, n) is not None)
+
+
+def dy(p: Problem) -> Tensor:
+    return torch.randn(p.x.shape, generator=torch.Generator().manual_seed(5)).to(p.x)
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], names: Iterable[str]) -> None:
+    assert found.keys() == set(names)
+    for name in found:
+        assert torch.equal(found[name], expected[name]), f"gradient of {name}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_gradient_alone_is_the_one_among_all(form: str) -> None:
+    """Frozen and trainable in every single way, and in the usual ones together; nothing comes that was not asked for."""
+    p = problem(form)
+    _, pre, scores = backend.forward(p, save_hidden=True, save_scores=True)
+    everything = backend.backward(p, dy(p), pre, scores, trainable(p))
+    memory = trainable(p).intersection(MEMORY)
+    usual: list[frozenset[str]] = [memory | {"x"}, memory, frozenset(("visual_value", "value_position"))]
+    for needs in (*usual, *(frozenset((n,)) for n in sorted(trainable(p)))):
+        assert_equal(backend.backward(p, dy(p), pre, scores, needs), everything, needs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("alone", [False, True], ids=["with_ffn", "alone"])
+def test_saved_or_formed_again_the_same_bits_every_time(form: str, alone: bool) -> None:
+    p = problem(form, alone=alone, dropout_p=0.3)
+    y, pre, scores = backend.forward(p, save_hidden=not alone, save_scores=True)
+    needs = trainable(p)
+    first = backend.backward(p, dy(p), pre, scores, needs)
+    assert_equal(backend.backward(p, dy(p), pre, scores, needs), first, needs)
+    assert_equal(backend.backward(p, dy(p), None, None, needs), first, needs)
+    assert torch.equal(backend.forward(p, save_hidden=False, save_scores=False)[0], y)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_expanded_gradient_and_nothing_written(form: str) -> None:
+    """`out.sum().backward()` gives a gradient without strides; neither it nor what was kept is written."""
+    p = problem(form)
+    _, pre, scores = backend.forward(p, save_hidden=True, save_scores=True)
+    assert pre is not None
+    assert scores is not None
+    kept = pre.clone(), scores.clone()
+    expanded = torch.ones((), dtype=p.x.dtype, device=DEVICE).expand(p.x.shape)
+    found = backend.backward(p, expanded, pre, scores, trainable(p))
+    assert_equal(found, backend.backward(p, torch.ones_like(p.x), pre, scores, trainable(p)), trainable(p))
+    transposed = dy(p).T.contiguous().T
+    found = backend.backward(p, transposed, pre, scores, frozenset(("x",)))
+    assert_equal(found, backend.backward(p, dy(p), pre, scores, frozenset(("x",))), ("x",))
+    assert torch.equal(pre, kept[0])
+    assert torch.equal(scores, kept[1])
+
+
+#: needs -> the steps that must run for them with a plain memory; the others must not.
+STEPS = {
+    ("x",): {"dhidden_backward", "dinput_backward"},
+    ("visual_value",): {"dhidden_backward", "memory_gradients"},
+    ("key_position",): {"dhidden_backward", "dense_gradients"},
+    ("value_bias",): set(),
+    ("key",): {"dhidden_backward"},
+    ("value",): set(),
+}
+
+
+@pytest.mark.parametrize("needs", STEPS, ids="-".join)
+def test_nothing_runs_that_nobody_needs(needs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = set()
+
+    def recorded(name: str) -> Any:
+        known = getattr(passes, name)
+
+        @functools.wraps(known)
+        def step(*arguments: Any, **options: Any) -> Any:
+            ran.add(name)
+            return known(*arguments, **options)
+
+        return step
+
+    p = problem()
+    _, pre, scores = backend.forward(p, save_hidden=True, save_scores=True)
+    for name in ("dhidden_backward", "dinput_backward", "memory_gradients", "dense_gradients", "hidden_forward"):
+        monkeypatch.setattr(passes, name, recorded(name))
+    backend.backward(p, dy(p), pre, scores, frozenset(needs))
+    assert ran == STEPS[needs]
+
+
+def test_memory_trained_under_a_frozen_ffn_reads_no_weight() -> None:
+    """With x frozen too, as in the first layer, neither the pre-activations nor a weight is touched."""
+    p = problem()
+    _, _, scores = backend.forward(p, save_hidden=False, save_scores=True)
+    poisoned = Problem(**{**vars(p), **{n: torch.full_like(getattr(p, n), float("nan")) for n in FFN}})
+    found = backend.backward(poisoned, dy(p), None, scores, frozenset(MEMORY[:2]))
+    assert all(g.isfinite().all() for g in found.values())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_outside_every_sequence(form: str) -> None:
+    """Packed rows before the first and after the last offset: the FFN's gradient and none of the memory's."""
+    p = problem(form, dtype=torch.float32)
+    cu = torch.tensor([4, 20, 20, 38], dtype=torch.int32, device=DEVICE)
+    p = Problem(**{**vars(p), "segments": Segments(rows=45, sequences=3, length=None, cu_seqlens=cu)})
+    _, pre, scores = backend.forward(p, save_hidden=True, save_scores=True)
+    found = backend.backward(p, dy(p), pre, scores, trainable(p))
+    assert pre is not None
+    assert scores is not None
+    expected = eager.backward(p, dy(p), pre, scores, trainable(p))
+    for name, g in found.items():
+        torch.testing.assert_close(g, expected[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+    text = Problem(**{**vars(p), **dict.fromkeys(MEMORY), "segments": Segments(45, 1, 45, shared=True)})
+    dx = backend.backward(text, dy(p), pre, None, frozenset(("x",)))["x"]
+    outside = [*range(4), *range(38, 45)]
+    torch.testing.assert_close(found["x"][outside], dx[outside])
+    assert not found["visual_key"][1].any()
+
+
+@pytest.mark.parametrize("empty", ["slots", "rank", "rows", "pairs", "memories"])
+def test_empty_sizes(empty: str) -> None:
+    p = problem("factored", dtype=torch.float32)
+    rows, F, R, M, r = 45, 72, 3, 17, 24
+    rows, F = 0 if empty == "rows" else rows, 0 if empty == "pairs" else F
+    R, M, r = 0 if empty == "memories" else R, 0 if empty == "slots" else M, 0 if empty == "rank" else r
+    cut = {
+        "x": p.x[:rows], "key": p.key[:F], "gate": p.gate[:F], "value": p.value[:F], "key_bias": p.key_bias[:F],
+        "gate_bias": p.gate_bias[:F], "visual_key": p.visual_key[:R, :M, :r], "visual_value": p.visual_value[:R, :M, :r],
+        "visual_basis": p.visual_basis[:r], "key_position": p.key_position[:M], "value_position": p.value_position[:M],
+        "segments": Segments(rows, 5, rows // 5, index=p.segments.index if R else torch.full_like(p.segments.index, -1)),
+    }  # fmt: skip
+    p = Problem(**{**vars(p), **cut})
+    _, pre, scores = backend.forward(p, save_hidden=True, save_scores=True)
+    found = backend.backward(p, dy(p), pre, scores, trainable(p))
+    expected = eager.backward(p, dy(p), pre, scores, trainable(p))
+    assert found.keys() == expected.keys()
+    for name, g in found.items():
+        assert g.shape == getattr(p, name).shape
+        torch.testing.assert_close(g, expected[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
