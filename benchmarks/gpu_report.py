@@ -12,6 +12,7 @@ benchmarks/report.py`, here or elsewhere.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -59,35 +60,19 @@ def parts(device: str) -> list[Part]:
     def program(name: str, *options: str) -> Callable[[Path, int], list[str]]:
         def command(results: Path, seconds: int) -> list[str]:
             # The program begins no case that it may not finish.
-            limit = [
-                "--seconds",
-                str(int(seconds * 0.7)),
-                "--json",
-                str(results / f"{name}.json"),
-                "--plot",
-                "none",
-                "--quiet",
-            ]
-            return [sys.executable, str(HERE / f"{name}.py"), "--device", device, *small, *options, *limit]
+            limit = ["--seconds", str(int(seconds * 0.7))]
+            files = ["--json", str(results / f"{name}.json"), "--plot", "none", "--quiet"]
+            return [sys.executable, str(HERE / f"{name}.py"), "--device", device, *small, *options, *limit, *files]
 
         return command
 
     def tests(_results: Path, _seconds: int) -> list[str]:
-        return [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-m",
-            "gpu and not slow",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--maxfail=20",
-            "tests",
-        ]
+        # A file whose optional packages are missing must not keep the others from running.
+        options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--maxfail=20"]
+        return [sys.executable, "-m", "pytest", "-m", "gpu and not slow", *options, "tests"]
 
     def sanitizer(_results: Path, _seconds: int) -> list[str]:
-        run = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+        run = [_find("compute-sanitizer") or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
         return [*run, sys.executable, str(HERE / "sanitized.py"), "--device", device]
 
     def diagnosis(_results: Path, _seconds: int) -> list[str]:
@@ -96,24 +81,15 @@ def parts(device: str) -> list[Part]:
     def build(_results: Path, _seconds: int) -> list[str]:
         return [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
 
+    build_needs = functools.partial(_lacks, "setuptools", "pybind11", programs=("nvcc",))
     return [
-        Part("build", 100, build, lambda: _without("nvcc") or _lacks("setuptools", "pybind11")),
+        Part("build", 90, build, build_needs, {"MEMVP_CUDA": "require"}),
         Part("diagnosis", 20, diagnosis),
-        Part("tests", 110, tests, lambda: _lacks("pytest")),
-        Part("sanitizer", 40, sanitizer, lambda: _without("compute-sanitizer")),
-        Part(
-            "decode",
-            45,
-            program("decode"),
-            lambda: None if (HERE / "decode.py").exists() else "no benchmarks/decode.py",
-        ),
-        Part("kernels", 75, program("kernels", *seven_b)),
-        Part(
-            "latency",
-            80,
-            program("latency", *seven_b, *_sizes(device, "16", "1", "64")),
-            lambda: _lacks("transformers"),
-        ),
+        Part("tests", 105, tests, functools.partial(_lacks, "pytest")),
+        Part("sanitizer", 55, sanitizer, functools.partial(_lacks, programs=("compute-sanitizer",))),
+        Part("decode", 45, program("decode")),
+        Part("kernels", 70, program("kernels", *seven_b)),
+        Part("latency", 85, program("latency", *seven_b, *_sizes(device, "16", "1", "64"))),
         Part("training", 60, program("training", *seven_b, *_sizes(device, "16", "4"))),
     ]
 
@@ -122,15 +98,15 @@ def _sizes(device: str, *batch: str) -> list[str]:
     return ["--batch", *batch, "--text-length", "64"] if device == "cuda" else []
 
 
-def _without(program: str) -> str | None:
-    place = os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"
-    found = shutil.which(program) or shutil.which(program, path=place)
-    return None if found else f"{program} is not on PATH"
+def _find(program: str) -> str | None:
+    """On PATH, or in the CUDA toolkit."""
+    return shutil.which(program) or shutil.which(program, path=os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin")
 
 
-def _lacks(*packages: str) -> str | None:
+def _lacks(*packages: str, programs: tuple[str, ...] = ()) -> str | None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    return f"not installed: {', '.join(missing)}" if missing else None
+    missing += [program for program in programs if _find(program) is None]
+    return f"not here: {', '.join(missing)}" if missing else None
 
 
 def run_part(part: Part, results: Path, log: Path, *, seconds: int) -> dict[str, object]:
