@@ -10,7 +10,7 @@ from torch import nn
 
 from memvp_kernels.models.config import MemVPConfig
 from memvp_kernels.models.families import find_layers
-from memvp_kernels.models.reclass import is_reclassed, reclass, restore
+from memvp_kernels.models.reclass import is_reclassed, keeps_its_forward, reclass, restore
 from memvp_kernels.models.site import MemoryFFN, MemoryLanguageModel, MemoryLayer, say_opaque
 from memvp_kernels.models.weights import Opaque, activation_name
 
@@ -27,7 +27,7 @@ class Attachment(NamedTuple):
         width: d.
         layers: indices of the layers that were given memory.
         dtype: of the hidden states, as far as a norm's weight tells.
-        device: of the first layer.
+        device: where the first layer computes.
         frozen: names of the parameters that were trainable before.
     """
 
@@ -55,11 +55,10 @@ def attach(language_model: nn.Module, config: MemVPConfig) -> Attachment:
     for name, layer, family in layers:
         ffn = family.ffn_of(layer)
         for module in (layer, ffn):
-            if "forward" in vars(module):
+            if not keeps_its_forward(module):
                 raise ValueError(
                     f"{name}: a forward was set on this {type(module).__name__} instance ({vars(module)['forward']!r}), "
-                    "and would run without the memory. Wrap the model before whatever set it (an accelerate device map "
-                    "or offload hook, a patching library)"
+                    "and would run without the memory. Wrap the model before whatever set it (a patching library)"
                 )
         function = getattr(ffn, "act_fn", None) or getattr(ffn, "act", None) or getattr(ffn, "activation_fn", None)
         if activation_name(function) is None:
@@ -87,7 +86,7 @@ def attach(language_model: nn.Module, config: MemVPConfig) -> Attachment:
         width=_width(top),
         layers=chosen,
         dtype=first.dtype if norm is not None else torch.float32,
-        device=first.device,
+        device=_device(layers[0][1], first),
         frozen=frozen,
     )
 
@@ -139,6 +138,14 @@ def _pretrained(language_model: nn.Module) -> nn.Module:
 
 def _width(top: Any) -> int:
     return int(top.config.get_text_config(decoder=True).hidden_size)
+
+
+def _device(layer: nn.Module, parameter: nn.Parameter) -> torch.device:
+    """Where the layer computes: an offloaded parameter is on no device until its hook fetches it."""
+    if parameter.device.type != "meta":
+        return parameter.device
+    devices = (getattr(vars(m).get("_hf_hook"), "execution_device", None) for m in layer.modules())
+    return torch.device(next((device for device in devices if device is not None), "cpu"))
 
 
 def _say_what_is_opaque(language_model: nn.Module) -> None:

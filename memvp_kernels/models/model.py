@@ -159,7 +159,8 @@ class MemVPModel(nn.Module):
         }
         inputs.update({name: tensor for name, tensor in given.items() if tensor is not None})
         memory = self._memory(_samples(inputs), image_features, pixel_values, visual_core, visual_index)
-        return self.language_model(**inputs, visual_memory=memory, memory_index=visual_index)
+        index = None if visual_index is None else visual_index.to(memory.core.device)
+        return self.language_model(**inputs, visual_memory=memory, memory_index=index)
 
     @torch.no_grad()
     def generate(
@@ -186,9 +187,10 @@ class MemVPModel(nn.Module):
             kwargs["inputs"] = inputs
         samples = _samples(kwargs)
         memory = self._memory(samples, image_features, pixel_values, visual_core, visual_index)
-        if visual_index is None:  # a tensor, because generate() repeats tensors for beams
-            visual_index = torch.arange(samples, device=memory.core.device)
-        return self.language_model.generate(**kwargs, visual_memory=memory, memory_index=visual_index)
+        index = (
+            torch.arange(samples) if visual_index is None else visual_index
+        )  # a tensor: generate() repeats those for beams
+        return self.language_model.generate(**kwargs, visual_memory=memory, memory_index=index.to(memory.core.device))
 
     def encode_images(
         self, image_features: ImageFeatures | None = None, *, pixel_values: Pixels | None = None

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Reclassed", "is_reclassed", "reclass", "restore"]
+__all__ = ["Reclassed", "is_reclassed", "keeps_its_forward", "reclass", "restore"]
 
 
 class Reclassed(nn.Module):
@@ -28,6 +28,17 @@ class Reclassed(nn.Module):
 def reclass(module: nn.Module, mixin: type[Reclassed]) -> None:
     """Make ``module`` an instance of ``mixin`` in front of its present class."""
     module.__class__ = _combined(mixin, type(module))
+    _rebind(module)
+
+
+def keeps_its_forward(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs its class's forward, possibly inside an accelerate hook (device maps, offloading)."""
+    forward = vars(module).get("forward")
+    if forward is None:
+        return True
+    inner = vars(module).get("_old_forward")
+    by_accelerate = getattr(getattr(forward, "func", None), "__module__", None) == "accelerate.hooks"
+    return by_accelerate and getattr(inner, "__func__", None) is type(module).forward
 
 
 def is_reclassed(module: nn.Module) -> bool:
@@ -43,11 +54,18 @@ def restore(module: nn.Module) -> None:
     """
     if is_reclassed(module):
         module.__class__ = vars(type(module))["_reclassed_from"]
+        _rebind(module)
     elif isinstance(module, Reclassed):
         raise RuntimeError(
             f"this {type(module).__name__} has been given another class since it was wrapped (sharding does this); "
             "undo that before unload()"
         )
+
+
+def _rebind(module: Any) -> None:
+    """An accelerate hook calls the forward that it found bound to the instance: let that be the present class's."""
+    if "_old_forward" in vars(module):
+        module._old_forward = type(module).forward.__get__(module)
 
 
 _COMBINED: dict[tuple[type, type], Any] = {}

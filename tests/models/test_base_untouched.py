@@ -74,11 +74,15 @@ def test_a_second_model_never_notices(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "t5", "bart"])
 def test_the_base_alone_is_still_the_base(family: str) -> None:
-    """Calling language_model itself runs it without memory."""
+    """Calling language_model itself runs it without memory, also after a run with memory and after one that failed."""
     base = language_model(family)
     with torch.no_grad():
         wanted = base(**_inputs()).logits
         model = with_memory(base)
+        model(image_features=features(4, 0, 10), **_inputs())
+        assert torch.equal(model.language_model(**_inputs()).logits, wanted)
+        with pytest.raises(ValueError, match="visual_index"):
+            model(image_features=features(4), visual_index=torch.tensor([0, 0, 7]), **_inputs())
         assert torch.equal(model.language_model(**_inputs()).logits, wanted)
 
 
@@ -140,7 +144,7 @@ def test_wrapping_twice_is_refused() -> None:
 
 @pytest.mark.parametrize("which", ["layer", "mlp"])
 def test_a_forward_on_an_instance_is_refused(which: str) -> None:
-    """accelerate's hooks put one there; it would call the class's forward that it found, and drop the memory."""
+    """It would call the forward that it found, and drop the memory."""
     base = language_model()
     layer = base.model.layers[1]
     module = layer if which == "layer" else layer.mlp
@@ -165,6 +169,40 @@ def test_a_hook_set_afterwards_keeps_the_memory() -> None:
         hooks.add_hook_to_module(model.language_model, hooks.AlignDevicesHook(execution_device="cpu"))
         assert torch.equal(model(image_features=images, **_inputs()).logits, wanted)
         assert model.generate(input_ids=tokens(3), image_features=images, max_new_tokens=2).shape == (3, 7)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "bart"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_device_maps_beforehand(family: str, offload: bool) -> None:
+    """A base dispatched by accelerate has a hook on every module; the memory goes inside, and comes out again."""
+    accelerate = pytest.importorskip("accelerate")
+    base = language_model(family)
+    if offload:
+        accelerate.cpu_offload(base, "cpu")
+    else:
+        accelerate.hooks.attach_execution_device_hook(base, "cpu")
+    layers = [m for m in base.modules() if type(m).__name__.endswith(("DecoderLayer", "EncoderLayer", "Block"))]
+    assert all("forward" in vars(layer) for layer in layers) or offload
+    images = features(4, 0, 10)
+    with torch.no_grad():
+        before = base(**_inputs()).logits
+        wanted = wrapped(family)(image_features=images, **_inputs()).logits
+        model = with_memory(base)
+        torch.testing.assert_close(model(image_features=images, **_inputs()).logits, wanted)
+        got = model.generate(input_ids=tokens(3), image_features=images, max_new_tokens=2, num_beams=2)
+        assert torch.equal(
+            got, wrapped(family).generate(tokens(3), image_features=images, max_new_tokens=2, num_beams=2)
+        )
+        assert model.unload() is base
+        assert torch.equal(base(**_inputs()).logits, before)
+
+
+def test_unload_under_a_hook_set_afterwards() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = wrapped()
+    wanted = language_model()(**_inputs()).logits
+    hooks.attach_execution_device_hook(model.language_model, "cpu")
+    assert torch.equal(model.unload()(**_inputs()).logits, wanted)
 
 
 def test_a_hook_on_the_whole_model_beforehand() -> None:
