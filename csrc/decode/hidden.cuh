@@ -32,22 +32,51 @@ MEMVP_DEVICE void store_hidden(const DecodeArgs& args, int token, int pair, floa
   }
 }
 
+// Factored memory: x with rows 2 pair and 2 pair + 1 of the basis, zero past the last one: they pad the core step's k.
+template <class T>
+MEMVP_DEVICE void store_basis_scores(const DecodeArgs& args, int64_t token, int pair, float low, float high) {
+  if (2 * pair >= args.plan.rank_stride) return;
+  T* scores = in_workspace<T>(args, args.plan.at.basis_scores) + token * args.plan.rank_stride + 2 * pair;
+  scores[0] = round_to<T>(2 * pair < args.p.rank ? low : 0.0f);
+  scores[1] = round_to<T>(2 * pair + 1 < args.p.rank ? high : 0.0f);
+}
+// And of the key's positions; the scores past the last slot are never read.
+MEMVP_DEVICE void store_slot_scores(const DecodeArgs& args, int64_t token, int pair, float low, float high) {
+  if (2 * pair >= args.p.slots) return;
+  float* scores = in_workspace<float>(args, args.plan.at.slot_scores) + token * args.plan.slot_stride + 2 * pair;
+  scores[0] = low;
+  scores[1] = high;
+}
+
+// The rows of gate and key, then those of the basis, then those of the key's positions: a block has some of one.
 template <class T, int kTokenTiles>
-MEMVP_DEVICE void hidden_by_ring(const DecodeArgs& args, int block) {
+MEMVP_DEVICE void products_by_ring(const DecodeArgs& args, int block) {
   const FfnDecodeParams& p = args.p;
-  RowPairs<T> rows = neighbours<T>(p.key.data, p.key.strides[0], p.pairs);
-  if (p.gate.data != nullptr)
+  const DecodePlan& plan = args.plan;
+  const bool of_ffn = block < plan.ffn_blocks, of_basis = !of_ffn && block < plan.ffn_blocks + plan.basis_blocks;
+  const int before = of_ffn ? 0 : of_basis ? plan.ffn_blocks : plan.ffn_blocks + plan.basis_blocks;
+  RowPairs<T> rows;
+  if (of_ffn && p.gate.data != nullptr)
     rows = {{static_cast<const T*>(p.gate.data), static_cast<const T*>(p.key.data)},
             {p.gate.strides[0], p.key.strides[0]},
             {p.pairs, p.pairs}};
-  Ring<T, kTokenTiles> ring(args.plan.hidden, rows, {static_cast<const T*>(p.x.data), p.x.strides[0], p.tokens}, block,
-                            p.width);
+  else if (of_ffn)
+    rows = neighbours<T>(p.key.data, p.key.strides[0], p.pairs);
+  else if (of_basis)
+    rows = neighbours<T>(p.visual_basis.data, p.visual_basis.strides[0], p.rank);
+  else
+    rows = neighbours<T>(p.key_position.data, p.key_position.strides[0], p.slots);
+  Ring<T, kTokenTiles> ring(plan.hidden, rows, {static_cast<const T*>(p.x.data), p.x.strides[0], p.tokens},
+                            (block - before) * plan.hidden.pairs_per_block, 0, p.width);
   RingSums<kTokenTiles> sums;
   ring.start_rows();
   ring.run(sums);
-  const int pairs = p.gate.data != nullptr ? args.plan.hidden_stride : args.plan.hidden_stride / 2;
+  const int hidden_pairs = p.gate.data != nullptr ? plan.hidden_stride : plan.hidden_stride / 2;
   ring.store(sums, [&](int pair, int token, float low, float high) {
-    if (pair < pairs) store_hidden<T>(args, token, pair, low, high);
+    if (!of_ffn)
+      of_basis ? store_basis_scores<T>(args, token, pair, low, high) : store_slot_scores(args, token, pair, low, high);
+    else if (pair < hidden_pairs)
+      store_hidden<T>(args, token, pair, low, high);
   });
 }
 
@@ -76,16 +105,16 @@ MEMVP_DEVICE void hidden_by_block(const DecodeArgs& args, int block) {
       });
 }
 
-// Factored memory: 16 rows of [W; p^k], shared by all images, against eight tokens.
+// Factored memory that the ring cannot take: 16 rows of [W; p^k], shared by all images, against eight tokens.
 template <class T, Reading kReading>
 MEMVP_DEVICE void shared_scores(const DecodeArgs& args, int block) {
   const FfnDecodeParams& p = args.p;
-  const int rank_tiles = args.plan.rank_stride / kRowTile, tiles = rank_tiles + args.plan.slot_stride / kRowTile;
+  const int rank_tiles = args.plan.rank_stride / kRowTile, tiles = args.plan.score_blocks / args.plan.token_groups;
   const int tile = block % tiles, first_token = block / tiles * kTokenTile;
   const bool of_basis = tile < rank_tiles;
   const int first_row = (of_basis ? tile : tile - rank_tiles) * kRowTile;
   const DecodeTensor& source = of_basis ? p.visual_basis : p.key_position;
-  const int rows = source.data == nullptr ? 0 : of_basis ? p.rank : p.slots;
+  const int rows = of_basis ? p.rank : p.slots;
   const int low = first_row + group_of_lane(), high = low + 8;
   const Row row = row_of(source, low), row8 = row_of(source, high);
   const Row x = row_of(p.x, least(first_token + group_of_lane(), p.tokens - 1));
@@ -150,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles > 0 ? 2 : 1)
   const int block = blockIdx.x, memory_block = block - args.plan.hidden_blocks;
   if (memory_block < 0) {
     if constexpr (kBy16)
-      hidden_by_ring<T, kTokenTiles>(args, block);
+      products_by_ring<T, kTokenTiles>(args, block);
     else
       hidden_by_block<T>(args, block);
     return;

@@ -26,8 +26,8 @@ constexpr size_t kRowSumsBytes = kWarps * kRowTile * kTokenTile * sizeof(float);
 constexpr size_t kColumnSumsBytes = kWarps * kColumnTile * kTokenTile * sizeof(float);
 constexpr size_t kGroupBytes = (kDecodeMaxTokens + kTokenTile) * sizeof(int32_t);
 
-// A product of weight rows that run along k with all tokens. Block b does pairs [b % row_blocks] and k part [b /
-// row_blocks].
+// A product of weight rows that run along k with all tokens: `row_blocks` blocks of rows for each of `splits` parts of
+// k.
 struct RingPlan {
   int32_t pairs_per_block = 0, row_blocks = 0, splits = 0;
   int32_t slices = 0, slices_per_split = 0, slices_per_stage = 0;
@@ -53,7 +53,10 @@ struct DecodePlan {
   int32_t token_tiles = 0;  // tiles of 8 tokens that a ring block computes: 1, 2, 4 or 8
   int32_t token_groups = 0;
   RingPlan hidden, value;
-  int32_t parts = 0;  // the splits of hidden · value, and where memory is not factored one for visual · Vv
+  int32_t ffn_blocks = 0;       // of the first ring: rows of gate and key,
+  int32_t basis_blocks = 0;     // rows of the basis,
+  int32_t position_blocks = 0;  // rows of the key's positions
+  int32_t parts = 0;            // the splits of hidden · value, and where memory is not factored one for visual · Vv
   int32_t hidden_stride = 0, rank_stride = 0, slot_stride = 0, visual_stride = 0;
   int32_t hidden_blocks = 0, score_blocks = 0;  // first launch
   int32_t value_blocks = 0, memory_blocks = 0;  // second
@@ -76,32 +79,50 @@ inline size_t ring_bytes(const RingPlan& ring, int token_tiles) {
   return kStages * rows * ring.slices_per_stage * kSliceBytes;
 }
 
-// Cuts `row_pairs` rows-by-two and k so that every multiprocessor has the same number of bytes to read. A split of k
-// lets a block be taller, which reads the tokens fewer times, and costs partial sums: with 64 tokens both count.
-inline RingPlan plan_ring(int row_pairs, int k, int tokens, int token_tiles, int multiprocessors, int max_splits) {
+// Matrices whose rows one ring shares out; a block takes rows of one of them.
+struct RowCounts {
+  int pairs[3];
+
+  int blocks(int pairs_per_block) const {
+    int blocks = 0;
+    for (int count : pairs) blocks += ceil_div(count, pairs_per_block);
+    return blocks;
+  }
+};
+
+// Cuts rows (by two) and k so that every multiprocessor has the same number of bytes to read. A split of k lets a block
+// be taller, which reads the tokens fewer times, and costs partial sums: with 64 tokens both count.
+inline RingPlan plan_ring(const RowCounts& rows, int k, int tokens, int token_tiles, int multiprocessors,
+                          int max_splits) {
   RingPlan best;
   double least_bytes = 0;
-  const int slices = ceil_div(k, kSlice), tallest = max_row_tiles(token_tiles) * kPairTile;
-  const int rounds_needed = ceil_div(row_pairs, multiprocessors * tallest);
-  for (int rounds = rounds_needed; rounds <= rounds_needed * 2; ++rounds)
-    for (int splits = 1; splits <= least(max_splits, greatest(slices, 1)); ++splits) {
-      RingPlan ring;
-      ring.pairs_per_block = ceil_div(row_pairs, greatest(multiprocessors * rounds / splits, 1));
-      if (ring.pairs_per_block > tallest) continue;
-      ring.row_blocks = ceil_div(row_pairs, ring.pairs_per_block);
-      ring.slices = slices;
-      ring.slices_per_split = ceil_div(slices, splits);
-      ring.splits = greatest(ceil_div(slices, greatest(ring.slices_per_split, 1)), 1);
-      // Tokens and partial sums come from L2, at about twice the rate of the weights; a block costs about 16 KB of
-      // waiting.
-      const double weights = 2.0 * ring.pairs_per_block * kSliceBytes, from_l2 = 0.5 * tokens * kSliceBytes;
-      const double sums = max_splits > 1 ? 0.5 * 2 * 4 * tokens * 2.0 * ring.pairs_per_block : 0;
-      const double bytes = rounds * ((weights + from_l2) * ring.slices_per_split + sums + 16384);
-      if (best.row_blocks == 0 || bytes < least_bytes) {
-        best = ring;
-        least_bytes = bytes;
-      }
+  const int slices = ceil_div(k, kSlice), tallest = max_row_tiles(token_tiles) * kPairTile, all = rows.blocks(1);
+  const auto consider = [&](int pairs_per_block, int splits) {
+    if (pairs_per_block < 1 || pairs_per_block > tallest) return;
+    RingPlan ring;
+    ring.pairs_per_block = pairs_per_block;
+    ring.row_blocks = rows.blocks(pairs_per_block);
+    ring.slices = slices;
+    ring.slices_per_split = ceil_div(slices, splits);
+    ring.splits = greatest(ceil_div(slices, greatest(ring.slices_per_split, 1)), 1);
+    // Tokens and partial sums come from L2, at about twice the rate of the weights; a block costs about 16 KB of
+    // waiting.
+    const int rounds = ceil_div(ring.blocks(), multiprocessors);
+    const double weights = 2.0 * pairs_per_block * kSliceBytes, from_l2 = 0.5 * tokens * kSliceBytes;
+    const double sums = max_splits > 1 ? 0.5 * 2 * 4 * tokens * 2.0 * pairs_per_block : 0;
+    const double bytes = rounds * ((weights + from_l2) * ring.slices_per_split + sums + 16384);
+    if (best.row_blocks > 0 && bytes >= least_bytes) return;
+    best = ring;
+    least_bytes = bytes;
+  };
+  const int fewest_rounds = ceil_div(all, multiprocessors * tallest);
+  for (int splits = 1; splits <= least(max_splits, greatest(slices, 1)); ++splits) {
+    consider(least(tallest, all), splits);
+    for (int rounds = fewest_rounds; rounds < fewest_rounds + 3; ++rounds) {
+      const int even = ceil_div(all, greatest(multiprocessors * rounds / splits, 1));
+      for (int more = 0; more < 4; ++more) consider(even + more, splits);  // a matrix's last block may be short
     }
+  }
   const int slice_bytes = kSliceBytes * (best.row_tiles() * kRowTile + token_tiles * kTokenTile);
   best.slices_per_stage = least(greatest(kStageBytes / slice_bytes, 1), greatest(best.slices_per_split, 1));
   return best;
@@ -124,17 +145,29 @@ inline DecodePlan make_plan(const FfnDecodeParams& p) {
   plan.visual_stride = plan.rank_stride + plan.slot_stride;
   const int width_blocks = ceil_div(p.width, kColumnTile);
 
-  if (has_ffn(p) && p.pairs > 0) {
-    const int row_pairs = present(p.gate) ? plan.hidden_stride : plan.hidden_stride / 2;
-    plan.value_ring = plan.fast && value_along_pairs(p);
-    if (plan.fast) {
-      plan.hidden = plan_ring(row_pairs, p.width, p.tokens, plan.token_tiles, p.multiprocessors, 1);
-      plan.hidden_blocks = plan.hidden.blocks();
-    } else {
-      plan.hidden_blocks = ceil_div(row_pairs, kPairTile) * plan.token_groups;
+  const bool ffn = has_ffn(p) && p.pairs > 0;
+  const int ffn_pairs = !ffn ? 0 : present(p.gate) ? plan.hidden_stride : plan.hidden_stride / 2;
+  // Rows of the shared part of factored memory run in the same ring, if they are as narrow.
+  const bool shared_in_ring = plan.fast && is_factored(p) && p.visual_basis.type == p.type &&
+                              (!present(p.key_position) || p.key_position.type == p.type);
+  if (plan.fast && (ffn || shared_in_ring)) {
+    const int position_pairs = shared_in_ring && present(p.key_position) ? ceil_div(p.slots, 2) : 0;
+    const RowCounts rows{{ffn_pairs, shared_in_ring ? plan.rank_stride / 2 : 0, position_pairs}};
+    if (rows.blocks(1) > 0) {
+      plan.hidden = plan_ring(rows, p.width, p.tokens, plan.token_tiles, p.multiprocessors, 1);
+      plan.ffn_blocks = ceil_div(rows.pairs[0], plan.hidden.pairs_per_block);
+      plan.basis_blocks = ceil_div(rows.pairs[1], plan.hidden.pairs_per_block);
+      plan.position_blocks = ceil_div(rows.pairs[2], plan.hidden.pairs_per_block);
     }
+    plan.hidden_blocks = plan.hidden.blocks();
+  } else if (ffn) {
+    plan.hidden_blocks = ceil_div(ffn_pairs, kPairTile) * plan.token_groups;
+  }
+  if (ffn) {
+    plan.value_ring = plan.fast && value_along_pairs(p);
     if (plan.value_ring) {
-      plan.value = plan_ring(ceil_div(p.width, 2), p.pairs, p.tokens, plan.token_tiles, p.multiprocessors, kMaxSplits);
+      const RowCounts rows{{ceil_div(p.width, 2), 0, 0}};
+      plan.value = plan_ring(rows, p.pairs, p.tokens, plan.token_tiles, p.multiprocessors, kMaxSplits);
       plan.value_blocks = plan.value.blocks();
     } else {
       RingPlan& value = plan.value;  // only its cut along k is used
@@ -147,7 +180,8 @@ inline DecodePlan make_plan(const FfnDecodeParams& p) {
     plan.parts = plan.value.splits;
   }
   if (is_factored(p)) {
-    plan.score_blocks = (plan.rank_stride + plan.slot_stride) / kRowTile * plan.token_groups;
+    const int position_tiles = present(p.key_position) ? plan.slot_stride / kRowTile : 0;
+    if (!shared_in_ring) plan.score_blocks = (plan.rank_stride / kRowTile + position_tiles) * plan.token_groups;
     plan.memory_blocks = p.tokens;
   } else if (has_memory(p)) {
     plan.score_blocks = p.tokens * (plan.slot_stride / kRowTile);

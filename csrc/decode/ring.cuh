@@ -49,15 +49,17 @@ MEMVP_DEVICE int swizzled(int row, int piece) {
 template <class T, int kTokenTiles>
 class Ring {
  public:
-  __device__ Ring(const RingPlan& plan, const RowPairs<T>& rows, const TokenRows<T>& tokens, int block, int64_t k_end)
+  // Pairs from `first_pair` on, as many as the plan gives a block, over part `split` of k.
+  __device__ Ring(const RingPlan& plan, const RowPairs<T>& rows, const TokenRows<T>& tokens, int first_pair, int split,
+                  int64_t k_end)
       : rows_(rows),
         tokens_(tokens),
-        first_pair_((block % plan.row_blocks) * plan.pairs_per_block),
+        first_pair_(first_pair),
         pairs_(plan.pairs_per_block),
         row_tiles_(plan.row_tiles()),
         slices_(plan.slices_per_stage) {
     const int64_t part = static_cast<int64_t>(plan.slices_per_split) * kSlice;
-    k_begin_ = block / plan.row_blocks * part;
+    k_begin_ = split * part;
     k_end_ = least(k_end, k_begin_ + part);
     steps_ = static_cast<int>(ceil_div<int64_t>(greatest<int64_t>(k_end_ - k_begin_, 0), slices_ * kSlice));
     row_pieces_ = row_tiles_ * kRowTile * 8;

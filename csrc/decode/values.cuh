@@ -15,13 +15,14 @@ template <class T, int kTokenTiles>
 MEMVP_DEVICE void values_by_ring(const DecodeArgs& args, int block) {
   const FfnDecodeParams& p = args.p;
   const T* hidden = in_workspace<T>(args, args.plan.at.hidden);
-  Ring<T, kTokenTiles> ring(args.plan.value, neighbours<T>(p.value.data, p.value.strides[1], p.width),
-                            {hidden, args.plan.hidden_stride, p.tokens}, block, p.pairs);
+  const RingPlan& plan = args.plan.value;
+  const int first_pair = block % plan.row_blocks * plan.pairs_per_block, split = block / plan.row_blocks;
+  Ring<T, kTokenTiles> ring(plan, neighbours<T>(p.value.data, p.value.strides[1], p.width),
+                            {hidden, args.plan.hidden_stride, p.tokens}, first_pair, split, p.pairs);
   RingSums<kTokenTiles> sums;
   ring.start_rows();
   wait_for_previous_grid();
   ring.run(sums);
-  const int split = block / args.plan.value.row_blocks;
   ring.store(sums, [&](int pair, int token, float low, float high) {
     if (2 * pair < p.width) *reinterpret_cast<float2*>(part_of(args, split, token) + 2 * pair) = float2{low, high};
   });
@@ -82,8 +83,11 @@ MEMVP_DEVICE void core_step(const DecodeArgs& args, int block) {
       if (t >= group.count) continue;
       const int64_t n = members[t];
       float visual = 0.0f;
-      if (slot < group.slots)
-        visual = visual_of_score(p, sum[j] + load_written<float>(slot_scores + n * slot_stride + slot));
+      if (slot < group.slots) {
+        float score = sum[j];
+        if (p.key_position.data != nullptr) score += load_written<float>(slot_scores + n * slot_stride + slot);
+        visual = visual_of_score(p, score);
+      }
       out[n * visual_stride + rank_stride + slot] = round_to<T>(visual);
     }
   }

@@ -50,10 +50,10 @@ BUGS: dict[str, Bug] = {
     "one copy group too many in flight": Bug(RING, "wait_copies<kStages - 2>", "wait_copies<kStages - 1>"),
     "copies left in flight": Bug(RING, "wait_copies<0>();", ""),
     "stage filled while it is read": Bug(RING, "const int ahead = step + kStages - 1;", "const int ahead = step + kStages;"),
-    "k past the end": Bug(RING, "k_end_ = least(k_end, k_begin_ + part);", "k_end_ = k_begin_ + part;"),
+    "k past the end": Bug(RING, "k_end_ = least(k_end, k_begin_ + part);", "k_end_ = greatest(k_end, k_begin_ + part);"),
     "rows past the last one": Bug(RING, "least(pairs_, rows_.count[half] - first_pair_)", "pairs_", build="address"),
     "wrong half of a row tile": Bug(RING, "tile * kRowTile + 8 + g", "tile * kRowTile + 4 + g"),
-    "k part of another block": Bug(RING, "block / plan.row_blocks * part", "block % plan.row_blocks * part"),
+    "k part of another block": Bug(RING, "k_begin_ = split * part;", "k_begin_ = split / 2 * part;"),
     "ring cut short": Bug(PLAN, "return kStages * rows", "return (kStages - 1) * rows"),
     # fragments
     "row fragments swapped": Bug(MMA, "row.x, row8.x, row.y, row8.y", "row.x, row.y, row8.x, row8.y"),
