@@ -152,6 +152,18 @@ def test_dynamic_activations_are_refused_in_training_and_serve() -> None:
         assert torch.isfinite(model.eval()(**batch()).loss)
 
 
+def test_a_base_repacked_for_inference_is_refused_in_training() -> None:
+    """bitsandbytes' repacked layers return results without a graph, too."""
+    model = memvp_model(WIDER["bitsandbytes nf4"]()).eval()
+    with torch.no_grad():
+        model(**batch())
+    state = model.language_model.model.layers[0].mlp.up_proj.weight.quant_state
+    if not getattr(state, "packing_format_for_cpu", False):
+        pytest.skip("bitsandbytes does not repack for this CPU (no AVX512-BF16)")
+    with pytest.raises(RuntimeError, match="gives its input no gradient"):
+        model.train()(**batch(length=LONG))
+
+
 @pytest.mark.parametrize("name", ["bitsandbytes nf4", "torchao int8"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_no_restored_matrix_outlives_its_call(name: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:

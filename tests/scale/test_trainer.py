@@ -1,0 +1,110 @@
+"""transformers' Trainer over a MemVPModel: one process and two lose alike, resume to the same, and save the adapter alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tests.scale.processes import Group, free_port
+from tests.scale.tiny import batch, language_model, memvp_model
+
+STEPS = 5
+
+
+class _Samples(Dataset[dict[str, Any]]):
+    """Questions about images."""
+
+    def __init__(self) -> None:
+        inputs = batch(samples=20)
+        rows = zip(inputs["input_ids"], inputs["image_features"], strict=True)
+        self.rows = [{"input_ids": ids, "labels": ids, "image_features": features} for ids, features in rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+
+@pytest.fixture(scope="module")
+def bare() -> Iterator[dict[int, Group]]:
+    """One and two ranks that accelerate introduces to each other."""
+    groups = {1: Group(1, meet=False), 2: Group(2, meet=False)}
+    yield groups
+    for group in groups.values():
+        group.stop()
+
+
+def _train(
+    port: int, folder: str, steps: int, resume: bool, lora: bool, checkpointing: bool
+) -> tuple[list[float], dict[str, Tensor]]:
+    from accelerate.state import AcceleratorState
+    from transformers import TrainingArguments
+
+    from memvp_kernels.models.trainer import MemVPTrainer
+
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    base = language_model()
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(4)
+        base = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"], r=2, lora_dropout=0.0))
+    arguments = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=4 // int(os.environ["WORLD_SIZE"]),
+        max_steps=steps,
+        learning_rate=0.01,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_steps=3,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        seed=1,
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+    )
+    trainer = MemVPTrainer(model=memvp_model(base), args=arguments, train_dataset=_Samples())
+    trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-3" if resume else None)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    trained = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return losses, trained
+
+
+def _run(bare: dict[int, Group], ranks: int, folder: Path, *options: Any) -> tuple[list[float], dict[str, Tensor]]:
+    answers: list[tuple[list[float], dict[str, Tensor]]] = bare[ranks].run(_train, free_port(), str(folder), *options)
+    for name, tensor in answers[0][1].items():
+        assert all(torch.equal(tensor, trained[name]) for _, trained in answers), f"{name} differs between ranks"
+    return answers[0]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_two_processes_lose_like_one(bare: dict[int, Group], tmp_path: Path, checkpointing: bool) -> None:
+    alone, _ = _run(bare, 1, tmp_path / "one", STEPS, False, False, checkpointing)
+    together, _ = _run(bare, 2, tmp_path / "two", STEPS, False, False, checkpointing)
+    assert len(alone) == len(together) == STEPS
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["memory", "memory and LoRA"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_resumed_run_is_the_uninterrupted_one(bare: dict[int, Group], tmp_path: Path, ranks: int, lora: bool) -> None:
+    whole, wanted = _run(bare, ranks, tmp_path, STEPS, False, lora, False)
+    resumed, found = _run(bare, ranks, tmp_path, STEPS, True, lora, False)
+    assert resumed[-2:] == whole[-2:]
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+    assert any("lora" in name for name in wanted) == lora
+    files = {p.name: p.stat().st_size for p in (tmp_path / "checkpoint-3").iterdir()}
+    assert "memvp_model.safetensors" in files
+    base = sum(p.nbytes for p in language_model().parameters())
+    assert sum(size for name, size in files.items() if name.endswith(".safetensors")) < base / 4
