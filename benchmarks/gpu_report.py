@@ -83,7 +83,7 @@ def parts(device: str) -> list[Part]:
 
     build_needs = functools.partial(_lacks, "setuptools", "pybind11", programs=("nvcc",))
     return [
-        Part("build", 90, build, build_needs, {"MEMVP_CUDA": "require"}),
+        Part("build", 90, build, build_needs, {"MEMVP_CUDA": "require", **_architecture()}),
         Part("diagnosis", 20, diagnosis),
         Part("tests", 105, tests, functools.partial(_lacks, "pytest")),
         Part("sanitizer", 55, sanitizer, functools.partial(_lacks, programs=("compute-sanitizer",))),
@@ -92,6 +92,18 @@ def parts(device: str) -> list[Part]:
         Part("latency", 85, program("latency", *seven_b, *_sizes(device, "16", "1", "64"))),
         Part("training", 60, program("training", *seven_b, *_sizes(device, "16", "4"))),
     ]
+
+
+def _architecture() -> dict[str, str]:
+    """What setup.py should compile for: this GPU alone, because minutes count here; all of its targets where that is unclear."""
+    targets = {"8.0": "80", "8.6": "80", "8.9": "80", "9.0": "90a", "10.0": "100a"}
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    target = targets.get(found[0]) if found else None
+    return {} if target is None else {"MEMVP_CUDA_ARCHS": target}
 
 
 def _sizes(device: str, *batch: str) -> list[str]:
