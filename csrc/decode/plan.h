@@ -15,12 +15,30 @@ constexpr int kPairTile =
 constexpr int kColumnTile = 64;  // columns of one block where the weight is contiguous along them
 constexpr int kSlice = 64;       // elements of k in a slice of the ring: a 128-byte line of every row
 constexpr int kSliceBytes = 2 * kSlice;
-constexpr int kStages = 4;
-constexpr int kMaxRowTilesPerWarp = 2;
 constexpr int kMaxSplits = 16;
-// A stage of the ring, weights and tokens. Four fit the 99 KB that every chip since sm_80 gives a block, and twice four
-// an H100's multiprocessor: there the next launch of the chain fills its ring while this one drains.
-constexpr int kStageBytes = 24 * 1024;
+// The ring, weights and tokens: within the 99 KB that every chip since sm_80 gives a block, and twice within an H100's
+// multiprocessor, where the next launch of the chain fills its ring while this one drains.
+constexpr int kRingBytes = 96 * 1024;
+
+// How the warps of a ring block share its work, by the tiles of eight tokens. Few tokens: each warp has rows of its
+// own, all tokens. Many: two warps have the same rows and half of the tokens each, so that rows and tokens are both
+// read from shared memory as seldom as the registers allow; at 64 tokens that traffic is next to the weights' own.
+struct RingShape {
+  int token_tiles;
+
+  MEMVP_HOST_DEVICE constexpr int stages() const { return token_tiles < 4 ? 4 : 3; }
+  MEMVP_HOST_DEVICE constexpr int stage_bytes() const { return kRingBytes / stages(); }
+  MEMVP_HOST_DEVICE constexpr int token_warps() const { return token_tiles < 4 ? 1 : 2; }
+  MEMVP_HOST_DEVICE constexpr int row_warps() const { return kWarps / token_warps(); }
+  MEMVP_HOST_DEVICE constexpr int token_tiles_per_warp() const { return token_tiles / token_warps(); }
+  MEMVP_HOST_DEVICE constexpr int row_tiles_per_warp() const { return token_tiles < 4 ? 2 : 3; }
+  // The tallest block: what fits a stage of one slice, and the warps' registers.
+  constexpr int max_row_tiles() const {
+    return least((stage_bytes() / kSliceBytes - kTokenTile * token_tiles) / kRowTile,
+                 row_warps() * row_tiles_per_warp());
+  }
+};
+
 // Shared memory of a block that does not use the ring: sums of its warps, and the tokens that read one memory row.
 constexpr size_t kRowSumsBytes = kWarps * kRowTile * kTokenTile * sizeof(float);
 constexpr size_t kColumnSumsBytes = kWarps * kColumnTile * kTokenTile * sizeof(float);
@@ -71,12 +89,9 @@ struct DecodeArgs {
 };
 using DecodeKernel = void (*)(DecodeArgs);
 
-inline int max_row_tiles(int token_tiles) {
-  return least((kStageBytes / kSliceBytes - kTokenTile * token_tiles) / kRowTile, kWarps * kMaxRowTilesPerWarp);
-}
 inline size_t ring_bytes(const RingPlan& ring, int token_tiles) {
   const size_t rows = ring.row_tiles() * kRowTile + token_tiles * kTokenTile;
-  return kStages * rows * ring.slices_per_stage * kSliceBytes;
+  return RingShape{token_tiles}.stages() * rows * ring.slices_per_stage * kSliceBytes;
 }
 
 // Matrices whose rows one ring shares out; a block takes rows of one of them.
@@ -96,7 +111,8 @@ inline RingPlan plan_ring(const RowCounts& rows, int k, int tokens, int token_ti
                           int max_splits) {
   RingPlan best;
   double least_bytes = 0;
-  const int slices = ceil_div(k, kSlice), tallest = max_row_tiles(token_tiles) * kPairTile, all = rows.blocks(1);
+  const int slices = ceil_div(k, kSlice), tallest = RingShape{token_tiles}.max_row_tiles() * kPairTile,
+            all = rows.blocks(1);
   const auto consider = [&](int pairs_per_block, int splits) {
     if (pairs_per_block < 1 || pairs_per_block > tallest) return;
     RingPlan ring;
@@ -124,7 +140,8 @@ inline RingPlan plan_ring(const RowCounts& rows, int k, int tokens, int token_ti
     }
   }
   const int slice_bytes = kSliceBytes * (best.row_tiles() * kRowTile + token_tiles * kTokenTile);
-  best.slices_per_stage = least(greatest(kStageBytes / slice_bytes, 1), greatest(best.slices_per_split, 1));
+  best.slices_per_stage =
+      least(greatest(RingShape{token_tiles}.stage_bytes() / slice_bytes, 1), greatest(best.slices_per_split, 1));
   return best;
 }
 

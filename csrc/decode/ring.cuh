@@ -1,6 +1,6 @@
-// Weight rows times tokens at the memory's speed: four stages of shared memory, filled by asynchronous copies far ahead
-// of the tensor cores that empty them. The weights are the tall operand and the tokens the narrow one, so that one
-// token costs the same reads as eight.
+// Weight rows times tokens at the memory's speed: a few stages of shared memory, filled by asynchronous copies far
+// ahead of the tensor cores that empty them. The weights are the tall operand and the tokens the narrow one, so that
+// one token costs the same reads as eight.
 #pragma once
 #include "common/mma.cuh"
 #include "decode/arguments.cuh"
@@ -30,15 +30,13 @@ struct TokenRows {
   int32_t count;
 };
 
+// A warp's part of the result: row tiles row_warp + i row_warps(), and token tiles from token_warp
+// token_tiles_per_warp() on.
 template <int kTokenTiles>
 struct RingSums {
-  float c[kMaxRowTilesPerWarp][kTokenTiles][4];
+  static constexpr RingShape kShape{kTokenTiles};
+  float c[kShape.row_tiles_per_warp()][kShape.token_tiles_per_warp()][4];
 };
-
-// Row tile i of a warp, in the block; its pairs are 8 tile + g.
-MEMVP_DEVICE int row_tile_of_warp(int i) {
-  return static_cast<int>(threadIdx.x) / 32 + i * kWarps;
-}
 
 // The place of 16 bytes, piece `piece` of a row's 128-byte slice: rows of odd number have their halves swapped, so that
 // the two rows a quarter-warp reads at once lie in different banks.
@@ -48,6 +46,10 @@ MEMVP_DEVICE int swizzled(int row, int piece) {
 
 template <class T, int kTokenTiles>
 class Ring {
+  static constexpr RingShape kShape{kTokenTiles};
+  static constexpr int kStages = kShape.stages(), kRowTilesPerWarp = kShape.row_tiles_per_warp();
+  static constexpr int kTokenTilesPerWarp = kShape.token_tiles_per_warp();
+
  public:
   // Pairs from `first_pair` on, as many as the plan gives a block, over part `split` of k.
   __device__ Ring(const RingPlan& plan, const RowPairs<T>& rows, const TokenRows<T>& tokens, int first_pair, int split,
@@ -80,9 +82,9 @@ class Ring {
   // sums = rows · tokens over this block's part of k. Call start_rows first, and wait for whoever writes the tokens.
   __device__ void run(RingSums<kTokenTiles>& sums) {
 #pragma unroll
-    for (int i = 0; i < kMaxRowTilesPerWarp; ++i)
+    for (int i = 0; i < kRowTilesPerWarp; ++i)
 #pragma unroll
-      for (int b = 0; b < kTokenTiles; ++b)
+      for (int b = 0; b < kTokenTilesPerWarp; ++b)
 #pragma unroll
         for (int j = 0; j < 4; ++j) sums.c[i][b][j] = 0.0f;
 #pragma unroll 1
@@ -114,14 +116,14 @@ class Ring {
     float2* all = reinterpret_cast<float2*>(shared_rows_);  // [token][pair]: an eighth of the ring at most
     __syncthreads();                                        // nobody reads the ring any more
 #pragma unroll
-    for (int i = 0; i < kMaxRowTilesPerWarp; ++i) {
-      const int tile = row_tile_of_warp(i);
+    for (int i = 0; i < kRowTilesPerWarp; ++i) {
+      const int tile = row_tile(i);
       if (tile >= row_tiles_) continue;
 #pragma unroll
-      for (int b = 0; b < kTokenTiles; ++b)
+      for (int b = 0; b < kTokenTilesPerWarp; ++b)
 #pragma unroll
         for (int j = 0; j < 2; ++j)
-          all[(b * kTokenTile + 2 * t + j) * padded_pairs + tile * kPairTile + g] =
+          all[((first_token_tile() + b) * kTokenTile + 2 * t + j) * padded_pairs + tile * kPairTile + g] =
               float2{sums.c[i][b][j], sums.c[i][b][2 + j]};
     }
     __syncthreads();
@@ -135,6 +137,14 @@ class Ring {
  private:
   static constexpr int kRowsAtOnce = kThreads / 8;
   static_assert(kRowsAtOnce % kPairTile == 0 && kPairTile % 2 == 0, "copy_rows steps by whole tiles");
+
+  // Warps w, w + 4 (mod 8) run on one of the four schedulers: it gets all tokens of the same rows.
+  __device__ static int row_tile(int i) {
+    return static_cast<int>(threadIdx.x) / 32 % kShape.row_warps() + i * kShape.row_warps();
+  }
+  __device__ static int first_token_tile() {
+    return static_cast<int>(threadIdx.x) / 32 / kShape.row_warps() * kTokenTilesPerWarp;
+  }
 
   // Thread i copies piece i % 8 of every kRowsAtOnce-th row from i / 8 on: a warp reads four whole lines. Those rows
   // are a multiple of the tile apart, so their places in shared memory are at equal steps, swizzle included.
@@ -176,21 +186,21 @@ class Ring {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint4 row[kMaxRowTilesPerWarp], row8[kMaxRowTilesPerWarp];
+      uint4 row[kRowTilesPerWarp], row8[kRowTilesPerWarp];
 #pragma unroll
-      for (int i = 0; i < kMaxRowTilesPerWarp; ++i) {
-        const int tile = row_tile_of_warp(i);
+      for (int i = 0; i < kRowTilesPerWarp; ++i) {
+        const int tile = row_tile(i);
         if (tile < row_tiles_) {
           row[i] = rows[swizzled(tile * kRowTile + g, half * 4 + t)];
           row8[i] = rows[swizzled(tile * kRowTile + 8 + g, half * 4 + t)];
         }
       }
 #pragma unroll
-      for (int b = 0; b < kTokenTiles; ++b) {
-        const uint4 token = tokens[swizzled(b * kTokenTile + g, half * 4 + t)];
+      for (int b = 0; b < kTokenTilesPerWarp; ++b) {
+        const uint4 token = tokens[swizzled((first_token_tile() + b) * kTokenTile + g, half * 4 + t)];
 #pragma unroll
-        for (int i = 0; i < kMaxRowTilesPerWarp; ++i)
-          if (row_tile_of_warp(i) < row_tiles_) mma_rows<T>(sums.c[i][b], row[i], row8[i], token);
+        for (int i = 0; i < kRowTilesPerWarp; ++i)
+          if (row_tile(i) < row_tiles_) mma_rows<T>(sums.c[i][b], row[i], row8[i], token);
       }
     }
   }

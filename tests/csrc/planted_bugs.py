@@ -54,7 +54,7 @@ BUGS: dict[str, Bug] = {
     "rows past the last one": Bug(RING, "least(pairs_, rows_.count[half] - first_pair_)", "pairs_", build="address"),
     "wrong half of a row tile": Bug(RING, "tile * kRowTile + 8 + g", "tile * kRowTile + 4 + g"),
     "k part of another block": Bug(RING, "k_begin_ = split * part;", "k_begin_ = split / 2 * part;"),
-    "ring cut short": Bug(PLAN, "return kStages * rows", "return (kStages - 1) * rows"),
+    "ring cut short": Bug(PLAN, "return RingShape{token_tiles}.stages() * rows", "return (RingShape{token_tiles}.stages() - 1) * rows"),
     # fragments
     "row fragments swapped": Bug(MMA, "row.x, row8.x, row.y, row8.y", "row.x, row.y, row8.x, row8.y"),
     "k in another order": Bug(MMA, "token.z, token.w);", "token.w, token.z);"),
@@ -81,7 +81,7 @@ BUGS: dict[str, Bug] = {
     "no wait for the first launch": Bug(VALUES, "  wait_for_previous_grid();\n  ring.run(sums);", "  ring.run(sums);"),
     "wait after the read": Bug(VALUES, "  wait_for_previous_grid();\n  ring.run(sums);", "  ring.run(sums);\n  wait_for_previous_grid();"),
     "no barrier between visual and u": Bug(VALUES, "  __syncthreads();  // visual", "  // visual"),
-    "visual past a length": Bug(VALUES, "if (slot < group.slots)\n", "if (slot < p.slots)\n"),
+    "visual past a length": Bug(VALUES, "if (slot < group.slots) {", "if (slot < p.slots) {"),
     "two writers of one part": Bug(VALUES, "part_of(args, args.plan.parts - 1, members[t])", "part_of(args, 0, members[t])"),
     # the third
     "a part that nobody wrote": Bug(FINISH, "memory_of_token(p, n).row != kNoMemory", "true"),
