@@ -233,16 +233,15 @@ def _column_pieces(block, WIDTH: tl.constexpr):
     ROWS: tl.constexpr = block.shape[0]
     COLUMNS: tl.constexpr = block.shape[1]
     if COLUMNS <= WIDTH:
-        pieces = (block,)
+        return (block,)
     else:
         left, right = tl.split(tl.permute(tl.reshape(block, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
         if COLUMNS <= 2 * WIDTH:
-            pieces = (left, right)
+            return left, right
         else:
             a, b = tl.split(tl.permute(tl.reshape(left, (ROWS, 2, COLUMNS // 4)), (0, 2, 1)))
             c, d = tl.split(tl.permute(tl.reshape(right, (ROWS, 2, COLUMNS // 4)), (0, 2, 1)))
-            pieces = (a, b, c, d)
-    return pieces
+            return a, b, c, d
 
 
 @triton.jit
