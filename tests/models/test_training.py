@@ -93,13 +93,16 @@ def test_compiles_whole_when_opaque_and_in_training() -> None:
     assert model.key_position.grad is not None and loss.isfinite()
 
 
-def test_compiles_under_no_grad() -> None:
+def test_compiles_as_generate_does() -> None:
+    """With a static cache on a GPU, generate() compiles the language model, which then gets the memory from outside."""
     torch._dynamo.reset()
     model = wrapped()
-    stacked = torch.stack([*features(4, 4, 4)])
+    index = torch.tensor([0, 2, 1])
     with torch.no_grad():
-        wanted = model(image_features=stacked, **_inputs()).logits
-        got = torch.compile(model, fullgraph=True, backend="aot_eager")(image_features=stacked, **_inputs()).logits
+        wanted = model(image_features=IMAGES, visual_index=index, **_inputs()).logits
+        memory = model.memory(core=model.encode_images(IMAGES))
+        compiled = torch.compile(model.language_model, fullgraph=True, backend="aot_eager")
+        got = compiled(**_inputs(), visual_memory=memory, memory_index=index).logits
     torch.testing.assert_close(got, wanted)
 
 
