@@ -10,7 +10,9 @@ from pathlib import Path
 import kernels
 import latency
 import pytest
+import record
 import training
+from harness.cli import common_parser, settle
 from harness.results import load
 
 from tests.benchmarks.conftest import BENCHMARKS
@@ -135,3 +137,22 @@ def test_harness_imports_without_transformers() -> None:
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_record_runs_every_program_and_then_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def pretend(command: list[str]) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, returncode=int("kernels.py" in command[1]))
+
+    monkeypatch.setattr(record.subprocess, "run", pretend)
+    assert record.main(["--device", "cpu"]) == 1  # one of them failed; the others and the report ran all the same
+    assert [Path(command[1]).stem for command in commands] == ["latency", "training", "kernels", "decode", "report"]
+    for command in commands[:-1]:
+        place = Path(command[command.index("--json") + 1])
+        assert place.parent.parent == BENCHMARKS / "results"
+        assert place.stem == Path(command[1]).stem
+        parser = common_parser("x", program=place.stem)
+        setting = settle(parser.parse_args(command[2:]), cpu=latency.CPU, cuda=latency.CUDA)
+        assert setting.samples >= 20  # or the report would refuse them
