@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from memvp_kernels import ops
 from memvp_kernels.choose import choose
 
-__all__ = ["Quantised", "fused_ffn_restored", "read_quantised"]
+__all__ = ["Quantised", "Unreadable", "fused_ffn_restored", "read_quantised"]
 
 #: torchao's weight-only tensors, and the attribute that says whether one of them rounds activations too.
 _TORCHAO = {
@@ -41,8 +41,20 @@ class Quantised(NamedTuple):
     dtype: torch.dtype | None
 
 
-def read_quantised(linear: Any) -> Quantised | str | None:
-    """How to restore ``linear``'s matrix; a reason where it is quantised otherwise; None where it is not quantised."""
+class Unreadable(NamedTuple):
+    """A quantised layer whose product is not that of a restored matrix.
+
+    Attributes:
+        reason: for whom it may concern.
+        differentiable: False: its result loses its input's gradient, without a word.
+    """
+
+    reason: str
+    differentiable: bool = True
+
+
+def read_quantised(linear: Any) -> Quantised | Unreadable | None:
+    """How to restore ``linear``'s matrix, or why not; None where it is not quantised."""
     kind = type(linear)
     if kind.__module__.startswith("bitsandbytes."):
         found = _bitsandbytes(linear)
@@ -51,19 +63,19 @@ def read_quantised(linear: Any) -> Quantised | str | None:
     else:
         return None
     if isinstance(found, Quantised) and found.bias is not None and found.bias.requires_grad:
-        return "has a trainable bias on a quantised weight"
+        return Unreadable("has a trainable bias on a quantised weight")
     return found
 
 
-def _bitsandbytes(linear: Any) -> Quantised | str:
+def _bitsandbytes(linear: Any) -> Quantised | Unreadable:
     name = type(linear).__name__
     if name not in ("Linear4bit", "LinearNF4", "LinearFP4"):
-        return f"is a bitsandbytes {name}, whose product rounds the activations too"
+        return Unreadable(f"is a bitsandbytes {name}, whose product rounds the activations too")
     state = _state_4bit(linear)
     if state is None:
-        return "is a bitsandbytes layer that is not quantised yet (move it to its device first)"
+        return Unreadable("is a bitsandbytes layer that is not quantised yet (move it to its device first)")
     if getattr(state, "packing_format_for_cpu", False):
-        return "was repacked by bitsandbytes for inference on this CPU"
+        return Unreadable("was repacked by bitsandbytes for inference on this CPU", differentiable=False)
 
     def restore(dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
@@ -79,12 +91,12 @@ def _state_4bit(linear: Any) -> Any:
     return linear.quant_state if linear.quant_state is not None else getattr(linear.weight, "quant_state", None)
 
 
-def _torchao(linear: Any) -> Quantised | str:
+def _torchao(linear: Any) -> Quantised | Unreadable:
     name = type(linear.weight).__name__
     if name not in _TORCHAO:
-        return f"holds torchao {name} weights"
+        return Unreadable(f"holds torchao {name} weights")
     if getattr(linear.weight, _TORCHAO[name], None) is not None:
-        return f"holds torchao {name} weights whose product rounds the activations too"
+        return Unreadable(f"holds torchao {name} weights whose product rounds the activations too")
     return Quantised(lambda dtype: linear.weight.dequantize().to(dtype), linear.bias, None)
 
 

@@ -113,7 +113,7 @@ def feed_forward(
     else:
         if isinstance(weights, Opaque) and not torch.compiler.is_compiling():
             say_opaque(weights.reason)
-        y = _added(ffn, x, memory, own())
+        y = _added(ffn, x, memory, own(), differentiable=isinstance(weights, Packed) or weights.differentiable)
     if memory.observer is not None:
         memory.observer(layer, x, y)
     return y
@@ -187,12 +187,13 @@ def _worth_restoring(x: Tensor, weights: Packed) -> bool:
     return not few and weights.dtype in (None, x.dtype)
 
 
-def _added(ffn: MemoryFFN, x: Tensor, memory: Memory, out: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and x.requires_grad and not out.requires_grad:
+def _added(ffn: MemoryFFN, x: Tensor, memory: Memory, out: Tensor, *, differentiable: bool) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad and not (differentiable and out.requires_grad):
         raise RuntimeError(
-            "this feed-forward layer gives its input no gradient (its quantisation rounds activations, or it runs without a "
-            "graph), so memory in the layers below would train on a wrong one; use a weight-only quantisation, or call the "
-            "model under torch.no_grad()"
+            "this feed-forward layer gives its input no gradient (its quantisation rounds activations, or bitsandbytes has "
+            "repacked it for inference on this CPU), so memory in the layers below would train on a wrong one; use a "
+            "weight-only quantisation, call train() before a bitsandbytes base runs for the first time, or run under "
+            "torch.no_grad()"
         )
     given = _branch(ffn, memory)
     if out.dtype == x.dtype:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from memvp_kernels.models.parallel import Split, local_part, read_split
-from memvp_kernels.models.quantised import Quantised, read_quantised
+from memvp_kernels.models.quantised import Quantised, Unreadable, read_quantised
 
 __all__ = ["Dense", "Matrices", "Opaque", "Packed", "activation_name", "matrices", "resolve"]
 
@@ -43,9 +43,15 @@ class Dense(NamedTuple):
 
 
 class Opaque(NamedTuple):
-    """A module to be called as it is, and why."""
+    """A module to be called as it is, and why.
+
+    Attributes:
+        reason: why.
+        differentiable: False: it is known to lose its input's gradient.
+    """
 
     reason: str
+    differentiable: bool = True
 
 
 class Matrices(NamedTuple):
@@ -110,7 +116,7 @@ def resolve(linear: Any) -> Dense | Quantised | Opaque:
         return Dense(linear.weight, linear.bias)
     quantised = read_quantised(linear)
     if quantised is not None:
-        return Opaque(quantised) if isinstance(quantised, str) else quantised
+        return Opaque(*quantised) if isinstance(quantised, Unreadable) else quantised
     if kind is not nn.Linear:
         return Opaque(f"is a {kind.__module__}.{kind.__qualname__}")
     strange = linear.weight if not _is_plain(linear.weight) else linear.bias
@@ -149,7 +155,7 @@ def matrices(owner: nn.Module, *, key: str, value: str, gate: str | None = None)
             continue
         part = resolve(owner._modules[name])
         if isinstance(part, Opaque):
-            return Opaque(f"{name} {part.reason}")
+            return Opaque(f"{name} {part.reason}", part.differentiable)
         if isinstance(part, Quantised):
             packed[name] = part
             continue
