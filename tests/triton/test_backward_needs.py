@@ -75,6 +75,8 @@ def test_saved_or_formed_again_the_same_bits_every_time(form: str, alone: bool) 
     first = backend.backward(p, dy(p), pre, scores, needs)
     assert_equal(backend.backward(p, dy(p), pre, scores, needs), first, needs)
     assert_equal(backend.backward(p, dy(p), None, None, needs), first, needs)
+    # Without the gradient of value, dpre takes the place of the pre-activations formed again.
+    assert_equal(backend.backward(p, dy(p), None, None, needs - {"value"}), first, needs - {"value"})
     assert torch.equal(backend.forward(p, save_hidden=False, save_scores=False)[0], y)
 
 

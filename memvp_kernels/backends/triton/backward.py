@@ -48,11 +48,13 @@ def backward(
     grad = _with_rows(grad)
     through_ffn = problem.key is not None and not needs.isdisjoint(_BEHIND_PRE)
     through_memory = problem.has_memory and not needs.isdisjoint(_BEHIND_SCORES | _BEHIND_VISUAL)
+    # Pre-activations formed again are nobody else's: their gradients may take their place.
+    overwrite = pre is None and "value" not in needs
     pre, scores = _kept_or_again(
         problem, pre, scores, need_pre=through_ffn or "value" in needs, need_scores=through_memory
     )
     run = _factored_backward if problem.factored and through_memory else _plain_backward
-    dpre, grads = run(problem, grad, pre if through_ffn else None, scores if through_memory else None, needs)
+    dpre, grads = run(problem, grad, pre if through_ffn else None, scores if through_memory else None, needs, overwrite)
     grads |= weight_gradients(problem, grad, pre, dpre, needs)
     return {name: g.to(getattr(problem, name).dtype) for name, g in grads.items()}
 
@@ -96,7 +98,7 @@ def _kept_or_again(
 
 
 def _plain_backward(
-    problem: Problem, grad: Tensor, pre: Tensor | None, scores: Tensor | None, needs: frozenset[str]
+    problem: Problem, grad: Tensor, pre: Tensor | None, scores: Tensor | None, needs: frozenset[str], overwrite: bool
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """dpre, and the gradients of x and of a memory that is d wide; pre and scores are None where nothing behind them is needed."""
     x, segments, dtype = problem.x, problem.segments, problem.x.dtype
@@ -109,7 +111,8 @@ def _plain_backward(
     if pre is not None or scores is not None:
         made = dhidden_backward(
             grad, problem.value if pre is not None else None, pre, problem.activation, value_memory, problem.memories, scores, segments,
-            visual_of(problem) if scores is not None else None, need_visual=not needs.isdisjoint(_BEHIND_VISUAL),
+            visual_of(problem) if scores is not None else None,
+            need_visual=not needs.isdisjoint(_BEHIND_VISUAL), overwrite=overwrite,
         )  # fmt: skip
 
     grads: dict[str, Tensor] = {}
@@ -149,7 +152,7 @@ def _plain_backward(
 
 
 def _factored_backward(
-    problem: Problem, grad: Tensor, pre: Tensor | None, scores: Tensor | None, needs: frozenset[str]
+    problem: Problem, grad: Tensor, pre: Tensor | None, scores: Tensor | None, needs: frozenset[str], overwrite: bool
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """As `_plain_backward` for a factored memory: every d-wide operand and gradient is shared by the batch, an image has its cores'."""
     x, dtype, rank = problem.x, problem.x.dtype, problem.rank
@@ -167,7 +170,7 @@ def _factored_backward(
     if pre is not None or operand is not None:
         hidden = dhidden_backward(
             grad, problem.value if pre is not None else None, pre, problem.activation, operand, 1, None, dense, None,
-            need_visual=False,
+            need_visual=False, overwrite=overwrite,
         )  # fmt: skip
         e, dpre = hidden.columns, hidden.dpre
     core = core_backward(

@@ -56,6 +56,7 @@ def dhidden_backward(
     visual: Visual | None,
     *,
     need_visual: bool,
+    overwrite: bool,
 ) -> HiddenGradients:
     """Launch the kernel.
 
@@ -67,6 +68,7 @@ def dhidden_backward(
         scores: (N, M), rows contiguous; None: dy memoryᵀ itself is wanted, as `columns`.
         visual: what became of a score in the forward; None without scores.
         need_visual: form visual again.
+        overwrite: pre belongs to nobody else, so dpre may take its place; a program reads of it only what it then writes.
     """
     rows, width = grad.shape
     pairs = 0 if value is None else value.shape[0]
@@ -75,7 +77,7 @@ def dhidden_backward(
     # Rows of packed x outside every sequence belong to no tile.
     outside = segments.cu_seqlens is not None
     made = HiddenGradients(
-        dpre=torch.empty_like(pre) if pre is not None else None,
+        dpre=pre if pre is None or overwrite else torch.empty_like(pre),
         dscores=launch.empty_rows(rows, slots, grad, zero=outside) if memory is not None and not raw else None,
         visual=launch.empty_rows(rows, slots, grad, zero=outside) if need_visual and scores is not None else None,
         columns=launch.empty_rows(rows, slots, grad) if raw else None,

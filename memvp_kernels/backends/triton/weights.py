@@ -51,7 +51,7 @@ def form_hidden(pre: Tensor, activation: str) -> Tensor:
     return hidden
 
 
-@triton.jit(do_not_specialize_on_alignment=["size"])
+@triton.jit
 def form_hidden_kernel(
     pre, hidden, size, GATED: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
 ):
