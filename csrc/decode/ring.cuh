@@ -181,23 +181,24 @@ class Ring {
   }
 
   __device__ void multiply(RingSums<kTokenTiles>& sums, int slot) {
-    const uint4* rows = shared_rows_ + static_cast<size_t>(slot) * row_pieces_;
-    const uint4* tokens = shared_tokens_ + static_cast<size_t>(slot) * token_pieces_;
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    constexpr int kRowTilePieces = kRowTile * 8, kTokenTilePieces = kTokenTile * 8;
+    const uint4* rows = shared_rows_ + static_cast<size_t>(slot) * row_pieces_ + row_tile(0) * kRowTilePieces;
+    const uint4* tokens =
+        shared_tokens_ + static_cast<size_t>(slot) * token_pieces_ + first_token_tile() * kTokenTilePieces;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      const int at = swizzled(g, half * 4 + t);  // in every tile alike: tiles are of an even number of rows
       uint4 row[kRowTilesPerWarp], row8[kRowTilesPerWarp];
 #pragma unroll
-      for (int i = 0; i < kRowTilesPerWarp; ++i) {
-        const int tile = row_tile(i);
-        if (tile < row_tiles_) {
-          row[i] = rows[swizzled(tile * kRowTile + g, half * 4 + t)];
-          row8[i] = rows[swizzled(tile * kRowTile + 8 + g, half * 4 + t)];
+      for (int i = 0; i < kRowTilesPerWarp; ++i)
+        if (row_tile(i) < row_tiles_) {
+          row[i] = rows[i * kShape.row_warps() * kRowTilePieces + at];
+          row8[i] = rows[i * kShape.row_warps() * kRowTilePieces + kPairTile * 8 + at];
         }
-      }
 #pragma unroll
       for (int b = 0; b < kTokenTilesPerWarp; ++b) {
-        const uint4 token = tokens[swizzled((first_token_tile() + b) * kTokenTile + g, half * 4 + t)];
+        const uint4 token = tokens[b * kTokenTilePieces + at];
 #pragma unroll
         for (int i = 0; i < kRowTilesPerWarp; ++i)
           if (row_tile(i) < row_tiles_) mma_rows<T>(sums.c[i][b], row[i], row8[i], token);

@@ -52,7 +52,7 @@ BUGS: dict[str, Bug] = {
     "stage filled while it is read": Bug(RING, "const int ahead = step + kStages - 1;", "const int ahead = step + kStages;"),
     "k past the end": Bug(RING, "k_end_ = least(k_end, k_begin_ + part);", "k_end_ = greatest(k_end, k_begin_ + part);"),
     "rows past the last one": Bug(RING, "least(pairs_, rows_.count[half] - first_pair_)", "pairs_", build="address"),
-    "wrong half of a row tile": Bug(RING, "tile * kRowTile + 8 + g", "tile * kRowTile + 4 + g"),
+    "wrong half of a row tile": Bug(RING, "kPairTile * 8 + at];", "kPairTile * 4 + at];"),
     "k part of another block": Bug(RING, "k_begin_ = split * part;", "k_begin_ = split / 2 * part;"),
     "ring cut short": Bug(PLAN, "return RingShape{token_tiles}.stages() * rows", "return (RingShape{token_tiles}.stages() - 1) * rows"),
     # fragments
