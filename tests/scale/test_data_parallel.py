@@ -150,12 +150,13 @@ def _half_precision(layout: str) -> dict[str, float]:
 
     half = torch.bfloat16
     wanted = reference(batch(), dtype=half)
-    model: Any = memvp_model(language_model() if layout == "policy" else language_model().to(half))
-    policy = MixedPrecisionPolicy(param_dtype=half) if layout == "policy" else MixedPrecisionPolicy()
+    by_policy = layout.endswith("policy")
+    model: Any = memvp_model(language_model() if by_policy else language_model().to(half))
+    policy = MixedPrecisionPolicy(param_dtype=half) if by_policy else MixedPrecisionPolicy()
     for layer in model.language_model.model.layers:
         fully_shard(layer, mp_policy=policy)
-    if layout == "root":
-        fully_shard(model)
+    if layout.startswith("root"):  # under a policy, the root's inputs are cast as well, the images among them
+        fully_shard(model, mp_policy=policy)
     else:
         fully_shard(model.language_model, mp_policy=policy)
         model.memory = DistributedDataParallel(model.memory)
@@ -164,7 +165,7 @@ def _half_precision(layout: str) -> dict[str, float]:
     return wanted.errors(averaged(loss), whole(adapter_gradients(model)))
 
 
-@pytest.mark.parametrize("layout", ["recipe", "root", "policy"])
+@pytest.mark.parametrize("layout", ["recipe", "root", "policy", "root policy"])
 def test_a_half_precision_base_under_a_float32_memory(two: Group, layout: str) -> None:
     for errors in two.run(_half_precision, layout):
         assert max(errors.values()) < 1, errors

@@ -270,3 +270,30 @@ def test_a_sharded_4_bit_base(two: Group, storage: torch.dtype) -> None:
     pytest.importorskip("bitsandbytes", reason=EXTRA)
     for errors in two.run(_sharded_nf4, storage):
         assert all(error < 1e-5 for error in errors.values()), errors
+
+
+def _data_parallel(name: str, entire: bool) -> dict[str, float]:
+    from torch.nn.parallel import DistributedDataParallel
+
+    from tests.scale.test_data_parallel import part
+
+    whole = memvp_model(BASES[name]())
+    whole(**batch(length=LONG, without=(2, 3))).loss.backward()
+    model: Any = memvp_model(BASES[name]())
+    if entire:
+        entry = DistributedDataParallel(model)
+    else:
+        entry, model.memory = model, DistributedDataParallel(model.memory)
+    entry(**part(batch(length=LONG, without=(2, 3)))).loss.backward()
+    wanted = adapter_gradients(whole)
+    return {name: difference(gradient, wanted[name]) for name, gradient in adapter_gradients(model).items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "entire"), [("bitsandbytes nf4", True), ("bitsandbytes nf4", False), ("torchao int8", False)]
+)
+def test_ddp_over_a_quantised_base(two: Group, name: str, entire: bool) -> None:
+    """torchao's tensors do not take DDP's first broadcast: there the memory alone is wrapped, as the recipe does anyway."""
+    pytest.importorskip(name.split()[0], reason=EXTRA)
+    for errors in two.run(_data_parallel, name, entire):
+        assert all(error < 1e-5 for error in errors.values()), errors

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from memvp_kernels import MemVPModel, fused_ffn
+from memvp_kernels import MemVPConfig, MemVPModel, fused_ffn
 from memvp_kernels.models import parallel
 from memvp_kernels.models.memory import Memory
 from memvp_kernels.models.weights import Matrices, Opaque
@@ -152,18 +153,39 @@ def parallel_model(folder: str, **options: Any) -> MemVPModel:
     return memvp_model(base, **options)
 
 
-def _train_and_generate(folder: str, checkpointing: bool) -> dict[str, Any]:
-    wanted = reference(batch(without=(1,)))
-    model = parallel_model(folder)
-    if checkpointing:
+class Variant(NamedTuple):
+    """What differs from the tiny model of the other tests."""
+
+    base: dict[str, Any]
+    config: MemVPConfig = CONFIG
+    checkpointing: bool = False
+    recompute: bool = False
+
+
+VARIANTS = {
+    "plain": Variant({}),
+    "checkpointing": Variant({}, checkpointing=True),
+    "recompute": Variant({}, recompute=True),
+    "biases": Variant({"mlp_bias": True}),  # down_proj's is added once, after the reduce
+    "a pair of positions per layer": Variant({}, replace(CONFIG, shared_positions=False)),
+    "grouped queries, odd widths": Variant({"num_key_value_heads": 2, "intermediate_size": 57}),
+}
+
+
+def _train_and_generate(folder: str, name: str) -> dict[str, Any]:
+    variant = VARIANTS[name]
+    inputs = batch(without=(1,))
+    wanted = reference(inputs, config=variant.config, base=lambda: language_model(**variant.base))
+    model = parallel_model(folder, config=variant.config, recompute=variant.recompute)
+    if variant.checkpointing:
         model.gradient_checkpointing_enable()
     fused = [isinstance(ffn.ffn_matrices(), Matrices) for _, ffn in model.memory_ffns()]
-    out = model(**batch(without=(1,))).loss
+    out = model(**inputs).loss
     out.backward()
     found = adapter_gradients(model)
     generation = {k: v for k, v in batch().items() if k != "labels"}
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    alone = memvp_model(language_model()).eval().generate(**generation, **options)
+    alone = memvp_model(language_model(**variant.base), variant.config).eval().generate(**generation, **options)
     together = model.eval().generate(**generation, **options)
     return {
         "fused": all(fused),
@@ -173,13 +195,12 @@ def _train_and_generate(folder: str, checkpointing: bool) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("ranks", "variant"), [*((2, name) for name in VARIANTS), (4, "plain"), (4, "checkpointing")])
 def test_a_split_model_trains_and_generates_like_the_whole(
-    request: pytest.FixtureRequest, ranks: int, checkpointing: bool, tmp_path: Any
+    request: pytest.FixtureRequest, ranks: int, variant: str, tmp_path: Any
 ) -> None:
     group: Group = request.getfixturevalue({2: "two", 4: "four"}[ranks])
-    answers = group.run(_train_and_generate, saved_base(tmp_path), checkpointing)
+    answers = group.run(_train_and_generate, saved_base(tmp_path, **VARIANTS[variant].base), variant)
     for answer in answers:
         assert answer["fused"], "the FFNs ran opaque"
         assert max(answer["errors"].values()) < 1, answer["errors"]
@@ -249,8 +270,6 @@ def test_a_split_that_is_not_understood_is_right_all_the_same(two: Group) -> Non
 
 def _drift(folder: str) -> bytes:
     """Adapter after five steps with dropout, from ranks whose generators disagree."""
-    from dataclasses import replace
-
     torch.manual_seed(100 + dist.get_rank())
     model = parallel_model(folder, config=replace(CONFIG, dropout=0.3))
     optimizer = torch.optim.AdamW(model.memory.parameters(), lr=0.05)
