@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memvp_kernels.backends.triton import launch, tiles
 from memvp_kernels.backends.triton.hidden import Visual, store_visual
-from memvp_kernels.backends.triton.operands import BY_POINTER, load_memory_tile, load_tile
+from memvp_kernels.backends.triton.operands import BY_POINTER, load_memory_tile, load_tile, tile_pointers
 from memvp_kernels.backends.triton.segments import memory_row, sequence_bounds, tile_sequence, valid_slots
 from memvp_kernels.problem import Segments
 
@@ -112,4 +112,4 @@ def core_fwd_kernel(
         o_row = row + tl.arange(0, BLOCK_N)
         o_u = part + tl.arange(0, BLOCK_U)
         inside = (o_row[:, None] >= first) & (o_row[:, None] < end) & (o_u[None, :] < RANK)
-        tl.store(middle + o_row.to(tl.int64)[:, None] * stride_middle_n + o_u[None, :], u.to(DTYPE), mask=inside)
+        tl.store(tile_pointers(middle, row, part, stride_middle_n, BLOCK_N, BLOCK_U), u.to(DTYPE), mask=inside)

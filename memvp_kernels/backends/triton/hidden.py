@@ -17,7 +17,15 @@ from torch import Tensor
 from memvp_kernels.backends.triton import launch, tiles
 from memvp_kernels.backends.triton.activations import activate
 from memvp_kernels.backends.triton.dropout import keep_mask
-from memvp_kernels.backends.triton.operands import BY_PAIR, BY_POINTER, BY_ROW, load_memory_tile, load_tile, swizzle
+from memvp_kernels.backends.triton.operands import (
+    BY_PAIR,
+    BY_POINTER,
+    BY_ROW,
+    load_memory_tile,
+    load_tile,
+    swizzle,
+    tile_pointers,
+)
 from memvp_kernels.backends.triton.segments import memory_row, sequence_bounds, tile_sequence, valid_slots
 from memvp_kernels.problem import Segments
 
@@ -88,9 +96,10 @@ def hidden_forward(
         scores=_scores(rows, slots, x, segments) if memory is not None and save_scores else None,
     )
 
-    operands = [t for t in (x, key, gate, memory) if t is not None]
-    tma = launch.has_tma(x.device) and all(launch.form_of(t) != BY_POINTER.value for t in operands)
-    tma = tma and launch.describable(x) and (memory is None or launch.describable(memory))
+    tma = launch.has_tma(x.device) and launch.describable(x) and (memory is None or launch.describable(memory))
+    form_key, form_gate = (BY_ROW.value if w is None else launch.form_of(w, tma) for w in (key, gate))
+    if not tma or BY_POINTER.value in (form_key, form_gate):
+        tma, form_key, form_gate = False, BY_POINTER.value, BY_POINTER.value
     paired = tma and gate is not None and key is not None and launch.pairable(gate, key)
     tile = tiles.hidden_tile(
         launch.chip(x.device), x.dtype, launch.precision(x.dtype), rows=rows, width=width, pairs=pairs, slots=slots,
@@ -99,10 +108,9 @@ def hidden_forward(
     wide = (1 + paired) * tile.columns  # of one accumulator
     block_weight, block_memory = (tile.columns, tile.block_k), (1, wide, tile.block_k)
 
-    form_key = launch.form_of(key, tma) if key is not None else BY_POINTER.value
-    form_gate = launch.form_of(gate, tma) if gate is not None else BY_POINTER.value
-    key_operand, gate_operand = key, gate
     gate_first = 0
+    key_operand: object
+    gate_operand: object
     if paired:
         assert gate is not None and key is not None
         form_key = form_gate = BY_PAIR.value
@@ -272,22 +280,22 @@ def _store_hidden(
         b_key += tl.load(key_bias + o_column.to(tl.int64) * stride_key_bias, mask=o_column < F, other=0.0).to(
             tl.float32
         )[None, :]
-    o_pre = o_row.to(tl.int64)[:, None] * F + o_column[None, :]
+    if pre is not None:
+        o_pre = tile_pointers(pre, row, column, F, BLOCK_N, BLOCK_F)
     if gate is not None:
         if gate_bias is not None:
             b_gate += tl.load(gate_bias + o_column.to(tl.int64) * stride_gate_bias, mask=o_column < F, other=0.0).to(
                 tl.float32
             )[None, :]
         if pre is not None:
-            tl.store(pre + o_pre, b_gate.to(DTYPE), mask=inside)
-            tl.store(pre + tl.cast(N, tl.int64) * F + o_pre, b_key.to(DTYPE), mask=inside)
+            tl.store(o_pre, b_gate.to(DTYPE), mask=inside)
+            tl.store(o_pre + tl.cast(N, tl.int64) * F, b_key.to(DTYPE), mask=inside)
         b_hidden = activate(b_gate, ACTIVATION) * b_key
     else:
         if pre is not None:
-            tl.store(pre + o_pre, b_key.to(DTYPE), mask=inside)
+            tl.store(o_pre, b_key.to(DTYPE), mask=inside)
         b_hidden = activate(b_key, ACTIVATION)
-    o_hidden = o_row.to(tl.int64)[:, None] * stride_hidden_n + o_column[None, :]
-    tl.store(hidden + o_hidden, b_hidden.to(DTYPE), mask=inside)
+    tl.store(tile_pointers(hidden, row, column, stride_hidden_n, BLOCK_N, BLOCK_F), b_hidden.to(DTYPE), mask=inside)
 
 
 @triton.jit
@@ -354,11 +362,11 @@ def store_visual(
     inside = (o_row[:, None] >= first) & (o_row[:, None] < end) & (o_slot[None, :] < M)
     b_scores = tl.where(o_slot[None, :] < slots, b_scores, 0.0)
     if scores is not None:
-        tl.store(scores + o_row.to(tl.int64)[:, None] * M + o_slot[None, :], b_scores.to(DTYPE), mask=inside)
+        tl.store(tile_pointers(scores, row, slot, M, BLOCK_N, BLOCK_M), b_scores.to(DTYPE), mask=inside)
     b_visual = activate(b_scores, VISUAL_ACTIVATION) * tl.cast(scale, tl.float32)
     if seed is not None:
         b_visual = tl.where(keep_mask(seed, threshold, row, slot, BLOCK_N, BLOCK_M), b_visual, 0.0)
     b_visual = b_visual.to(DTYPE)
     if visual is not None:
-        tl.store(visual + o_row.to(tl.int64)[:, None] * stride_visual_n + o_slot[None, :], b_visual, mask=inside)
+        tl.store(tile_pointers(visual, row, slot, stride_visual_n, BLOCK_N, BLOCK_M), b_visual, mask=inside)
     return b_visual

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -50,8 +51,12 @@ def architecture(device: torch.device) -> int:
 
 def chip(device: torch.device) -> Chip:
     """The device as the cost model knows it."""
-    count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
-    return chip_of(architecture(device), count)
+    return chip_of(architecture(device), _multiprocessors(device))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int | None:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
 
 
 def has_tma(device: torch.device) -> bool:
@@ -81,10 +86,12 @@ def on_device(tensor: Tensor) -> Iterator[None]:
 
 def describable(tensor: Tensor) -> bool:
     """Whether TMA can read this tensor: contiguous last dimension, base and other strides multiples of 16 bytes, not empty."""
-    if tensor.numel() == 0 or tensor.stride(-1) != 1 or tensor.data_ptr() % 16:
+    *outer, inner = tensor.stride()
+    if inner != 1 or tensor.data_ptr() % 16 or tensor.numel() == 0:
         return False
-    strides = [s * tensor.element_size() for s, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if n > 1]
-    return all(0 < s < _LARGEST_STRIDE and s % 16 == 0 for s in strides)
+    size = tensor.element_size()
+    walked = (stride * size for stride, count in zip(outer, tensor.shape, strict=False) if count > 1)
+    return all(0 < step < _LARGEST_STRIDE and step % 16 == 0 for step in walked)
 
 
 def form_of(tensor: Tensor, device_has_tma: bool = True) -> int:
@@ -102,11 +109,13 @@ def describe(tensor: Tensor, block: Sequence[int], form: int = BY_ROW.value) -> 
         return tensor
     if form == BY_COLUMN.value:
         tensor, block = tensor.T, block[::-1]
-    # The stride of a dimension of size 1 is never walked, but TMA checks it all the same.
+    shape = list(tensor.shape)
+    # The stride of a dimension of size 1 is never walked and may be anything, but TMA checks it all the same.
     unit = 16 // tensor.element_size()
-    walked = zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
-    strides = [s if n > 1 or s % unit == 0 else unit for s, n in walked]
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], list(block))
+    row = -(-shape[-1] // unit) * unit
+    strides = [row if n == 1 else s for s, n in zip(tensor.stride(), shape, strict=True)]
+    strides[-1] = 1
+    return TensorDescriptor(tensor, shape, strides, list(block))
 
 
 def pairable(first: Tensor, second: Tensor) -> bool:

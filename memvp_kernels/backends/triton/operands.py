@@ -7,7 +7,7 @@ taken in the orientation it is stored in: the tensor cores read either from shar
 import triton
 import triton.language as tl
 
-__all__ = ["BY_COLUMN", "BY_PAIR", "BY_POINTER", "BY_ROW", "load_memory_tile", "load_tile", "swizzle"]
+__all__ = ["BY_COLUMN", "BY_PAIR", "BY_POINTER", "BY_ROW", "load_memory_tile", "load_tile", "swizzle", "tile_pointers"]
 
 BY_POINTER = tl.constexpr(0)
 BY_ROW = tl.constexpr(1)  # a descriptor of the operand as named: its rows are contiguous
@@ -91,6 +91,16 @@ def load_memory_tile(
             WHOLE_COLUMNS,
         )
     return tile
+
+
+@triton.jit
+def tile_pointers(matrix, row, column, stride_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to tile [ROWS, COLUMNS] at (row, column) of a matrix whose rows are contiguous.
+
+    64 bits to the corner, 32 within the tile: an epilogue's addresses lie beside the accumulator, where registers are scarce.
+    """
+    corner = matrix + tl.cast(row, tl.int64) * stride_row + column
+    return corner + tl.arange(0, ROWS)[:, None] * stride_row + tl.arange(0, COLUMNS)[None, :]
 
 
 @triton.jit

@@ -14,7 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from memvp_kernels.backends.triton import launch, tiles
-from memvp_kernels.backends.triton.operands import BY_POINTER, BY_ROW, load_memory_tile, load_tile, swizzle
+from memvp_kernels.backends.triton.operands import (
+    BY_POINTER,
+    BY_ROW,
+    load_memory_tile,
+    load_tile,
+    swizzle,
+    tile_pointers,
+)
 from memvp_kernels.backends.triton.segments import memory_row, sequence_bounds, sequence_of_row, valid_slots
 from memvp_kernels.problem import Segments
 
@@ -50,13 +57,13 @@ def output_forward(
 
     lefts = [t for t in (hidden, visual, memory) if t is not None]
     tma = launch.has_tma(like.device) and all(launch.describable(t) for t in lefts)
-    tma = tma and (value is None or launch.form_of(value) != BY_POINTER.value)
+    form_value = BY_ROW.value if value is None else launch.form_of(value, tma)
+    tma = tma and form_value != BY_POINTER.value
     tile = tiles.output_tile(
         launch.chip(like.device), like.dtype, launch.precision(like.dtype), rows=rows, width=width, pairs=pairs, slots=slots,
         sequences=segments.sequences, length=segments.length, descriptors=tma,
     )  # fmt: skip
     form = BY_ROW.value if tma else BY_POINTER.value
-    form_value = launch.form_of(value, tma) if value is not None else BY_POINTER.value
     left = (tile.block_n, tile.block_k)
 
     grid = (triton.cdiv(rows, tile.block_n) * triton.cdiv(width, tile.columns),)
@@ -150,7 +157,7 @@ def _store_output(
         if residual is not None:
             o_residual = o_row.to(tl.int64)[:, None] * stride_residual_n + wide_column[None, :] * stride_residual_d
             acc += tl.load(residual + o_residual, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y + o_row.to(tl.int64)[:, None] * d + o_column[None, :], acc.to(DTYPE), mask=inside)
+        tl.store(tile_pointers(y, row, column, d, BLOCK_N, BLOCK_D), acc.to(DTYPE), mask=inside)
 
 
 @triton.jit

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object per chip (see `chip_of`), so that it hashes fast as a key
 class Chip:
     """What the model knows of a GPU.
 
@@ -74,6 +74,7 @@ _CHIPS = {
 }
 
 
+@cache
 def chip_of(architecture: int, multiprocessors: int | None = None) -> Chip:
     """The chip of a compute capability; one not listed counts as the nearest older one, which it can run the code of."""
     known = max((a for a in _CHIPS if a <= architecture), default=min(_CHIPS))
