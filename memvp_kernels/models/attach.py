@@ -14,7 +14,7 @@ from memvp_kernels.models.reclass import is_reclassed, keeps_its_forward, reclas
 from memvp_kernels.models.site import MemoryFFN, MemoryLanguageModel, MemoryLayer, say_opaque
 from memvp_kernels.models.weights import Opaque, activation_name
 
-__all__ = ["Attachment", "attach", "detach", "first_layer", "memory_ffns", "uses_peft"]
+__all__ = ["Attachment", "attach", "detach", "first_layer", "hidden_dtype", "memory_ffns", "uses_peft"]
 
 
 _MIXINS = (MemoryLanguageModel, MemoryLayer, MemoryFFN)
@@ -26,14 +26,12 @@ class Attachment(NamedTuple):
     Attributes:
         width: d.
         layers: indices of the layers that were given memory.
-        dtype: of the hidden states, as far as a norm's weight tells.
         device: where the first layer computes.
         frozen: names of the parameters that were trainable before.
     """
 
     width: int
     layers: tuple[int, ...]
-    dtype: torch.dtype
     device: torch.device
     frozen: tuple[str, ...]
 
@@ -80,15 +78,7 @@ def attach(language_model: nn.Module, config: MemVPConfig) -> Attachment:
     if not uses_peft(language_model):
         frozen = tuple(name for name, p in language_model.named_parameters() if p.requires_grad)
         language_model.requires_grad_(False)
-    norm = next((p for p in layers[0][1].parameters() if p.dim() == 1 and p.is_floating_point()), None)
-    first: Any = norm if norm is not None else next(layers[0][1].parameters())
-    return Attachment(
-        width=_width(top),
-        layers=chosen,
-        dtype=first.dtype if norm is not None else torch.float32,
-        device=_device(layers[0][1], first),
-        frozen=frozen,
-    )
+    return Attachment(width=_width(top), layers=chosen, device=_device(layers[0][1]), frozen=frozen)
 
 
 def detach(language_model: nn.Module, frozen: tuple[str, ...]) -> None:
@@ -140,8 +130,17 @@ def _width(top: Any) -> int:
     return int(top.config.get_text_config(decoder=True).hidden_size)
 
 
-def _device(layer: nn.Module, parameter: nn.Parameter) -> torch.device:
+def hidden_dtype(language_model: nn.Module) -> torch.dtype:
+    """Of the hidden states, at this moment, as a norm's weight tells it (the weights may be integers)."""
+    layer = first_layer(language_model)
+    norms = (p for p in layer.parameters() if p.dim() == 1 and p.is_floating_point()) if layer is not None else iter(())
+    norm = next(norms, None)
+    return torch.float32 if norm is None else norm.dtype
+
+
+def _device(layer: nn.Module) -> torch.device:
     """Where the layer computes: an offloaded parameter is on no device until its hook fetches it."""
+    parameter = next(layer.parameters())
     if parameter.device.type != "meta":
         return parameter.device
     devices = (getattr(vars(m).get("_hf_hook"), "execution_device", None) for m in layer.modules())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memvp_kernels.models import saving
-from memvp_kernels.models.attach import Attachment, attach, detach, first_layer, memory_ffns
+from memvp_kernels.models.attach import Attachment, attach, detach, first_layer, hidden_dtype, memory_ffns
 from memvp_kernels.models.attribution import MemoryAttribution, explain_memory
 from memvp_kernels.models.checkpoint import CheckpointReport, load_official_checkpoint
 from memvp_kernels.models.config import MemVPConfig
@@ -44,6 +44,8 @@ class MemVPModel(nn.Module):
         vision_model: a transformers CLIPVisionModel for ``pixel_values``; frozen as well.
         backend: "auto", "torch", "triton" or "cuda", for every FFN.
         recompute: form the FFN's hidden again in the backward instead of keeping it.
+
+    With transformers' Trainer, :class:`~.trainer.MemVPTrainer` makes checkpoints that hold what trains alone.
 
     Attributes:
         language_model: as given.
@@ -80,7 +82,7 @@ class MemVPModel(nn.Module):
             config,
             width=attachment.width,
             layers=len(attachment.layers),
-            dtype=torch.promote_types(attachment.dtype, torch.float32),
+            dtype=torch.promote_types(hidden_dtype(language_model), torch.float32),
             device=attachment.device,
         )
         self.training = language_model.training
@@ -182,7 +184,15 @@ class MemVPModel(nn.Module):
 
         Returns:
             What generate() returns.
+
+        Raises:
+            RuntimeError: in training mode with activation checkpointing on.
         """
+        if any(getattr(m, "gradient_checkpointing", False) and m.training for m in self.language_model.modules()):
+            raise RuntimeError(
+                "generate(): activation checkpointing withholds the cache from layers in training mode, and the tokens come "
+                "out wrong; call eval() first"
+            )
         if inputs is not None:
             kwargs["inputs"] = inputs
         samples = _samples(kwargs)
@@ -394,7 +404,7 @@ class MemVPModel(nn.Module):
             )
         memory: Memory = self.memory(core=core) if visual_core is not None else self.memory(features, valid)
         if not torch.is_grad_enabled():  # once here instead of in every layer; under grad the sums stay wide
-            memory = memory.to(self._attachment.dtype)
+            memory = memory.to(hidden_dtype(self.language_model))
         memory = memory._replace(backend=self.backend, recompute=self.recompute, observer=self._observer)
         mesh = tensor_mesh(ffn for _, ffn in self.memory_ffns())
         # once, outside the layers: what crosses the network backward then does so once per step

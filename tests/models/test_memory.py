@@ -260,6 +260,19 @@ def test_arguments_that_do_not_fit() -> None:
         MemVPModel(language_model(), {})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])
+def test_the_dtype_may_change_afterwards(first: torch.dtype, dtype: torch.dtype) -> None:
+    """Of the whole model, and of the language model alone: what is cast once per call is cast to today's dtype."""
+    whole = with_memory(language_model().to(first)).to(dtype)
+    assert _logits(whole, features(4, 0, 10)).dtype == dtype
+    whole(input_ids=tokens(3), labels=tokens(3), image_features=features(4, 0, 10)).loss.backward()
+    if dtype != torch.float64:
+        alone = with_memory(language_model().to(first))
+        alone.language_model.to(dtype)
+        assert _logits(alone, features(4, 0, 10)).dtype == dtype
+
+
 def test_wide_positions_follow_a_float64_base() -> None:
     assert with_memory(language_model().double()).key_position.dtype == torch.float64
     assert with_memory(language_model().half()).key_position.dtype == torch.float32

@@ -96,7 +96,7 @@ def test_merged_lora_fuses_again() -> None:
 @pytest.mark.parametrize("family", TARGETS)
 def test_quantised_linears(family: str) -> None:
     def quantised() -> nn.Module:
-        base = language_model(family)
+        base = language_model(family).double()
         for module in list(base.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear) and name in TARGETS[family]:
@@ -104,13 +104,12 @@ def test_quantised_linears(family: str) -> None:
         return base
 
     model = with_memory(quantised())
-    assert model.key_position.dtype == torch.float32
     out = model(image_features=IMAGES, **_inputs())
     plain = quantised()
-    wanted, gradients = oracle(plain, model, IMAGES, dtype=torch.float32, **_inputs())
-    torch.testing.assert_close(out.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+    wanted, gradients = oracle(plain, model, IMAGES, **_inputs())
+    torch.testing.assert_close(out.logits, wanted.logits)
     out.loss.backward()
-    torch.testing.assert_close(model.key_position.grad, gradients[0], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(model.key_position.grad, gradients[0])
 
 
 def test_a_hook_on_a_linear_is_called() -> None:
@@ -162,8 +161,9 @@ def test_t5s_float32_wo_beside_half_precision(family: str) -> None:
     with model.observing(lambda layer, x, y: seen.append(y.dtype)), torch.no_grad():
         got = model(image_features=IMAGES, **_inputs()).logits
     assert set(seen) == {torch.float32}
-    wanted, _ = oracle(language_model(family), model, IMAGES, **_inputs())
-    torch.testing.assert_close(got.double(), wanted.logits, rtol=0.05, atol=0.05)
+    exact, _ = oracle(language_model(family), model, IMAGES, **_inputs())
+    theirs, _ = oracle(language_model(family), model, IMAGES, dtype=torch.float16, factored=True, **_inputs())
+    assert (got - exact.logits).norm() <= 2 * (theirs.logits - exact.logits).norm()
 
 
 def test_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:

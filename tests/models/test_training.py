@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -103,31 +104,38 @@ def test_compiles_as_generate_does() -> None:
         memory = model.memory(core=model.encode_images(IMAGES))
         compiled = torch.compile(model.language_model, fullgraph=True, backend="aot_eager")
         got = compiled(**_inputs(), visual_memory=memory, memory_index=index).logits
-    torch.testing.assert_close(got, wanted)
+        torch.testing.assert_close(got, wanted)
+        whole = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(whole(image_features=IMAGES, visual_index=index, **_inputs()).logits, wanted)
 
 
 @pytest.mark.parametrize("family", ["llama", "t5-gated", "bart"])
-@pytest.mark.parametrize("training", [True, False])
-def test_autocast(family: str, training: bool) -> None:
-    """bfloat16 products over float32 weights, fused and (T5, BART in training) opaque."""
-    model = wrapped(family)
-    if training:
-        for module in model.language_model.modules():
-            for name in ("dropout", "activation_dropout"):
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 1e-12)
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 1e-12  # on, so that the opaque road is taken, and without effect
-        model.train()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, gradients = _step(model)
-    assert all(g.dtype == torch.float32 for g in gradients.values())
-    wanted, exact = oracle(language_model(family), model, IMAGES, **_inputs())
-    assert abs(loss.item() - wanted.loss.item()) < 0.02 * wanted.loss.item()
-    names = ["key_position", "value_position", "projector.fc1.weight", "projector.fc1.bias", "projector.fc2.weight"]
-    for name, g in zip(names, exact, strict=False):
-        error = (gradients[f"memory.{name}"].double() - g).norm() / g.norm()
-        assert error < 0.1, f"{name}: {error}"
+@pytest.mark.parametrize("opaque", [False, True])
+def test_autocast(family: str, opaque: bool) -> None:
+    """bfloat16 products over float32 weights: at most twice the error of plain PyTorch under autocast, median of five models."""
+    ratios = []
+    for seed in range(5):
+        model = wrapped(family, seed=seed)
+        if opaque:
+            for _, ffn in model.memory_ffns():
+                linears = [m for m in ffn._modules.values() if isinstance(m, torch.nn.Linear)]
+                linears[0].register_forward_hook(lambda *args: None)
+        plain = language_model(family, seed)
+        _, exact_gradients = oracle(plain, model, IMAGES, **_inputs())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            _, gradients = _step(model)
+            _, their_gradients = oracle(plain, model, IMAGES, dtype=torch.float32, factored=True, **_inputs())
+        parts = {id(p): n for n, p in model.named_parameters()}
+        order = [model.key_position, model.value_position, *model.projector.parameters()]
+        mine = [gradients[parts[id(p)]] for p in order]
+        assert all(g.dtype == torch.float32 for g in mine)
+        ratios.append(
+            [
+                ((m - e).norm() / (t - e).norm()).item()
+                for m, t, e in zip(mine, their_gradients, exact_gradients, strict=True)
+            ]
+        )
+    assert all(statistics.median(column) <= 2 for column in zip(*ratios, strict=True)), ratios
 
 
 def test_accelerate() -> None:
