@@ -24,6 +24,7 @@ __all__ = [
     "held",
     "image_bytes",
     "prompt_bytes",
+    "repeated_flops",
     "slots_overhead",
     "training_collectives",
     "training_flops",
@@ -224,14 +225,20 @@ def slots_overhead(preset: Preset, *, tensor: int) -> float:
     return split / (whole / tensor) - 1
 
 
+def repeated_flops(preset: Preset) -> int:
+    """FLOPs per token and layer of a training step that the slot split runs on every rank: the basis' products.
+
+    x Wᵀ and u W forward; dy Wᵀ, t W, x Wᵀ again and the two products of dW backward.
+    """
+    return 14 * preset.width * preset.rank
+
+
 def training_flops(preset: Preset, layout: Layout, *, sequences: int, length: int, form: str = "factored") -> float:
     """FLOPs per GPU of one step without checkpointing, the slot split's repeated products included."""
     shape = FFNShape.of(preset, sequences=sequences, tokens=length, visual_tokens=256, element=2)
     flops = float(training_step(form, preset, shape, layers=preset.layers).flops)
     if layout.tensor > 1 and form == "factored":
-        # Per token: x W^T and u W forward; dy W^T, t W, x W^T again and the two products of dW backward.
-        repeated = 14 * preset.width * preset.rank * sequences * length * preset.layers
-        flops += repeated * (layout.tensor - 1)
+        flops += repeated_flops(preset) * sequences * length * preset.layers * (layout.tensor - 1)
     return flops
 
 

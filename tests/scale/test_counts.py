@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ TINY = Preset(
 )
 
 
+_SPLIT = replace(TINY, slots=16)
+
+
 def _counted(collectives: Any) -> dict[tuple[str, int], int]:
     found: Counter[tuple[str, int]] = Counter()
     for c in collectives:
@@ -60,8 +64,6 @@ def test_an_image_is_its_core() -> None:
 
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["MHA", "GQA"])
 def test_a_prompt_s_image_is_its_keys_and_values(kv_heads: int) -> None:
-    from dataclasses import replace
-
     base = language_model(num_key_value_heads=kv_heads)
     cache = base(input_ids=torch.zeros(1, 9, dtype=torch.long), use_cache=True).past_key_values
     held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
@@ -166,6 +168,47 @@ def test_bytes_that_tensor_parallelism_sends_and_holds(
         assert found == wanted
         assert one_token == decoded
         assert held == paper.held(TINY, layout, sequences=0, length=0, element=FLOAT32)["base"]
+
+
+def _memory_flops(slots: int, rank: int, width: int, rows: int) -> int:
+    """Of the memory's products, forward and backward, as the torch backend runs them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from memvp_kernels.backends import eager
+    from memvp_kernels.problem import Problem, Segments
+
+    core = torch.randn(1, slots, rank)
+    problem = Problem(
+        x=torch.randn(rows, width),
+        **dict.fromkeys(("key", "value", "gate", "key_bias", "gate_bias", "value_bias", "residual", "seed")),
+        visual_key=core,
+        visual_value=core,
+        visual_basis=torch.randn(rank, width),
+        key_position=torch.randn(slots, width),
+        value_position=torch.randn(slots, width),
+        segments=Segments(rows, 1, rows, shared=True),
+        activation="silu",
+        visual_activation="silu",
+        visual_scale=1.0,
+        dropout_p=0.0,
+    )
+    needs = frozenset(("x", "visual_key", "visual_value", "visual_basis", "key_position", "value_position"))
+
+    def in_place(out: Any, left: Any, right: Any, **_: Any) -> int:  # PyTorch's counter does not know addmm_
+        return int(2 * left[0] * left[1] * right[1])
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        y, _, scores = eager.forward(problem, save_hidden=False, save_scores=True)
+        eager.backward(problem, y, None, scores, needs)
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_flops_that_the_split_by_slots_repeats(ranks: int) -> None:
+    rows = 10
+    of_a_rank = _memory_flops(_SPLIT.slots // ranks, _SPLIT.rank, _SPLIT.width, rows)
+    whole = _memory_flops(_SPLIT.slots, _SPLIT.rank, _SPLIT.width, rows)
+    assert ranks * of_a_rank - whole == (ranks - 1) * paper.repeated_flops(_SPLIT) * rows
 
 
 def test_the_document_is_what_the_program_writes() -> None:

@@ -252,3 +252,17 @@ def test_reentrant_checkpointing_is_refused() -> None:
     model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(RuntimeError, match="use_reentrant"):
         model(**batch())
+
+
+def test_generation_under_checkpointing_is_refused_in_training_mode() -> None:
+    """transformers withholds the cache there while generate() goes on token by token: the tokens come out wrong."""
+    model = memvp_model().eval()
+    inputs = {name: v for name, v in batch().items() if name != "labels"}
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    wanted = model.generate(**inputs, **options)
+    model.gradient_checkpointing_enable()
+    assert torch.equal(model.generate(**inputs, **options), wanted)
+    with pytest.raises(RuntimeError, match=r"call eval\(\) first"):
+        model.train().generate(**inputs, **options)
+    model.gradient_checkpointing_disable()
+    assert torch.equal(model.generate(**inputs, **options), wanted)
