@@ -29,6 +29,19 @@ MEMVP_DEVICE void mma_16x8x16(Float16, float (&c)[4], uint32_t a0, uint32_t a1, 
 #endif
 }
 
+// Four 8 x 8 matrices from shared memory: lane l names row l % 8 (16 bytes) of matrix l / 8, and gets of each the word
+// t of row g. In the registers of an mma's operands, as they must lie.
+MEMVP_DEVICE void load_matrices(uint32_t (&words)[4], const uint4* row) {
+#ifdef __CUDACC__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
+               : "memory");
+#else
+  host_run::load_matrices(words, row);
+#endif
+}
+
 // c[16 rows x 8 tokens] += rows · tokens over 32 elements of k, each operand contiguous along k. Every lane brings the
 // 16 bytes at k = 8t of its two rows and of its token: the same order of k on both sides, so neither needs a shuffle.
 template <class T>

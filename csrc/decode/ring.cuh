@@ -38,10 +38,10 @@ struct RingSums {
   float c[kShape.row_tiles_per_warp()][kShape.token_tiles_per_warp()][4];
 };
 
-// The place of 16 bytes, piece `piece` of a row's 128-byte slice: rows of odd number have their halves swapped, so that
-// the two rows a quarter-warp reads at once lie in different banks.
+// The place of 16 bytes, piece `piece` of a row's 128-byte slice: the same piece of eight rows lies in eight different
+// groups of banks, so that a matrix is read at once.
 MEMVP_DEVICE int swizzled(int row, int piece) {
-  return row * 8 + (piece ^ (row & 1) << 2);
+  return row * 8 + (piece ^ row % 8);
 }
 
 template <class T, int kTokenTiles>
@@ -181,27 +181,35 @@ class Ring {
   }
 
   __device__ void multiply(RingSums<kTokenTiles>& sums, int slot) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     constexpr int kRowTilePieces = kRowTile * 8, kTokenTilePieces = kTokenTile * 8;
+    const int lane = threadIdx.x % 32;
     const uint4* rows = shared_rows_ + static_cast<size_t>(slot) * row_pieces_ + row_tile(0) * kRowTilePieces;
     const uint4* tokens =
         shared_tokens_ + static_cast<size_t>(slot) * token_pieces_ + first_token_tile() * kTokenTilePieces;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int at = swizzled(g, half * 4 + t);  // in every tile alike: tiles are of an even number of rows
-      uint4 row[kRowTilesPerWarp], row8[kRowTilesPerWarp];
+    for (int half = 0; half < 2; ++half) {  // 32 of the slice's k
+      uint32_t row[2][kRowTilesPerWarp][4];
 #pragma unroll
-      for (int i = 0; i < kRowTilesPerWarp; ++i)
-        if (row_tile(i) < row_tiles_) {
-          row[i] = rows[i * kShape.row_warps() * kRowTilePieces + at];
-          row8[i] = rows[i * kShape.row_warps() * kRowTilePieces + kPairTile * 8 + at];
-        }
-#pragma unroll
-      for (int b = 0; b < kTokenTilesPerWarp; ++b) {
-        const uint4 token = tokens[b * kTokenTilePieces + at];
+      for (int step = 0; step < 2;
+           ++step) {  // 16 of them: rows 0 to 7 and 8 to 15 of the first 8 k, then of the other 8
+        const int at = swizzled(lane % 16, half * 4 + step * 2 + lane / 16);
 #pragma unroll
         for (int i = 0; i < kRowTilesPerWarp; ++i)
-          if (row_tile(i) < row_tiles_) mma_rows<T>(sums.c[i][b], row[i], row8[i], token);
+          if (row_tile(i) < row_tiles_)
+            load_matrices(row[step][i], rows + i * kShape.row_warps() * kRowTilePieces + at);
+      }
+      const int at = swizzled(lane % 8, half * 4 + lane / 8);  // 8 tokens, all 32 k
+#pragma unroll
+      for (int b = 0; b < kTokenTilesPerWarp; ++b) {
+        uint32_t token[4];
+        load_matrices(token, tokens + b * kTokenTilePieces + at);
+#pragma unroll
+        for (int step = 0; step < 2; ++step)
+#pragma unroll
+          for (int i = 0; i < kRowTilesPerWarp; ++i)
+            if (row_tile(i) < row_tiles_)
+              mma_16x8x16(T{}, sums.c[i][b], row[step][i][0], row[step][i][1], row[step][i][2], row[step][i][3],
+                          token[2 * step], token[2 * step + 1]);
       }
     }
   }

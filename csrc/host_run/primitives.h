@@ -71,7 +71,34 @@ inline void let_next_grid_begin() {
   switch_to(r.main);
 }
 
-// ---- the warp's product -------------------------------------------------------------------------
+// ---- warps --------------------------------------------------------------------------------------
+
+// All 32 lanes meet; the last one does `complete(warp)` for all, with what each brought and where each wants its
+// result.
+template <class Complete>
+void meet_warp(const void* in, void* out, const Site& site, Complete complete) {
+  Thread& me = this_thread();
+  Quiet quiet(me.fiber);
+  Warp& warp = *me.warp;
+  if (warp.arrived != 0 && (warp.site.line != site.line || strcmp(warp.site.file, site.file) != 0))
+    fail(text("warp divergence: %s in %s at %s:%d while its warp waits at %s:%d", name_of(me).c_str(), site.what,
+              site.file, site.line, warp.site.file, warp.site.line));
+  me.site = warp.site = site;
+  warp.in[me.lane] = in;
+  warp.out[me.lane] = out;
+  warp.thread[me.lane] = &me;
+  warp.arrived |= 1u << me.lane;
+  if (warp.arrived != ~0u) {
+    if (warp.lanes != ~0u) fail(name_of(me) + " in " + site.what + " after a lane of its warp returned");
+    sleep(State::kWarp);
+    return;
+  }
+  complete(warp);
+  for (Thread* t : warp.thread) make_ready(t);
+  warp.arrived = 0;
+  run().stats.collectives++;
+  sleep(State::kReady);
+}
 
 using Words4 = std::array<uint32_t, 4>;
 using Words2 = std::array<uint32_t, 2>;
@@ -82,43 +109,39 @@ inline void mma_16x8x16(float (&c)[4], const Words4& a, const Words2& b, float (
     const Words4* a;
     const Words2* b;
   };
-  Thread& me = this_thread();
-  Quiet quiet(me.fiber);
-  Warp& warp = *me.warp;
   const Operands operands{&a, &b};
-  if (warp.arrived != 0 && (warp.site.line != line || strcmp(warp.site.file, file) != 0))
-    fail(text("warp divergence: %s in mma.sync at %s:%d while its warp waits at %s:%d", name_of(me).c_str(), file, line,
-              warp.site.file, warp.site.line));
-  me.site = warp.site = {file, line, "mma.sync"};
-  warp.in[me.lane] = &operands;
-  warp.out[me.lane] = c;
-  warp.thread[me.lane] = &me;
-  warp.arrived |= 1u << me.lane;
-  if (warp.arrived != ~0u) {
-    if (warp.lanes != ~0u) fail(name_of(me) + " in mma.sync after a lane of its warp returned");
-    sleep(State::kWarp);
-    return;
-  }
-  float A[16][16], B[16][8], C[16][8];
-  const auto half = [value](uint32_t word, int i) { return value(static_cast<uint16_t>(word >> 16 * i)); };
-  for (int lane = 0; lane < 32; ++lane) {
-    const auto* in = static_cast<const Operands*>(warp.in[lane]);
-    const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 8; ++i) A[g + i / 2 % 2 * 8][t * 2 + i % 2 + i / 4 * 8] = half((*in->a)[i / 2], i % 2);
-    for (int i = 0; i < 4; ++i) B[t * 2 + i % 2 + i / 2 * 8][g] = half((*in->b)[i / 2], i % 2);
-    for (int i = 0; i < 4; ++i) C[g + i / 2 * 8][t * 2 + i % 2] = static_cast<const float*>(warp.out[lane])[i];
-  }
-  for (int i = 0; i < 16; ++i)
-    for (int k = 0; k < 16; ++k)
-      for (int j = 0; j < 8; ++j) C[i][j] += A[i][k] * B[k][j];
-  for (int lane = 0; lane < 32; ++lane) {
-    const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; ++i) static_cast<float*>(warp.out[lane])[i] = C[g + i / 2 * 8][t * 2 + i % 2];
-    make_ready(warp.thread[lane]);
-  }
-  warp.arrived = 0;
-  run().stats.collectives++;
-  sleep(State::kReady);
+  meet_warp(&operands, c, {file, line, "mma.sync"}, [value](Warp& warp) {
+    float A[16][16], B[16][8], C[16][8];
+    const auto half = [value](uint32_t word, int i) { return value(static_cast<uint16_t>(word >> 16 * i)); };
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto* in = static_cast<const Operands*>(warp.in[lane]);
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 8; ++i) A[g + i / 2 % 2 * 8][t * 2 + i % 2 + i / 4 * 8] = half((*in->a)[i / 2], i % 2);
+      for (int i = 0; i < 4; ++i) B[t * 2 + i % 2 + i / 2 * 8][g] = half((*in->b)[i / 2], i % 2);
+      for (int i = 0; i < 4; ++i) C[g + i / 2 * 8][t * 2 + i % 2] = static_cast<const float*>(warp.out[lane])[i];
+    }
+    for (int i = 0; i < 16; ++i)
+      for (int k = 0; k < 16; ++k)
+        for (int j = 0; j < 8; ++j) C[i][j] += A[i][k] * B[k][j];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 4; ++i) static_cast<float*>(warp.out[lane])[i] = C[g + i / 2 * 8][t * 2 + i % 2];
+    }
+  });
+}
+
+// Four matrices of 8 rows of 16 bytes: lane l names row l % 8 of matrix l / 8, and gets word l % 4 of row l / 4 of
+// each.
+inline void load_matrices(uint32_t (&words)[4], const void* row, MEMVP_SITE) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("misaligned row of ldmatrix");
+  Words4 mine;
+  memcpy(&mine, row, sizeof(mine));  // the lane's own access, which the sanitizers see
+  meet_warp(&mine, words, {file, line, "ldmatrix"}, [](Warp& warp) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int matrix = 0; matrix < 4; ++matrix)
+        static_cast<uint32_t*>(warp.out[lane])[matrix] =
+            (*static_cast<const Words4*>(warp.in[matrix * 8 + lane / 4]))[lane % 4];
+  });
 }
 
 // ---- memory -------------------------------------------------------------------------------------

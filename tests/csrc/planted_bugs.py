@@ -52,7 +52,9 @@ BUGS: dict[str, Bug] = {
     "stage filled while it is read": Bug(RING, "const int ahead = step + kStages - 1;", "const int ahead = step + kStages;"),
     "k past the end": Bug(RING, "k_end_ = least(k_end, k_begin_ + part);", "k_end_ = greatest(k_end, k_begin_ + part);"),
     "rows past the last one": Bug(RING, "least(pairs_, rows_.count[half] - first_pair_)", "pairs_", build="address"),
-    "wrong half of a row tile": Bug(RING, "kPairTile * 8 + at];", "kPairTile * 4 + at];"),
+    "wrong half of a row tile": Bug(RING, "swizzled(lane % 16, half", "swizzled(lane % 8, half"),
+    "matrices in another order": Bug(RING, "step * 2 + lane / 16)", "step * 2 + lane / 8 % 2)"),
+    "tokens of the other half of a slice": Bug(RING, "half * 4 + lane / 8)", "4 - half * 4 + lane / 8)"),
     "k part of another block": Bug(RING, "k_begin_ = split * part;", "k_begin_ = split / 2 * part;"),
     "ring cut short": Bug(PLAN, "return RingShape{token_tiles}.stages() * rows", "return (RingShape{token_tiles}.stages() - 1) * rows"),
     # fragments

@@ -88,6 +88,16 @@ void right_kernels() {
     for (int i = 0; i < 4; ++i) check(c[i] == 2 * b(g + i / 2 * 8, 2 * t + i % 2), "fragment layout");
   });
 
+  expect("matrices from shared memory", "", {1, 32, 512}, [] {  // rows of words that name themselves
+    uint4* rows = shared_at<uint4>(0, 32);
+    const unsigned lane = threadIdx.x;
+    rows[lane] = {lane * 4, lane * 4 + 1, lane * 4 + 2, lane * 4 + 3};
+    __syncthreads();
+    uint32_t words[4];
+    load_matrices(words, rows + lane);
+    for (unsigned i = 0; i < 4; ++i) check(words[i] == (i * 8 + lane / 4) * 4 + lane % 4, "matrix layout");
+  });
+
   static uint4 source[32];
   for (unsigned i = 0; i < 32; ++i) source[i] = {i, i, i, i};
   expect("asynchronous copies", "", {1, 32, 1024}, [] {
@@ -145,6 +155,14 @@ void wrong_kernels() {
       mma_16x8x16(BFloat16{}, c, 0, 0, 0, 0, 0, 0);
     else
       __syncthreads();
+  });
+  expect("two collectives of one warp", "warp divergence", {1, 32, 512}, [] {
+    float c[4] = {};
+    uint32_t words[4];
+    if (threadIdx.x < 16)
+      mma_16x8x16(BFloat16{}, c, 0, 0, 0, 0, 0, 0);
+    else
+      load_matrices(words, shared_at<uint4>(0, 32));
   });
   expect("the product after a lane's return", "returned", {1, 32}, [] {
     float c[4] = {};
