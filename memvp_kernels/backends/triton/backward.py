@@ -83,7 +83,7 @@ def _kept_or_again(
             )
         made = hidden_forward(
             problem.x, problem.key if again_pre else None, problem.gate if again_pre else None, problem.key_bias, problem.gate_bias,
-            problem.activation, memory, segments, None, save_hidden=again_pre, save_scores=again_scores,
+            problem.activation, memory, segments, None, save_hidden=again_pre, save_scores=again_scores, need_hidden=False,
         )  # fmt: skip
         pre = made.pre if again_pre else pre
         if again_scores:

@@ -18,7 +18,14 @@ from memvp_kernels.backends.triton import backward_tiles, launch
 from memvp_kernels.backends.triton.activations import activate_derivative
 from memvp_kernels.backends.triton.dropout import keep_mask
 from memvp_kernels.backends.triton.hidden import Visual
-from memvp_kernels.backends.triton.operands import BY_POINTER, BY_ROW, load_memory_tile, load_tile, swizzle
+from memvp_kernels.backends.triton.operands import (
+    BY_POINTER,
+    BY_ROW,
+    load_memory_tile,
+    load_tile,
+    swizzle,
+    tile_pointers,
+)
 from memvp_kernels.backends.triton.segments import memory_row, sequence_bounds, tile_sequence, valid_slots
 from memvp_kernels.problem import Segments
 
@@ -247,29 +254,22 @@ def _column_pieces(block, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _in_tile(matrix, row, column, stride_row, block):
-    """Pointers to the elements of `block` at (row, column) of a matrix: 64 bits to its corner, 32 within it, which saves registers."""
-    corner = matrix + tl.cast(row, tl.int64) * stride_row + column
-    return corner + (tl.arange(0, block.shape[0])[:, None] * stride_row + tl.arange(0, block.shape[1])[None, :])
-
-
-@triton.jit
 def _store_dpre(
     b_dhidden, pre, dpre, row, column, N, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
-    o_row = row + tl.arange(0, b_dhidden.shape[0])
-    o_column = column + tl.arange(0, b_dhidden.shape[1])
-    inside = (o_row[:, None] < N) & (o_column[None, :] < F)
-    b_first = tl.load(_in_tile(pre, row, column, F, b_dhidden), mask=inside, other=0.0).to(tl.float32)
-    b_active, b_slope = activate_derivative(b_first, ACTIVATION)
-    o_first = _in_tile(dpre, row, column, F, b_dhidden)
+    ROWS: tl.constexpr = b_dhidden.shape[0]
+    COLUMNS: tl.constexpr = b_dhidden.shape[1]
+    inside = (row + tl.arange(0, ROWS)[:, None] < N) & (column + tl.arange(0, COLUMNS)[None, :] < F)
+    o_first = tile_pointers(pre, row, column, F, ROWS, COLUMNS)
+    o_dfirst = tile_pointers(dpre, row, column, F, ROWS, COLUMNS)
+    b_active, b_slope = activate_derivative(tl.load(o_first, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
     if GATED:
         second = tl.cast(N, tl.int64) * F
-        b_key = tl.load(_in_tile(pre + second, row, column, F, b_dhidden), mask=inside, other=0.0).to(tl.float32)
-        tl.store(o_first, (b_dhidden * b_key * b_slope).to(DTYPE), mask=inside)
-        tl.store(_in_tile(dpre + second, row, column, F, b_dhidden), (b_dhidden * b_active).to(DTYPE), mask=inside)
+        b_key = tl.load(o_first + second, mask=inside, other=0.0).to(tl.float32)
+        tl.store(o_dfirst, (b_dhidden * b_key * b_slope).to(DTYPE), mask=inside)
+        tl.store(o_dfirst + second, (b_dhidden * b_active).to(DTYPE), mask=inside)
     else:
-        tl.store(o_first, (b_dhidden * b_slope).to(DTYPE), mask=inside)
+        tl.store(o_dfirst, (b_dhidden * b_slope).to(DTYPE), mask=inside)
 
 
 @triton.jit
@@ -281,21 +281,23 @@ def store_visual_gradient(
 
     Stored where they are not None and `store` is true, and returned.
     """
-    o_row = row + tl.arange(0, b_dvisual.shape[0])
-    o_slot = slot + tl.arange(0, b_dvisual.shape[1])
+    ROWS: tl.constexpr = b_dvisual.shape[0]
+    SLOTS: tl.constexpr = b_dvisual.shape[1]
+    o_row = row + tl.arange(0, ROWS)
+    o_slot = slot + tl.arange(0, SLOTS)
     inside = (o_row[:, None] >= first) & (o_row[:, None] < end) & (o_slot[None, :] < M)
     # Masked by M, which is known at compile time, not by `slots`: the load stays a wide one.
-    o_scores = _in_tile(scores, row, slot, stride_scores_n, b_dvisual)
+    o_scores = tile_pointers(scores, row, slot, stride_scores_n, ROWS, SLOTS)
     b_scores = tl.load(o_scores, mask=inside, other=0.0).to(tl.float32)
     b_active, b_slope = activate_derivative(b_scores, VISUAL_ACTIVATION)
     kept = o_slot[None, :] < slots
     if seed is not None:
-        kept = kept & keep_mask(seed, threshold, row, slot, b_dvisual.shape[0], b_dvisual.shape[1])
+        kept = kept & keep_mask(seed, threshold, row, slot, ROWS, SLOTS)
     scale = tl.cast(scale, tl.float32)
     b_visual = tl.where(kept, b_active * scale, 0.0).to(DTYPE)
     b_dscores = tl.where(kept, b_dvisual * scale * b_slope, 0.0).to(DTYPE)
     if visual is not None:
-        tl.store(_in_tile(visual, row, slot, stride_visual_n, b_dvisual), b_visual, mask=inside & store)
+        tl.store(tile_pointers(visual, row, slot, stride_visual_n, ROWS, SLOTS), b_visual, mask=inside & store)
     if dscores is not None:
-        tl.store(_in_tile(dscores, row, slot, stride_dscores_n, b_dvisual), b_dscores, mask=inside & store)
+        tl.store(tile_pointers(dscores, row, slot, stride_dscores_n, ROWS, SLOTS), b_dscores, mask=inside & store)
     return b_dscores, b_visual

@@ -72,6 +72,7 @@ def hidden_forward(
     *,
     save_hidden: bool,
     save_scores: bool,
+    need_hidden: bool = True,
 ) -> Products:
     """Launch the hidden kernel.
 
@@ -84,13 +85,14 @@ def hidden_forward(
         visual: None: the scores themselves are wanted (then `save_scores`), not the visual activations.
         save_hidden: keep the pre-activations, biases included: P = 2, gate's then key's, or P = 1.
         save_scores: keep x Kvᵀ.
+        need_hidden: False where the backward forms the pre-activations again: hidden itself is not stored.
     """
     rows, width = x.shape
     pairs = 0 if key is None else key.shape[0]
     slots = 0 if memory is None else memory.shape[1]
     gated = gate is not None
     made = Products(
-        hidden=launch.empty_rows(rows, pairs, x) if key is not None else None,
+        hidden=launch.empty_rows(rows, pairs, x) if key is not None and need_hidden else None,
         pre=x.new_empty(1 + gated, rows, pairs) if save_hidden and key is not None else None,
         visual=launch.empty_rows(rows, slots, x) if memory is not None and visual is not None else None,
         scores=_scores(rows, slots, x, segments) if memory is not None and save_scores else None,
@@ -295,7 +297,9 @@ def _store_hidden(
         if pre is not None:
             tl.store(o_pre, b_key.to(DTYPE), mask=inside)
         b_hidden = activate(b_key, ACTIVATION)
-    tl.store(tile_pointers(hidden, row, column, stride_hidden_n, BLOCK_N, BLOCK_F), b_hidden.to(DTYPE), mask=inside)
+    if hidden is not None:
+        o_hidden = tile_pointers(hidden, row, column, stride_hidden_n, BLOCK_N, BLOCK_F)
+        tl.store(o_hidden, b_hidden.to(DTYPE), mask=inside)
 
 
 @triton.jit
