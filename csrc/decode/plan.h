@@ -56,9 +56,8 @@ struct RingPlan {
 
 // Bytes from the workspace's start.
 struct Workspace {
-  size_t hidden = 0;  // T [tokens][hidden_stride]: the activations, zero past `pairs`
-  size_t visual =
-      0;  // T [tokens][visual_stride]: factored [visual A_v | visual], else visual; zero past a memory's end
+  size_t hidden = 0;        // T [tokens][hidden_stride]: the activations, zero past `pairs`
+  size_t visual = 0;        // T [tokens][visual_stride]: factored [visual A_v | visual], else visual; zero past its end
   size_t basis_scores = 0;  // T [tokens][rank_stride]: x W^T, zero past `rank`
   size_t slot_scores = 0;   // float [tokens][slot_stride]: x p^k^T
   size_t parts = 0;         // float [parts][tokens][width]: what y is the sum of

@@ -30,8 +30,7 @@ struct TokenRows {
   int32_t count;
 };
 
-// A warp's part of the result: row tiles row_warp + i row_warps(), and token tiles from token_warp
-// token_tiles_per_warp() on.
+// A warp's part of the result: every row_warps()-th row tile, and token_tiles_per_warp() neighbouring token tiles.
 template <int kTokenTiles>
 struct RingSums {
   static constexpr RingShape kShape{kTokenTiles};
@@ -113,7 +112,7 @@ class Ring {
   template <class Store>
   __device__ void store(const RingSums<kTokenTiles>& sums, Store store) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, padded_pairs = row_tiles_ * kPairTile;
-    float2* all = reinterpret_cast<float2*>(shared_rows_);  // [token][pair]: an eighth of the ring at most
+    float2* all = reinterpret_cast<float2*>(shared_rows_);  // [token][pair]: 4 KB for a row tile at most, of 6 and more
     __syncthreads();                                        // nobody reads the ring any more
 #pragma unroll
     for (int i = 0; i < kRowTilesPerWarp; ++i) {
@@ -136,7 +135,7 @@ class Ring {
 
  private:
   static constexpr int kRowsAtOnce = kThreads / 8;
-  static_assert(kRowsAtOnce % kPairTile == 0 && kPairTile % 2 == 0, "copy_rows steps by whole tiles");
+  static_assert(kRowsAtOnce % kPairTile == 0 && kPairTile % 8 == 0, "copy_rows steps by whole tiles");
 
   // Warps w, w + 4 (mod 8) run on one of the four schedulers: it gets all tokens of the same rows.
   __device__ static int row_tile(int i) {
