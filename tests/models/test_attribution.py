@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,8 @@ def test_an_untrained_memory_without_an_image_adds_nothing() -> None:
     assert (explain_memory(model, tokens(2)).shares() == 0).all()
 
 
-def test_the_model_is_left_as_it_was() -> None:
-    model = wrapped()
+def test_the_model_is_left_as_it_was_and_dropout_is_off() -> None:
+    model = wrapped(config=dataclasses.replace(CONFIG, dropout=0.5))
     model.train()
     model.language_model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
