@@ -406,7 +406,7 @@ class MemVPModel(nn.Module):
         if not torch.is_grad_enabled():  # once here instead of in every layer; under grad the sums stay wide
             memory = memory.to(hidden_dtype(self.language_model))
         memory = memory._replace(backend=self.backend, recompute=self.recompute, observer=self._observer)
-        mesh = tensor_mesh(ffn for _, ffn in self.memory_ffns())
+        mesh = tensor_mesh(self.language_model)
         # once, outside the layers: what crosses the network backward then does so once per step
         return memory if mesh is None else memory._replace(own=own_slots(memory, mesh))
 

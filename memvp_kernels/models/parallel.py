@@ -15,7 +15,7 @@ well, which costs two messages per layer in each direction, is not worth it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -73,11 +73,11 @@ def read_split(linear: nn.Module) -> Split | None:
     return Split(kind, mesh) if plain else None
 
 
-def tensor_mesh(ffns: Iterable[nn.Module]) -> Any | None:
-    """The mesh over which the pairs of ``ffns`` are spread; None where they are not."""
+def tensor_mesh(language_model: nn.Module) -> Any | None:
+    """The mesh over which transformers' ``tp_plan`` spread the model's layers; None where it did not."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    splits = (read_split(module) for ffn in ffns for module in ffn.modules())
+    splits = (read_split(module) for module in language_model.modules())
     return next((split.mesh for split in splits if split is not None), None)
 
 
