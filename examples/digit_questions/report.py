@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from digit_questions.images import Images
 from digit_questions.questions import KINDS, Question
@@ -81,8 +82,7 @@ def draw_answers(
 ) -> None:
     """Held-out images, each with a question about it and MemVP's answer: green when right, red with the right one beside."""
     kinds = list(KINDS)
-    figure = Figure(figsize=(2.0 * columns, 2.45 * (count // columns)), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.08)
+    figure = Figure(figsize=(2.0 * columns, 2.45 * (count // columns)), layout=ConstrainedLayoutEngine(h_pad=0.08))
     for place, panel in enumerate(figure.subplots(count // columns, columns).flat):
         number = place * len(kinds) + place % len(kinds)  # image `place`, one kind after the other
         question, answer = questions[number], answers[number]
