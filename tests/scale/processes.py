@@ -21,7 +21,7 @@ from typing import Any
 __all__ = ["TIMEOUT", "Group", "free_port"]
 
 TIMEOUT = 15.0  # seconds, of one collective
-_PATIENCE = 60.0  # seconds, of one test's function
+_PATIENCE = 120.0  # seconds, of one test's function
 
 _PRELOAD = [
     "torch",

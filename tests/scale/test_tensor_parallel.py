@@ -285,6 +285,34 @@ def test_ranks_stay_equal_whatever_their_dropout_draws(two: Group, tmp_path: Any
     assert first == second
 
 
+def _seeds(folder: str) -> list[int]:
+    """Under one seed, dropout's own in each FFN."""
+    from memvp_kernels import ffn
+
+    torch.manual_seed(5)
+    model = parallel_model(folder, config=replace(CONFIG, dropout=0.3))
+    seeds = []
+
+    def recorded(device: torch.device) -> Tensor:
+        seed = draw_seed(device)
+        seeds.append(int(seed))
+        return seed
+
+    ffn.draw_seed = recorded
+    try:
+        model(**batch())
+    finally:
+        ffn.draw_seed = draw_seed
+    return [*seeds, int(draw_seed(torch.device("cpu")))]
+
+
+def test_slots_of_different_ranks_are_not_dropped_together(two: Group, tmp_path: Any) -> None:
+    first, second = two.run(_seeds, saved_base(tmp_path))
+    assert len(first) == len(second) == 3
+    assert not set(first[:2]) & set(second[:2])
+    assert first[2] == second[2], "what draws next would differ between ranks"
+
+
 class _Mesh:
     """As much of a mesh as a draw needs."""
 
