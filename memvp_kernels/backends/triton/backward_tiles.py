@@ -37,8 +37,8 @@ def dhidden_tile(
 
 
 def _shorter_steps(tile: Tile, dtype: torch.dtype, descriptors: bool) -> Tile:
-    """Half the K step where pointers to a step of 64, beside 64 accumulators a thread, leave too few registers for the epilogue."""
-    crowded = tile.block_n * tile.columns // (32 * tile.warps) >= 64 and tile.warps == 4 and tile.block_k > 32
+    """Half the K step where pointers to a step of 64, in only four warps, leave too few registers for accumulator and epilogue."""
+    crowded = tile.block_n * tile.columns // (32 * tile.warps) >= 32 and tile.warps == 4 and tile.block_k > 32
     return replace(tile, block_k=32) if crowded and not descriptors and dtype != torch.float32 else tile
 
 
