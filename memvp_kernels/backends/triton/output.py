@@ -14,14 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memvp_kernels.backends.triton import launch, tiles
-from memvp_kernels.backends.triton.operands import (
-    BY_POINTER,
-    BY_ROW,
-    load_memory_tile,
-    load_tile,
-    swizzle,
-    tile_pointers,
-)
+from memvp_kernels.backends.triton.operands import BY_POINTER, BY_ROW, load_memory_tile, load_tile, swizzle
 from memvp_kernels.backends.triton.segments import memory_row, sequence_bounds, sequence_of_row, valid_slots
 from memvp_kernels.problem import Segments
 
@@ -157,7 +150,7 @@ def _store_output(
         if residual is not None:
             o_residual = o_row.to(tl.int64)[:, None] * stride_residual_n + wide_column[None, :] * stride_residual_d
             acc += tl.load(residual + o_residual, mask=inside, other=0.0).to(tl.float32)
-        tl.store(tile_pointers(y, row, column, d, BLOCK_N, BLOCK_D), acc.to(DTYPE), mask=inside)
+        tl.store(y + o_row.to(tl.int64)[:, None] * d + o_column[None, :], acc.to(DTYPE), mask=inside)
 
 
 @triton.jit
