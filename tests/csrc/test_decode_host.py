@@ -49,10 +49,10 @@ def test_the_cases_reach_every_road(library: HostLibrary) -> None:
 )
 @pytest.mark.slow
 def test_sweep(library: HostLibrary, sizes: dict[str, Any]) -> None:
-    for dtype in (BF16, FP16):
-        case = Case(make(**sizes, dtype=dtype), multiprocessors=1 + sizes["tokens"] % 5)
-        library.run(case, seed=sizes["seed"] + 1, resident=1 + sizes["width"] % 6)
-        case.check()
+    dtype = BF16 if sizes["seed"] % 2 else FP16
+    case = Case(make(**sizes, dtype=dtype), multiprocessors=1 + sizes["tokens"] % 5)
+    library.run(case, seed=sizes["seed"] + 1, resident=1 + sizes["width"] % 6)
+    case.check()
 
 
 @pytest.mark.parametrize("name", ["long_rows", "formed", "factored", "odd_factored"])
