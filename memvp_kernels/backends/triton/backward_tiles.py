@@ -85,7 +85,7 @@ def core_backward_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: 
     """The core backward's tile: `columns` of dS A and of visual A at once, steps of `block_k` slots."""
     columns = min(128 if dtype != torch.float32 else 64, tiles._bucket(rank))
     if dtype == torch.float32:
-        return Tile(16, columns, 16, 4, 2) if precision == "ieee" else Tile(32, columns, 32, 4, 2)
+        return Tile(16 if precision == "ieee" else 32, columns, 16, 4, 2)
     block_n = 64 if tiles._bucket(rows) >= 32 * chip.multiprocessors else 32 if rows > 256 else 16
     # Steps of 64 slots spill: scores, their slope and dropout's generator are alive beside the accumulators of t and u.
     return Tile(block_n, columns, 32, 8 if block_n == 64 else 4, 2)
