@@ -130,6 +130,7 @@ class _Operands:
                 segments,
                 visual,
                 need_visual=True,
+                overwrite=False,
             )
             return {"dpre": made.dpre, "dscores": made.dscores}  # type: ignore[dict-item]
 
