@@ -85,7 +85,7 @@ def test_torchrun(folder: Path) -> None:
         "train_ddp.py",
         "llama",
     ]
-    subprocess.run(command, cwd=folder, check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run(command, cwd=folder, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     _check(folder)
 
 
