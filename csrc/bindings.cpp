@@ -137,7 +137,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("type_codes") = type_codes();
   module.attr("activation_codes") = activation_codes();
 
-  py::class_<FfnDecodeParams>(module, "FfnDecodeParams")
+  py::class_<FfnDecodeParams>(module, "FfnDecodeParams", py::module_local())
       .def(py::init(&make_params), py::arg("tensors"), py::kw_only(), py::arg("type"), py::arg("cu_seqlens"),
            py::arg("visual_index"), py::arg("visual_lengths"), py::arg("tokens"), py::arg("width"), py::arg("pairs"),
            py::arg("slots"), py::arg("rank"), py::arg("memories"), py::arg("sequences"), py::arg("length"),

@@ -48,9 +48,9 @@ def library() -> Path:
     return found
 
 
-def load_extension(library: Path) -> ModuleType:
-    """The module of a library, outside sys.modules."""
-    spec = importlib.util.spec_from_file_location("memvp_kernels._C", library)
+def load_extension(library: Path, package: str) -> ModuleType:
+    """The module of a library, outside sys.modules. pybind11 keeps one module per name, so each library needs its own `package`."""
+    spec = importlib.util.spec_from_file_location(f"{package}._C", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -59,7 +59,7 @@ def load_extension(library: Path) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def built_extension(library: Path) -> ModuleType:
-    return load_extension(library)
+    return load_extension(library, "built")
 
 
 @pytest.fixture

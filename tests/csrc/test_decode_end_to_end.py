@@ -36,7 +36,7 @@ def host_extension(tmp_path_factory: pytest.TempPathFactory) -> types.ModuleType
     command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", *build, *includes, *sources, "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return load_extension(output)
+    return load_extension(output, "host_run")
 
 
 @pytest.fixture(autouse=True)
