@@ -5,8 +5,8 @@
 
 The language model is taught arithmetic from text, and frozen. Then two ways to show it an image train for the same number
 of steps, on the same images and questions, with the same optimiser: MemVP, and the same projector putting visual tokens
-into the prompt. Both answer every kind of question about 360 images that neither has seen. The figures are printed;
-curves, a page of images with answers, and what the memory adds in each layer are written as PNG.
+into the prompt. Both answer every kind of question about 360 images that neither has seen. The figures are printed and
+written as JSON; curves, a page of images with answers, and what the memory adds in each layer are written as PNG.
 
 The exit code is 1 when MemVP misses its bars.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from digit_questions import images, language_model, questions, report
+from digit_questions import images, language_model, questions, record, report
 from digit_questions.contestants import Contestant, InMemory, InPrompt
 from digit_questions.race import Run, held_out_questions, race, reply
 
@@ -102,10 +102,12 @@ def main() -> int:
         prompts.input_ids, prompts.attention_mask, image_features=held_out.features[:1]
     )
     explained.plot(1 - held_out.pixels[0], path=arguments.out / "memory.png")
-    print(f"\n{explained}\n\ncurves.png, answers.png and memory.png are in {arguments.out}/")
+    seconds = time.perf_counter() - started
+    record.write(record.make(contestants, runs, scores, blind, seconds=seconds), arguments.out / "digits.json")
+    print(f"\n{explained}\n\ndigits.json, curves.png, answers.png and memory.png are in {arguments.out}/")
 
     met = _bars(plan, scores, blind, runs)
-    print(f"{time.perf_counter() - started:.0f} s in all, on {torch.get_num_threads()} threads")
+    print(f"{seconds:.0f} s in all, on {torch.get_num_threads()} threads")
     return 0 if met else 1
 
 
