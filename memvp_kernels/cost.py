@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from memvp_kernels.precision import tf32_allowed
 from memvp_kernels.problem import Problem
 
 __all__ = ["Rates", "predict", "rates_of"]
@@ -67,7 +68,7 @@ def predict(problem: Problem, backend: str, rates: Rates) -> float:
     passes = p.rows * (2 * max(matrices - 1, 0) * p.pairs + 4 * p.slots) * size if backend == "torch" else 0
     half = p.x.dtype in (torch.float16, torch.bfloat16)
     peak = rates.tensor if half else rates.cuda
-    if not half and torch.get_float32_matmul_precision() != "highest":
+    if not half and tf32_allowed():
         peak = rates.tensor / 2
         half = True
     efficiency = (_EFFICIENCY if half else _EFFICIENCY_FLOAT32)[backend]

@@ -53,6 +53,17 @@ def test_ieee_float32_goes_to_pytorch_and_tf32_does_not() -> None:
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.parametrize("setting", ["tf32", "ieee"])
+def test_the_newer_setting_of_tf32_is_read(setting: str) -> None:
+    """After it `torch.get_float32_matmul_precision` raises."""
+    known = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = setting
+    try:
+        assert fastest(llama_7b(4096, torch.float32)) == ("triton" if setting == "tf32" else "torch")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = known
+
+
 def test_more_work_never_costs_less() -> None:
     for name in ("torch", "triton", "cuda"):
         times = [cost.predict(llama_7b(rows), name, HOPPER) for rows in (1, 16, 64, 512, 4096)]

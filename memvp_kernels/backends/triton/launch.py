@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memvp_kernels.backends.triton.operands import BY_COLUMN, BY_POINTER, BY_ROW
 from memvp_kernels.backends.triton.tiles import Chip, chip_of
+from memvp_kernels.precision import tf32_allowed
 
 __all__ = [
     "architecture",
@@ -71,7 +72,7 @@ def element_type(dtype: torch.dtype) -> tl.dtype:
 
 def precision(dtype: torch.dtype) -> str:
     """How `tl.dot` treats float32: IEEE, unless the user allowed TF32 for PyTorch's own products."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
 @contextlib.contextmanager
