@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memvp_kernels.backends.memory_rows import MemoryRows, memory_rows
+from memvp_kernels.backends.memory_rows import MemoryRows, memory_rows, only_readers, row_of
 from memvp_kernels.philox import keep_mask
 from memvp_kernels.problem import Problem
 
@@ -103,10 +103,11 @@ class _Memory:
     def _hidden_slots(self) -> Tensor | None:
         """True for (row, slot) without memory there, broadcast to (N, M); None when every row sees every slot."""
         segments = self.p.segments
-        partial = self.valid is not None or segments.index is not None or segments.cu_seqlens is not None
-        row = self.rows.row_of() if partial else None
-        if row is None:
+        if segments.shared:
             return None if self.valid is None else ~self.valid[0]
+        if self.valid is None and segments.index is None and segments.cu_seqlens is None:
+            return None
+        row = row_of(segments, self.p.memories, self.p.x.device)
         absent = (row < 0)[:, None]
         return absent if self.valid is None else absent | ~self.valid[row.clamp(min=0)]
 
@@ -157,6 +158,12 @@ class _Memory:
         out = a.new_zeros(a.shape[0], core.shape[2])
         self.rows.add_product(out, a, core)
         return out
+
+    def memory_gradient(self, left: Tensor, right: Tensor) -> Tensor:
+        """For each memory row the sum of left[n]ᵀ right[n] (R, M, ·) over the rows that read it; zero in slots that don't exist."""
+        found = self.rows.outer(left, right)
+        # `left` is zero there, but 0 · NaN of a token is not.
+        return found if self.valid is None else found.masked_fill_(~self.valid[:, :, None], 0)
 
     def score_gradient(self, grad: Tensor, scores: Tensor, through_basis: Tensor | None) -> Tensor:
         """dS (N, M) from dy; `through_basis` is dy Wᵀ when factored."""
@@ -270,9 +277,9 @@ def _memory_backward(
         assert left is not None
         if memory_name not in wanted:
             # Rows without memory and slots that don't exist hold zeros in `left`, so the sum over images is one dense product.
-            grads[position_name] = left.T @ right
+            grads[position_name] = left.T @ only_readers(right, p.segments, p.memories)
             continue
-        grads[memory_name] = m.rows.outer(left, right)
+        grads[memory_name] = m.memory_gradient(left, right)
         if position_name in wanted:
             grads[position_name] = grads[memory_name].sum(0, dtype=torch.promote_types(left.dtype, torch.float32))
 
@@ -296,16 +303,18 @@ def _factored_backward(
             grads["x"].addmm_(dscores, m.key_position)
     if "visual_key" in wanted:
         assert dscores is not None
-        grads["visual_key"] = m.rows.outer(dscores, p.x @ m.basis.T)
+        grads["visual_key"] = m.memory_gradient(dscores, p.x @ m.basis.T)
     if "visual_value" in wanted:
         assert visual is not None and dy_basis is not None
-        grads["visual_value"] = m.rows.outer(visual, dy_basis)
+        grads["visual_value"] = m.memory_gradient(visual, dy_basis)
+    readers = {"visual_basis", "key_position", "value_position"} & wanted
+    x, dy = (only_readers(t, p.segments, p.memories) if readers else t for t in (p.x, grad))
     if "visual_basis" in wanted:
         assert visual is not None and dx_basis is not None
-        grads["visual_basis"] = (dx_basis.T @ p.x).addmm_(m.core_product(visual, m.value).T, grad)
+        grads["visual_basis"] = (dx_basis.T @ x).addmm_(m.core_product(visual, m.value).T, dy)
     if "key_position" in wanted:
         assert dscores is not None
-        grads["key_position"] = dscores.T @ p.x
+        grads["key_position"] = dscores.T @ x
     if "value_position" in wanted:
         assert visual is not None
-        grads["value_position"] = visual.T @ grad
+        grads["value_position"] = visual.T @ dy

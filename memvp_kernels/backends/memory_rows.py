@@ -6,8 +6,7 @@ for every memory row the sum over the rows that read it). Which form serves depe
     Shared    every row reads memory row 0: one dense product
     Padded    sequence s reads row s: one batched product
     Grouped   anything, on a CPU, where reading the index costs no synchronisation: one product per memory row, sequences that share it together
-    Gathered  padded with an index, on a GPU: batched products over the gathered memory rows
-    Masked    packed, on a GPU: one product per memory row over all rows, the others zeroed
+    Blocked   anything, on a GPU: rows sorted by the memory row they read and cut into blocks of one size, a batched product over these
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from memvp_kernels.problem import Segments
 
-__all__ = ["Gathered", "Grouped", "Masked", "MemoryRows", "Padded", "Shared", "memory_rows"]
+__all__ = ["Blocked", "Grouped", "MemoryRows", "Padded", "Shared", "memory_rows", "only_readers", "row_of"]
 
 
 class MemoryRows(Protocol):
@@ -31,27 +30,18 @@ class MemoryRows(Protocol):
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
         """(R, p, q): for each memory row the sum of a[n]ᵀ b[n] over the rows n that read it."""
 
-    def row_of(self) -> Tensor | None:
-        """(N,) int64, the memory row of each row of x, -1 for none; None when every row has one and it doesn't matter which."""
-
 
 class Shared:
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-
     def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:
         out.addmm_(a, matrices[0])
 
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
         return (a.T @ b)[None]
 
-    def row_of(self) -> Tensor | None:
-        return None
-
 
 class Padded:
-    def __init__(self, sequences: int, length: int, device: torch.device) -> None:
-        self.sequences, self.length, self.device = sequences, length, device
+    def __init__(self, sequences: int, length: int) -> None:
+        self.sequences, self.length = sequences, length
 
     def _split(self, a: Tensor) -> Tensor:
         return a.reshape(self.sequences, self.length, a.shape[-1])
@@ -62,15 +52,12 @@ class Padded:
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
         return self._split(a).transpose(1, 2) @ self._split(b)
 
-    def row_of(self) -> Tensor | None:
-        return torch.arange(self.sequences, device=self.device).repeat_interleave(self.length)
-
 
 class Grouped:
     """Reads the index on the host: for tensors on a CPU only."""
 
     def __init__(self, segments: Segments, memories: int) -> None:
-        self.rows, self.memories = segments.rows, memories
+        self.memories = memories
         if segments.cu_seqlens is None:
             length = segments.length or 0
             edges = [s * length for s in range(segments.sequences + 1)]
@@ -107,75 +94,78 @@ class Grouped:
             torch.mm(self._take(a, spans).T, self._take(b, spans), out=out[row])
         return out
 
-    def row_of(self) -> Tensor | None:
-        rows = torch.full((self.rows,), -1)
-        for row, spans in self.spans.items():
-            for span in spans:
-                rows[slice(*span)] = row
-        return rows
 
+class Blocked:
+    """Reads no index on the host: every shape follows from N and R.
 
-class Gathered:
-    def __init__(self, segments: Segments, memories: int) -> None:
-        assert segments.index is not None and segments.length is not None
-        self.sequences, self.length, self.memories = segments.sequences, segments.length, memories
-        index = segments.index.long()
-        self.present = (index >= 0) & (index < memories)
-        self.index = torch.where(self.present, index, -1)
+    Sorted by memory row and cut into tiles of B = N/R rows, the rows of memory row r that lie in tile t are block t + r: at most 2R
+    blocks of B rows, however the rows are spread, so at most twice the products that are needed and twice the memory gathered.
+    Unused places hold zeros: no row meets another memory row, whose NaN times zero would be NaN.
+    """
 
-    def _split(self, a: Tensor) -> Tensor:
-        return a.reshape(self.sequences, self.length, a.shape[-1])
+    def __init__(self, segments: Segments, memories: int, device: torch.device) -> None:
+        rows = segments.rows
+        self.row = row_of(segments, memories, device)
+        absent_last = torch.where(self.row >= 0, self.row, memories)
+        order = torch.argsort(absent_last, stable=True)
+        memory = torch.arange(memories, device=device)
+        edges = torch.searchsorted(absent_last[order], torch.arange(memories + 1, device=device))
+        self.size = -(-rows // memories)
+        blocks = -(-rows // self.size) + memories
+        first = edges[:-1] // self.size + memory  # a memory row's first block; strictly rising
+        self.counts = torch.diff(first, append=first.new_full((1,), blocks))
+        self.memory = torch.searchsorted(first, torch.arange(blocks, device=device), right=True) - 1
+        place = torch.arange(blocks * self.size, device=device)
+        taken_by = self.memory.repeat_interleave(self.size)
+        rank = place - taken_by * self.size  # among the sorted rows
+        self.empty = ((rank < edges[taken_by]) | (rank >= edges[taken_by + 1]))[:, None]
+        self.source = order[rank.clamp(0, rows - 1)]
+        self.place = torch.empty_like(order)
+        self.place[order] = torch.arange(rows, device=device) + absent_last[order].clamp(max=memories - 1) * self.size
+
+    def _blocks(self, a: Tensor) -> Tensor:
+        return a[self.source].masked_fill_(self.empty, 0).view(-1, self.size, a.shape[-1])
 
     def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:
-        # Absent memory is masked on both sides: whatever row 0 holds, NaN included, must not reach a row that doesn't read it.
-        here = self.present[:, None, None]
-        gathered = matrices.index_select(0, self.index.clamp(min=0)).masked_fill(~here, 0)
-        out.view(self.sequences, self.length, out.shape[-1]).baddbmm_(self._split(a), gathered)
+        product = torch.bmm(self._blocks(a), matrices[self.memory])
+        out += product.flatten(0, 1)[self.place].masked_fill_((self.row < 0)[:, None], 0)
 
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
-        # A product with the one-hot index sums in a fixed order, where index_add_ on a GPU does not.
-        parts = self._split(a).transpose(1, 2) @ self._split(b)
-        reads = self.index[None, :] == torch.arange(self.memories, device=a.device)[:, None]
-        return (reads.to(a.dtype) @ parts.flatten(1)).view(self.memories, a.shape[-1], b.shape[-1])
-
-    def row_of(self) -> Tensor | None:
-        return self.index.repeat_interleave(self.length)
+        parts = torch.bmm(self._blocks(a).transpose(1, 2), self._blocks(b)).flatten(1)
+        wide = parts.to(torch.promote_types(parts.dtype, torch.float32))
+        # One thread adds a memory row's blocks in their order, where index_add_ on a GPU uses atomics; `unsafe` spares a look at counts.
+        sums = torch.segment_reduce(wide, "sum", lengths=self.counts, unsafe=True)
+        return sums.view(-1, a.shape[-1], b.shape[-1])
 
 
-class Masked:
-    def __init__(self, segments: Segments, memories: int) -> None:
-        assert segments.cu_seqlens is not None
-        self.memories = memories
-        rows = torch.arange(segments.rows, dtype=torch.int32, device=segments.cu_seqlens.device)
-        sequence = torch.searchsorted(segments.cu_seqlens.contiguous(), rows, right=True) - 1
+def row_of(segments: Segments, memories: int, device: torch.device) -> Tensor:
+    """(N,) int64, the memory row of each row of x, -1 for none, without a synchronisation."""
+    rows = torch.arange(segments.rows, device=device)
+    if segments.cu_seqlens is None:
+        sequence = rows // (segments.length or 1)
+        inside = torch.ones_like(sequence, dtype=torch.bool)
+    else:
+        sequence = torch.searchsorted(segments.cu_seqlens.long().contiguous(), rows, right=True) - 1
         inside = (sequence >= 0) & (sequence < segments.sequences)
-        row = sequence
-        if segments.index is not None and segments.sequences:
-            row = segments.index.long()[sequence.clamp(0, segments.sequences - 1)]
-        self.row = torch.where(inside & (row >= 0) & (row < memories), row, -1)
-
-    def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:
-        for r in range(self.memories):
-            # The product is masked, not its operand: 0 · NaN of another image is NaN.
-            out += (a @ matrices[r]).masked_fill_((self.row != r)[:, None], 0)
-
-    def outer(self, a: Tensor, b: Tensor) -> Tensor:
-        masks = [(self.row != r)[:, None] for r in range(self.memories)]
-        parts = [a.masked_fill(m, 0).T @ b.masked_fill(m, 0) for m in masks]
-        return torch.stack(parts) if parts else a.new_zeros(0, a.shape[-1], b.shape[-1])
-
-    def row_of(self) -> Tensor | None:
-        return self.row
+    row = sequence
+    if segments.index is not None and segments.sequences:
+        row = segments.index.long()[sequence.clamp(0, segments.sequences - 1)]
+    return torch.where(inside & (row >= 0) & (row < memories), row, -1)
 
 
 def memory_rows(segments: Segments, memories: int, device: torch.device) -> MemoryRows:
     """The form that serves these segments on this device without a synchronisation."""
     if segments.shared:
-        return Shared(segments.rows)
+        return Shared()
     if segments.index is None and segments.length is not None:
-        return Padded(segments.sequences, segments.length, device)
+        return Padded(segments.sequences, segments.length)
     if device.type == "cpu":
         return Grouped(segments, memories)
-    if segments.length is not None:
-        return Gathered(segments, memories)
-    return Masked(segments, memories)
+    return Blocked(segments, memories, device)
+
+
+def only_readers(a: Tensor, segments: Segments, memories: int) -> Tensor:
+    """`a` (N, ·) with the rows that read no memory zeroed, for a product over all rows: 0 · NaN of such a row would be NaN."""
+    if segments.shared or (segments.index is None and segments.cu_seqlens is None):
+        return a
+    return a.masked_fill((row_of(segments, memories, a.device) < 0)[:, None], 0)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from memvp_kernels.backends.memory_rows import Gathered, Grouped, Masked, MemoryRows, Padded, Shared, memory_rows
+from memvp_kernels.backends.memory_rows import Blocked, Grouped, MemoryRows, Padded, Shared, memory_rows, row_of
 from memvp_kernels.problem import Segments
 
 PADDED = Segments(rows=12, sequences=4, length=3)
@@ -20,20 +19,18 @@ PACKED_INDEXED = Segments(
     cu_seqlens=torch.tensor([0, 5, 5, 9, 10], dtype=torch.int32),  # two rows outside
     index=torch.tensor([1, 0, 1, -1], dtype=torch.int32),
 )
-PACKED_LIKE_INDEXED = Segments(
-    rows=12, sequences=4, length=None, cu_seqlens=torch.tensor([0, 3, 6, 9, 12], dtype=torch.int32), index=INDEXED.index
-)
+CROWDED = Segments(rows=12, sequences=4, length=3, index=torch.tensor([3, 3, 3, 3], dtype=torch.int32))
+NOBODY = Segments(rows=12, sequences=4, length=3, index=torch.full((4,), -1, dtype=torch.int32))
 SHARED = Segments(rows=12, sequences=1, length=12, shared=True)
+ANY = [PADDED, INDEXED, OUT_OF_RANGE, PACKED, PACKED_INDEXED, CROWDED, NOBODY]
+CPU = torch.device("cpu")
 
 FORMS: list[tuple[str, Segments, int, MemoryRows]] = [
-    ("shared", SHARED, 1, Shared(12)),
-    ("padded", PADDED, 4, Padded(4, 3, torch.device("cpu"))),
-    *[
-        (f"grouped{i}", s, 4, Grouped(s, 4))
-        for i, s in enumerate([PADDED, INDEXED, OUT_OF_RANGE, PACKED, PACKED_INDEXED])
-    ],
-    *[(f"gathered{i}", s, 4, Gathered(s, 4)) for i, s in enumerate([INDEXED, OUT_OF_RANGE])],
-    *[(f"masked{i}", s, 4, Masked(s, 4)) for i, s in enumerate([PACKED, PACKED_INDEXED, PACKED_LIKE_INDEXED])],
+    ("shared", SHARED, 1, Shared()),
+    ("padded", PADDED, 4, Padded(4, 3)),
+    *[(f"grouped{i}", s, 4, Grouped(s, 4)) for i, s in enumerate(ANY)],
+    *[(f"blocked{i}", s, 4, Blocked(s, 4, CPU)) for i, s in enumerate(ANY)],
+    ("more_memories_than_rows", INDEXED, 29, Blocked(INDEXED, 29, CPU)),
 ]
 
 
@@ -68,25 +65,55 @@ def test_products(form: str, segments: Segments, memories: int, rows: MemoryRows
         if r >= 0:
             outer[r] += torch.outer(a[n], b[n])
     torch.testing.assert_close(rows.outer(a, b), outer)
-    of = rows.row_of()
-    assert of is None or of.tolist() == wanted
+    assert segments.shared or row_of(segments, memories, CPU).tolist() == wanted
 
 
-@pytest.mark.parametrize("form", [Gathered, Masked, Grouped])
-def test_nan_of_another_memory_stays_there(form: type) -> None:
-    a, matrices = torch.randn(12, 5), torch.randn(4, 5, 6)
-    matrices[0] = float("nan")
-    matrices[1] = float("nan")
+@pytest.mark.parametrize("form", ["grouped", "blocked"])
+@pytest.mark.parametrize("segments", [INDEXED, PACKED_INDEXED], ids=["padded", "packed"])
+def test_nan_stays_with_its_memory_and_its_rows(form: str, segments: Segments) -> None:
+    rows = Grouped(segments, 4) if form == "grouped" else Blocked(segments, 4, CPU)
+    wanted = torch.tensor(row_by_row(segments, 4))
+    a, b, matrices = torch.randn(12, 5), torch.randn(12, 6), torch.randn(4, 5, 6)
+    matrices[[0, 3]] = float("nan")
     out = torch.zeros(12, 6)
-    form(PACKED_LIKE_INDEXED if form is Masked else INDEXED, 4).add_product(out, a, matrices)
-    clean: Tensor = torch.isfinite(out).all(1)
-    assert clean.tolist() == [True] * 9 + [False] * 3
+    rows.add_product(out, a, matrices)
+    assert torch.isfinite(out).all(1).tolist() == [r not in (0, 3) for r in wanted.tolist()]
+    for spoiled in (0, -1, 2):  # a row of this memory, of none
+        reader = int((wanted == spoiled).nonzero()[0]) if (wanted == spoiled).any() else None
+        if reader is None:
+            continue
+        poisoned = b.clone()
+        poisoned[reader] = float("nan")
+        assert torch.isfinite(rows.outer(a, poisoned)).flatten(1).all(1).tolist() == [r != spoiled for r in range(4)]
 
 
-def test_choice_needs_no_synchronisation() -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+def test_a_sum_over_many_blocks_is_rounded_once() -> None:
+    """In bfloat16 256 + 1 is 256: the blocks of one memory row, here of one row each, are added in float32."""
+    segments = Segments(rows=1024, sequences=512, length=2, index=torch.zeros(512, dtype=torch.int32))
+    ones = torch.ones(1024, 1, dtype=torch.bfloat16)
+    found = Blocked(segments, 1024, CPU).outer(ones, ones)
+    assert found[0].item() == 1024
+    assert not found[1:].any()
+
+
+def test_choice_needs_no_synchronisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
     assert isinstance(memory_rows(SHARED, 1, gpu), Shared)
     assert isinstance(memory_rows(PADDED, 4, gpu), Padded)
-    assert isinstance(memory_rows(INDEXED, 4, cpu), Grouped)
-    assert isinstance(memory_rows(INDEXED, 4, gpu), Gathered)
-    assert isinstance(memory_rows(PACKED, 4, gpu), Masked)
+    assert isinstance(memory_rows(INDEXED, 4, CPU), Grouped)
+    monkeypatch.setattr("memvp_kernels.backends.memory_rows.Blocked", lambda segments, memories, device: device)
+    assert memory_rows(INDEXED, 4, gpu) == memory_rows(PACKED, 4, gpu) == gpu
+
+
+def test_blocks_read_nothing_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would synchronise on a GPU: a number taken out of a tensor, or a shape that follows from its values."""
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("this would wait for the GPU")
+
+    for name in ("item", "tolist", "__bool__", "__int__", "__index__", "nonzero", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, forbidden)
+    for segments in (PACKED_INDEXED, INDEXED):
+        rows = Blocked(segments, 4, CPU)
+        rows.add_product(torch.zeros(12, 6), torch.randn(12, 5), torch.randn(4, 5, 6))
+        rows.outer(torch.randn(12, 5), torch.randn(12, 6))

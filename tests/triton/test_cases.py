@@ -34,3 +34,31 @@ def test_dropout_is_the_same_philox_forward_and_backward(form: str, monkeypatch:
     monkeypatch.setattr("memvp_kernels.ffn.draw_seed", lambda device: seed)
     rows, slots = a["x"].shape[0] * a["x"].shape[1], a["visual_key"].shape[1]
     yardstick.check(run, a, keep=philox.keep_mask(seed, rows, slots, 0.4))
+
+
+@pytest.mark.parametrize("form", ["plain", "factored"])
+def test_a_dropped_nan_is_still_one(form: str) -> None:
+    a = dict(cases.build(f"lengths-{form}", torch.float32), dropout_p=1.0)  # 0, 7 and 4 of 7 slots
+    a["x"][2, 1, 3] = float("nan")
+    a["key"] = a["value"] = a["gate"] = None
+    out, grads = yardstick.gradients(run, a, ["x", "visual_key"], torch.ones_like(a["x"]))
+    assert out[2, 1].isnan().all()
+    assert out.isnan().sum() == 24
+    assert grads["x"][2, 1].isnan().all()
+    assert grads["visual_key"][2, :4].isnan().any()
+    assert grads["visual_key"][2, 4:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("name", ["index-plain", "index-factored", "packed_index_lengths-factored"])
+def test_a_row_without_memory_gives_what_is_shared_no_gradient(name: str) -> None:
+    """As on the torch backend: 0 · NaN of a text-only row reaches no position and no basis."""
+    a = cases.build(name, torch.bfloat16)
+    wanted = [n for n in ("key_position", "value_position", "visual_basis") if n in a]
+    grad = torch.randn_like(a["x"])
+    _, clean = yardstick.gradients(run, a, wanted, grad)
+    text = (1,) if a["x"].dim() == 3 else slice(15, 17)
+    a["x"][text] = float("nan")
+    grad[text] = float("inf")
+    _, found = yardstick.gradients(run, a, wanted, grad)
+    for n in wanted:
+        torch.testing.assert_close(found[n], clean[n])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from memvp_kernels.backends import eager
+from memvp_kernels.backends.memory_rows import only_readers
 from memvp_kernels.backends.triton import launch
 from memvp_kernels.backends.triton.core import core_forward
 from memvp_kernels.backends.triton.core_backward import CoreGradients, core_backward
@@ -145,7 +146,8 @@ def _plain_backward(
         if summand is not None and summand.dtype == torch.float32:
             grads[f"{side}_position"] = summand.sum(0)
         else:
-            dense[f"{side}_position"] = operands
+            left, right = operands
+            dense[f"{side}_position"] = (left, only_readers(right, segments, problem.memories))
     if dense:
         grads |= zip(dense, dense_gradients(list(dense.values()), torch.float32), strict=True)
     return made.dpre, grads
@@ -222,7 +224,7 @@ def _shared_gradients(problem: Problem, grad: Tensor, core: CoreGradients, needs
         end = rank + problem.slots if f"{side}_position" in needs else rank
         if first < end:
             assert left is not None
-            products[side] = (left[:, first:end], _with_rows(right))
+            products[side] = (left[:, first:end], _with_rows(only_readers(right, problem.segments, problem.memories)))
     pairs = list(products.values())
     if len(pairs) == 2 and pairs[0][0].shape != pairs[1][0].shape:
         sums = [dense_gradients([pair], torch.float32)[0] for pair in pairs]

@@ -290,12 +290,13 @@ def store_visual_gradient(
     o_scores = tile_pointers(scores, row, slot, stride_scores_n, ROWS, SLOTS)
     b_scores = tl.load(o_scores, mask=inside, other=0.0).to(tl.float32)
     b_active, b_slope = activate_derivative(b_scores, VISUAL_ACTIVATION)
-    kept = o_slot[None, :] < slots
-    if seed is not None:
-        kept = kept & keep_mask(seed, threshold, row, slot, ROWS, SLOTS)
+    valid = o_slot[None, :] < slots
     scale = tl.cast(scale, tl.float32)
-    b_visual = tl.where(kept, b_active * scale, 0.0).to(DTYPE)
-    b_dscores = tl.where(kept, b_dvisual * scale * b_slope, 0.0).to(DTYPE)
+    if seed is not None:
+        # A product, as in PyTorch: a dropped NaN stays one.
+        scale = scale * keep_mask(seed, threshold, row, slot, ROWS, SLOTS).to(tl.float32)
+    b_visual = tl.where(valid, b_active * scale, 0.0).to(DTYPE)
+    b_dscores = tl.where(valid, b_dvisual * scale * b_slope, 0.0).to(DTYPE)
     if visual is not None:
         tl.store(tile_pointers(visual, row, slot, stride_visual_n, ROWS, SLOTS), b_visual, mask=inside & store)
     if dscores is not None:

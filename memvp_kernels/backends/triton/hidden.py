@@ -369,7 +369,8 @@ def store_visual(
         tl.store(tile_pointers(scores, row, slot, M, BLOCK_N, BLOCK_M), b_scores.to(DTYPE), mask=inside)
     b_visual = activate(b_scores, VISUAL_ACTIVATION) * tl.cast(scale, tl.float32)
     if seed is not None:
-        b_visual = tl.where(keep_mask(seed, threshold, row, slot, BLOCK_N, BLOCK_M), b_visual, 0.0)
+        # A product, as in PyTorch: a dropped NaN stays one.
+        b_visual *= keep_mask(seed, threshold, row, slot, BLOCK_N, BLOCK_M).to(tl.float32)
     b_visual = b_visual.to(DTYPE)
     if visual is not None:
         tl.store(tile_pointers(visual, row, slot, stride_visual_n, BLOCK_N, BLOCK_M), b_visual, mask=inside)
