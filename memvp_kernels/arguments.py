@@ -12,9 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from memvp_kernels.problem import Problem
-
-__all__ = ["ACTIVATIONS", "BACKENDS", "TENSORS", "check_scalars", "check_tensors", "check_values"]
+__all__ = ["ACTIVATIONS", "BACKENDS", "TENSORS", "cast_dtype", "check_scalars", "check_tensors", "check_values"]
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 BACKENDS = ("auto", "torch", "triton", "cuda")
@@ -97,14 +95,27 @@ def check_scalars(
         )
 
 
-def check_tensors(tensors: Tensors) -> None:
+def cast_dtype(name: str, dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
+    """The dtype that argument `name` computes in under autocast (None: outside it).
+
+    As autocast casts the operands of a linear layer, except that wider biases and memory stay wide, as the contract allows.
+    """
+    if autocast is None or not dtype.is_floating_point or dtype in (autocast, torch.float64):
+        return dtype
+    return autocast if dtype != torch.float32 or name == "x" or name in _WEIGHTS else dtype
+
+
+def check_tensors(tensors: Tensors, autocast: torch.dtype | None = None) -> None:
     """Presence, types, devices and shapes; values are read nowhere, so this traces and never synchronises.
+
+    Args:
+        autocast: dtypes are judged as `cast_dtype` leaves them, before anything is cast.
 
     Raises:
         TypeError: not a tensor, or a dtype that doesn't fit.
         ValueError: a shape or device that doesn't fit, or an argument whose partner is missing.
     """
-    _check_types(tensors)
+    _check_types(tensors, autocast)
     for name, partner in _NEEDS.items():
         if tensors[name] is not None and tensors[partner] is None:
             raise ValueError(f"{name}: needs {partner}, got {partner}=None; pass both or neither")
@@ -122,11 +133,11 @@ def check_tensors(tensors: Tensors) -> None:
         _check_memory(x, tensors, sequences)
 
 
-def _check_types(tensors: Tensors) -> None:
+def _check_types(tensors: Tensors, autocast: torch.dtype | None) -> None:
     x = tensors["x"]
     if not isinstance(x, Tensor):
         raise TypeError(f"x: wanted a torch.Tensor, got {type(x).__name__}; torch.as_tensor makes one")
-    dtype, device = x.dtype, x.device
+    dtype, device = cast_dtype("x", x.dtype, autocast), x.device
     if dtype not in _FLOATING:
         raise TypeError(f"x: wanted float32, float16, bfloat16 or float64, got {_got(x)}; cast it first")
     for name, t in tensors.items():
@@ -138,14 +149,15 @@ def _check_types(tensors: Tensors) -> None:
             raise ValueError(
                 f"{name}: wanted a tensor on x's device {device}, got {_got(t)}; move it with .to(x.device)"
             )
-        if t.dtype == dtype and name not in _INTEGERS:
+        own = cast_dtype(name, t.dtype, autocast)
+        if own == dtype and name not in _INTEGERS:
             continue
         if name in _INTEGERS:
             if t.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"{name}: wanted int32 or int64, got {_got(t)}; cast it with .int()")
         elif name in _WEIGHTS:
             raise TypeError(f"{name}: wanted x's dtype {dtype}, got {_got(t)}; cast one of them, or use torch.autocast")
-        elif name in _WIDER and not (t.dtype in (torch.float32, torch.float64) and t.dtype.itemsize > dtype.itemsize):
+        elif name in _WIDER and not (own in (torch.float32, torch.float64) and own.itemsize > dtype.itemsize):
             raise TypeError(
                 f"{name}: wanted x's dtype {dtype} or a wider one, got {_got(t)}; cast it with .to(x.dtype)"
             )
@@ -257,29 +269,37 @@ def _check_memory(x: Tensor, tensors: Tensors, sequences: int | None) -> None:
         )
 
 
-def check_values(problem: Problem) -> None:
+def check_values(tensors: Tensors) -> None:
     """Ranges of the integer tensors: on a CPU always, on a GPU (where it synchronises) only under ``MEMVP_CHECK=1``.
+
+    They are read as they were given, so an offset of a text-only call or an index into an empty memory is judged too.
 
     Raises:
         ValueError: an index, a length or an offset out of range.
     """
-    s = problem.segments
-    if s.index is None and s.lengths is None and s.cu_seqlens is None:
+    x, key = tensors["x"], tensors["visual_key"]
+    if all(tensors[name] is None for name in _INTEGERS):
         return
-    if problem.x.device.type != "cpu" and os.environ.get("MEMVP_CHECK") != "1":
+    assert x is not None
+    kind = x.device.type
+    if kind == "meta" or (kind != "cpu" and os.environ.get("MEMVP_CHECK") != "1"):
         return
-    for name, t, low, high, way_out in (
-        ("visual_index", s.index, -1, problem.memories - 1, "-1 means no memory"),
-        ("visual_lengths", s.lengths, 0, problem.slots, "it counts valid slots of a memory row"),
-    ):
-        if t is not None and t.numel():
-            least, most = (int(v) for v in torch.aminmax(t))
-            if least < low or most > high:
-                raise ValueError(f"{name}: wanted values in {low}..{high}, got {least}..{most}; {way_out}")
-    if s.cu_seqlens is not None:
-        offsets = [int(c) for c in s.cu_seqlens.tolist()]
-        if offsets[0] != 0 or offsets[-1] != s.rows or any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
+    if key is not None:
+        memories, slots = key.shape[0] if key.dim() == 3 else 1, key.shape[-2]
+        for name, low, high, way_out in (
+            ("visual_index", -1, memories - 1, "-1 means no memory"),
+            ("visual_lengths", 0, slots, "it counts valid slots of a memory row"),
+        ):
+            t = tensors[name]
+            if t is not None and t.numel():
+                least, most = (int(v) for v in torch.aminmax(t))
+                if least < low or most > high:
+                    raise ValueError(f"{name}: wanted values in {low}..{high}, got {least}..{most}; {way_out}")
+    cu_seqlens = tensors["cu_seqlens"]
+    if cu_seqlens is not None:
+        offsets, rows = [int(c) for c in cu_seqlens.tolist()], x.shape[0]
+        if offsets[0] != 0 or offsets[-1] != rows or any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
             shown = str(offsets) if len(offsets) <= 12 else f"{offsets[:6]} … {offsets[-3:]}"
             raise ValueError(
-                f"cu_seqlens: wanted offsets rising from 0 to N = {s.rows}, got {shown}; sequence i is x[cu[i]:cu[i+1]]"
+                f"cu_seqlens: wanted offsets rising from 0 to N = {rows}, got {shown}; sequence i is x[cu[i]:cu[i+1]]"
             )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from memvp_kernels import ops
 from memvp_kernels.arguments import check_scalars, check_tensors
@@ -114,12 +118,9 @@ def fused_ffn(
         "visual_index": visual_index,
         "cu_seqlens": cu_seqlens,
     }
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
-        _autocast(tensors, torch.get_autocast_dtype(x.device.type))
-    check_tensors(tensors)
+    autocast = ops.autocast_dtype(x.device) if isinstance(x, Tensor) else None
+    check_tensors(tensors, autocast)
     require(backend, x.device)
-    if dropout_p > 0 and visual_key is not None:
-        tensors["seed"] = draw_seed(x.device)
     scalars = {
         "activation": activation,
         "visual_activation": visual_activation or activation,
@@ -127,30 +128,51 @@ def fused_ffn(
         "dropout_p": dropout_p,
     }
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
-    if not training and _plain(tensors):
-        return ops.run_forward(tensors, scalars, 0, False, backend)[0]
+    plain = _plain(tensors, training)
+    if dropout_p > 0 and visual_key is not None:
+        if plain:
+            ops.admit(tensors, scalars, training, backend, autocast)  # a refused call leaves the generator alone
+        tensors["seed"] = draw_seed(x.device)
+    if plain and not training:
+        return ops.run_forward(tensors, scalars, 0, False, backend, autocast)[0]
     keep = 0
     if training and not recompute:
         keep |= ops.KEEP_HIDDEN * (key is not None and _requires_grad(tensors, _THROUGH_HIDDEN))
         keep |= ops.KEEP_SCORES * (visual_key is not None and _requires_grad(tensors, _THROUGH_SCORES))
-    return ops.forward_op(*ops.pack(tensors), *scalars.values(), keep, training, backend)[0]
+    return ops.forward_op(*ops.pack(tensors), *scalars.values(), keep, training, backend, autocast)[0]
 
 
 def _requires_grad(tensors: dict[str, Tensor | None], names: tuple[str, ...]) -> bool:
     return any(t is not None and t.requires_grad for t in map(tensors.get, names))
 
 
-def _plain(tensors: dict[str, Tensor | None]) -> bool:
-    """Nobody is watching: no tracing, no subclass, no dispatch mode, so the dispatcher would only cost time."""
+def _plain(tensors: dict[str, Tensor | None], training: bool) -> bool:
+    """Nobody is watching: no tracing, transform, subclass or dispatch mode, so the dispatcher would only cost time.
+
+    Raises:
+        RuntimeError: under a transform of torch.func that differentiates, or in forward mode.
+    """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return all(t is None or type(t) in _PLAIN for t in tensors.values())
+    transforms = torch._C._functorch.get_interpreter_stack()
+    if transforms is not None or forward_ad._current_level >= 0:
+        _refuse_derivatives(tensors, training, transforms or ())
+        return False
+    return all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors.values())
 
 
-def _autocast(tensors: dict[str, Tensor | None], dtype: torch.dtype) -> None:
-    """What autocast does to the operands of a linear layer, except that wider biases and memory stay wide, as the contract allows."""
-    for name, t in tensors.items():
-        if not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype in (dtype, torch.float64):
-            continue
-        if t.dtype != torch.float32 or name in ("x", "key", "value", "gate", "residual"):
-            tensors[name] = t.to(dtype)
+def _refuse_derivatives(tensors: dict[str, Tensor | None], training: bool, transforms: Sequence[Any]) -> None:
+    """vmap has a rule; of the others PyTorch would speak in terms of this package's insides, or lose the tangent."""
+    reverse = training and any(t.key() == torch._C._functorch.TransformType.Grad for t in transforms)
+    forward = forward_ad._current_level >= 0 and any(_has_tangent(t) for t in tensors.values())
+    if reverse or forward:
+        raise RuntimeError(
+            "fused_ffn: wanted reverse-mode autograd, got torch.func.grad, vjp, jvp or forward-mode AD; its derivative is written for "
+            "torch.autograd.grad and Tensor.backward, which torch.vmap may go round"
+        )
+
+
+def _has_tangent(t: Tensor | None) -> bool:
+    if t is None or not t.is_floating_point():
+        return False
+    return forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]

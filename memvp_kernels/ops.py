@@ -1,7 +1,8 @@
 """The operator as PyTorch sees it: two registered ops, forward and backward, and a direct road past the dispatcher.
 
 Arguments cross the ops as a list of the tensors that are there, each side makes the same :class:`Problem` of them, and the backend is
-chosen inside, where real tensors are. What is kept for the backward besides the inputs is the pre-activations and the scores.
+chosen inside, where real tensors are. What is kept for the backward besides the inputs is the pre-activations and the scores:
+autocast's casts are made inside too, and again in the backward, so that no copy of a weight is kept.
 """
 
 from __future__ import annotations
@@ -9,16 +10,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memvp_kernels.arguments import TENSORS, check_values
+from memvp_kernels.arguments import TENSORS, cast_dtype, check_values
 from memvp_kernels.choose import choose
 from memvp_kernels.problem import Problem, Segments
 
-__all__ = ["KEEP_HIDDEN", "KEEP_SCORES", "backward_op", "forward_op", "pack", "run_forward"]
+__all__ = [
+    "KEEP_HIDDEN",
+    "KEEP_SCORES",
+    "admit",
+    "autocast_dtype",
+    "backward_op",
+    "forward_op",
+    "normalise",
+    "pack",
+    "run_forward",
+]
 
 #: What the forward keeps for the backward, as bits.
 KEEP_HIDDEN, KEEP_SCORES = 1, 2
@@ -37,8 +49,17 @@ def _rows(t: Tensor | None, width: int) -> Tensor | None:
     return None if t is None else t.reshape(math.prod(t.shape[:-1]), width)
 
 
-def normalise(tensors: Mapping[str, Tensor | None], scalars: Mapping[str, Any]) -> Problem:
+def _has_slots(visual_key: Tensor) -> bool:
+    """Whether there is a slot to read at all: a memory without rows or without slots is none."""
+    return 0 not in visual_key.shape[:-1]
+
+
+def normalise(
+    tensors: Mapping[str, Tensor | None], scalars: Mapping[str, Any], autocast: torch.dtype | None = None
+) -> Problem:
     """Checked arguments (and dropout's seed) to a Problem: x as rows, memory as (R, M, ·), empty memory as none."""
+    if autocast is not None:
+        tensors = {n: t if t is None else t.to(cast_dtype(n, t.dtype, autocast)) for n, t in tensors.items()}
     x, seed = tensors["x"], tensors.get("seed")
     assert x is not None
     width = x.shape[-1]
@@ -47,7 +68,7 @@ def normalise(tensors: Mapping[str, Tensor | None], scalars: Mapping[str, Any]) 
         name: tensors[name] for name in ("visual_key", "visual_value", "visual_basis", "key_position", "value_position")
     }
     key = memory["visual_key"]
-    if key is None or key.shape[-2] == 0:
+    if key is None or not _has_slots(key):
         memory = dict.fromkeys(memory)
         segments = Segments(rows, 1, rows, shared=True)
         seed = None
@@ -74,10 +95,35 @@ def normalise(tensors: Mapping[str, Tensor | None], scalars: Mapping[str, Any]) 
     )
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """The casts were made at the door; inside a backend every dtype is meant."""
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to on this device; None outside it, and on a device that has no autocast (meta)."""
     kind = device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """The casts were made in the problem; inside a backend every dtype is meant."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
+
+
+def admit(
+    tensors: Mapping[str, Tensor | None],
+    scalars: Mapping[str, Any],
+    training: bool,
+    backend: str,
+    autocast: torch.dtype | None = None,
+) -> tuple[Problem, ModuleType]:
+    """The problem and the backend that will compute it.
+
+    Raises:
+        ValueError: an index, a length or an offset out of range.
+        RuntimeError: `backend` was named and can't take this problem.
+    """
+    check_values(tensors)
+    problem = normalise(tensors, scalars, autocast)
+    return problem, choose(problem, backend, training=training)
 
 
 def run_forward(
@@ -86,15 +132,14 @@ def run_forward(
     keep: int,
     training: bool,
     backend: str,
+    autocast: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Forward on real tensors, without the dispatcher: y like x, and what the backward keeps."""
     x = tensors["x"]
     assert x is not None
-    problem = normalise(tensors, scalars)
-    check_values(problem)
-    module = choose(problem, backend, training=training)
+    problem, module = admit(tensors, scalars, training, backend, autocast)
     if problem.rows == 0:
-        return torch.empty_like(x, memory_format=torch.contiguous_format), None, None
+        return x.new_empty(x.shape, dtype=problem.x.dtype), None, None
     with _without_autocast(x.device):
         y, pre, scores = module.forward(
             problem, save_hidden=bool(keep & KEEP_HIDDEN), save_scores=bool(keep & KEEP_SCORES)
@@ -128,7 +173,9 @@ def _kept_shapes(tensors: Mapping[str, Tensor | None], keep: int) -> tuple[tuple
     assert x is not None
     rows = math.prod(x.shape[:-1])
     pre = (1 if tensors["gate"] is None else 2, rows, key.shape[0]) if keep & KEEP_HIDDEN and key is not None else (0,)
-    scores = (rows, visual_key.shape[-2]) if keep & KEEP_SCORES and visual_key is not None else (0,)
+    scores: tuple[Any, ...] = (0,)
+    if keep & KEEP_SCORES and visual_key is not None and _has_slots(visual_key):
+        scores = (rows, visual_key.shape[-2])
     return pre, scores
 
 
@@ -143,14 +190,14 @@ def forward_op(
     keep: int,
     training: bool,
     backend: str,
+    autocast: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, pre-activations or empty, scores or empty); `keep` is a sum of `KEEP_HIDDEN` and `KEEP_SCORES`."""
     bound = _unpack(tensors, present)
     scalars = dict(zip(_SCALARS, (activation, visual_activation, visual_scale, dropout_p), strict=True))
-    y, *kept = run_forward(bound, scalars, keep, training, backend)
+    y, *kept = run_forward(bound, scalars, keep, training, backend, autocast)
     pre, scores = (
-        tensors[0].new_empty(shape) if t is None else t
-        for t, shape in zip(kept, _kept_shapes(bound, keep), strict=True)
+        y.new_empty(shape) if t is None else t for t, shape in zip(kept, _kept_shapes(bound, keep), strict=True)
     )
     return y, pre, scores
 
@@ -166,10 +213,22 @@ def _(
     keep: int,
     training: bool,
     backend: str,
+    autocast: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = tensors[0]
     pre, scores = _kept_shapes(_unpack(tensors, present), keep)
-    return x.new_empty(x.shape), x.new_empty(pre), x.new_empty(scores)
+    y = x.new_empty(x.shape, dtype=cast_dtype("x", x.dtype, autocast))
+    return y, y.new_empty(pre), y.new_empty(scores)
+
+
+@forward_op.register_vmap
+def _(info: Any, in_dims: Any, tensors: list[Tensor], *rest: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """One call after the other: what a batch means to this operator, its sequences say."""
+    calls = (
+        forward_op([t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims[0], strict=True)], *rest)
+        for i in range(info.batch_size)
+    )
+    return tuple(torch.stack(outs) for outs in zip(*calls, strict=True)), (0, 0, 0)
 
 
 @torch.library.custom_op("memvp_kernels::ffn_backward", mutates_args=())
@@ -183,11 +242,12 @@ def backward_op(
     dropout_p: float,
     needs: int,
     backend: str,
+    autocast: torch.dtype | None,
 ) -> list[Tensor]:
     """The gradients of the tensors whose bit is set in `needs`, in the order of `_CROSSING`."""
     bound = _unpack(tensors, present)
     scalars = dict(zip(_SCALARS, (activation, visual_activation, visual_scale, dropout_p), strict=True))
-    problem = normalise(bound, scalars)
+    problem = normalise(bound, scalars, autocast)
     wanted = [name for bit, name in enumerate(_CROSSING) if needs >> bit & 1]
     # An empty memory was dropped from the problem: its gradients are zeros.
     known = frozenset(n for n in wanted if getattr(problem, n) is not None)
@@ -202,7 +262,10 @@ def backward_op(
         argument = bound[name]
         assert argument is not None
         found = grads.get(name)
-        out.append(argument.new_zeros(argument.shape) if found is None else found.reshape(argument.shape).contiguous())
+        if found is None:
+            out.append(argument.new_zeros(argument.shape))
+        else:
+            out.append(found.to(argument.dtype).reshape(argument.shape).contiguous())
     return out
 
 
@@ -217,6 +280,7 @@ def _(
     dropout_p: float,
     needs: int,
     backend: str,
+    autocast: torch.dtype | None,
 ) -> list[Tensor]:
     bound = _unpack(tensors, present)
     wanted = [bound[name] for bit, name in enumerate(_CROSSING) if needs >> bit & 1]
@@ -224,30 +288,30 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    tensors, present, *scalars, keep, _, backend = inputs
+    tensors, present, *scalars, keep, _, backend, autocast = inputs
     _, pre, scores = output
     ctx.mark_non_differentiable(pre, scores)
     ctx.set_materialize_grads(False)
     saved = _unpack(tensors, present)
-    saved["residual"] = None  # its gradient is the output's own
+    residual, saved["residual"] = saved["residual"], None  # its gradient is the output's own
     saved["pre"] = pre if keep & KEEP_HIDDEN else None
     saved["scores"] = scores if keep & KEEP_SCORES else None
     flat, ctx.saved = pack(saved)
     ctx.save_for_backward(*flat)
-    ctx.present, ctx.scalars, ctx.backend = present, scalars, backend
+    ctx.present, ctx.scalars, ctx.backend, ctx.autocast = present, scalars, backend, autocast
+    ctx.residual_dtype = None if residual is None else residual.dtype
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    rest = (None,) * 8
+    rest = (None,) * 9
     names = [name for bit, name in enumerate(_CROSSING) if ctx.present >> bit & 1]
     if grad is None:
         return [None] * len(names), *rest
     wants = dict(zip(names, ctx.needs_input_grad[0], strict=True))
-    residual = grad if wants.pop("residual", False) else None
+    residual = grad.to(ctx.residual_dtype) if wants.pop("residual", False) else None
     needs = sum(1 << _CROSSING.index(name) for name, want in wants.items() if want)
-    found = iter(
-        backward_op(grad, list(ctx.saved_tensors), ctx.saved, *ctx.scalars, needs, ctx.backend) if needs else ()
-    )
+    arguments = (list(ctx.saved_tensors), ctx.saved, *ctx.scalars, needs, ctx.backend, ctx.autocast)
+    found = iter(backward_op(grad, *arguments) if needs else ())
     return [residual if n == "residual" else next(found) if wants[n] else None for n in names], *rest
 
 

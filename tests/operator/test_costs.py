@@ -50,6 +50,16 @@ def test_at_most_two_pre_activations_and_the_scores(form: str) -> None:
     assert kept_bytes(trainable(ungated, "x")) == 4 * tokens * (pairs + slots)
 
 
+@pytest.mark.parametrize("form", ["plain", "factored"])
+def test_autocast_keeps_no_copy_of_a_weight(form: str) -> None:
+    """Under autocast the 16-bit weights are made for each pass: kept, they would be half as large as the float32 base itself."""
+    a = trainable(cases.build(f"gated_biased_residual-{form}", torch.float32), "x", "visual_key")
+    tokens, pairs, slots = 15, 40, 7
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kept_bytes(a) == 2 * tokens * (2 * pairs + slots)
+        assert kept_bytes(a, recompute=True) == 0
+
+
 def test_frozen_things_keep_nothing() -> None:
     a = cases.build("one_each-plain", torch.float32)
     tokens, slots = 15, 7

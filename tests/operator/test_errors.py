@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from memvp_kernels import fused_ffn, ops
-from tests import cases
+from memvp_kernels import arguments, choose, ffn, fused_ffn, ops
+from tests import cases, yardstick
 
 F32 = torch.float32
 
@@ -23,20 +24,31 @@ def i(*values: int) -> torch.Tensor:
     return torch.tensor(values)
 
 
+WITHOUT: dict[str, Any] = dict.fromkeys(("visual_key", "visual_value", "key_position", "value_position"))
+EMPTY: dict[str, Any] = {
+    "visual_key": z(3, 0, 24), "visual_value": z(3, 0, 24), "key_position": None, "value_position": None,
+}  # fmt: skip
+
 # what changes on a good call (S=3, T=5, d=24, F=40, R=3, M=7), the exception, and what its text must say
 CASES: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
     ("x_array", {"x": np.zeros((3, 5, 24))}, TypeError, ["x: wanted a torch.Tensor", "ndarray", "as_tensor"]),
     ("x_integers", {"x": z(3, 5, 24, dtype=torch.int64)}, TypeError, ["x: wanted float32", "int64", "cast"]),
     ("x_scalar", {"x": z()}, ValueError, ["x: wanted shape", "()"]),
     ("key_dtype", {"key": z(40, 24, dtype=torch.bfloat16)}, TypeError, ["key: wanted x's dtype", "bfloat16", "autocast"]),
+    ("key_list", {"key": [[0.0] * 24] * 40}, TypeError, ["key: wanted a torch.Tensor or None", "list", "as_tensor"]),
+    ("visual_key_array", {"visual_key": np.zeros((3, 7, 24))}, TypeError, ["visual_key: wanted a torch.Tensor", "ndarray"]),
+    ("index_list", {"visual_index": [0, 1, 2]}, TypeError, ["visual_index: wanted a torch.Tensor", "list"]),
     ("residual_dtype", {"residual": z(3, 5, 24, dtype=torch.float16)}, TypeError, ["residual: wanted x's dtype", "float16"]),
     ("memory_narrower", {"visual_key": z(3, 7, 24, dtype=torch.float16)}, TypeError, ["visual_key: wanted", "or a wider one", "float16"]),
     ("index_floats", {"visual_index": z(3)}, TypeError, ["visual_index: wanted int32 or int64", "float32"]),
+    ("lengths_dtype", {"visual_lengths": z(3, dtype=torch.int16)}, TypeError, ["visual_lengths: wanted int32 or int64", "int16", ".int()"]),
+    ("offsets_dtype", {"cu_seqlens": z(4, dtype=torch.uint8)}, TypeError, ["cu_seqlens: wanted int32 or int64", "uint8", ".int()"]),
     ("key_width", {"key": z(40, 23)}, ValueError, ["key: wanted shape (F, 24)", "(40, 23)"]),
     ("key_dims", {"key": z(40)}, ValueError, ["key: wanted shape", "(40,)"]),
     ("value_not_transposed", {"value": z(24, 40)}, ValueError, ["value: wanted shape (40, 24)", "(24, 40)", "down_proj.weight.T"]),
     ("gate_shape", {"gate": z(41, 24)}, ValueError, ["gate: wanted shape (40, 24)", "(41, 24)"]),
     ("key_bias_shape", {"key_bias": z(24)}, ValueError, ["key_bias: wanted shape (40,)", "(24,)"]),
+    ("gate_bias_shape", {"gate_bias": z(41)}, ValueError, ["gate_bias: wanted shape (40,)", "(41,)", "key-value pair"]),
     ("value_bias_shape", {"value_bias": z(40)}, ValueError, ["value_bias: wanted shape (24,)", "(40,)"]),
     ("value_missing", {"value": None}, ValueError, ["key: needs value", "both or neither"]),
     ("key_missing", {"key": None}, ValueError, ["value: needs key"]),
@@ -45,6 +57,10 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
     ("visual_value_missing", {"visual_value": None}, ValueError, ["visual_key: needs visual_value"]),
     ("visual_key_missing", {"visual_key": None}, ValueError, ["visual_value: needs visual_key"]),
     ("positions_alone", {"visual_key": None, "visual_value": None}, ValueError, ["key_position: needs visual_key"]),
+    ("value_position_alone", WITHOUT | {"value_position": z(7, 24)}, ValueError, ["value_position: needs visual_key", "got visual_key=None"]),
+    ("basis_alone", WITHOUT | {"visual_basis": z(9, 24)}, ValueError, ["visual_basis: needs visual_key", "got visual_key=None"]),
+    ("lengths_alone", WITHOUT | {"visual_lengths": i(7, 7, 7)}, ValueError, ["visual_lengths: needs visual_key", "got visual_key=None"]),
+    ("index_alone", WITHOUT | {"visual_index": i(0, 1, 2)}, ValueError, ["visual_index: needs visual_key", "got visual_key=None"]),
     (
         "nothing",
         dict.fromkeys(("key", "value", "gate", "visual_key", "visual_value", "key_position", "value_position")),
@@ -56,10 +72,17 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
     ("basis_width", {"visual_basis": z(24, 23)}, ValueError, ["visual_basis: wanted shape (r, 24)", "(24, 23)"]),
     ("core_rank", {"visual_basis": z(9, 24)}, ValueError, ["visual_key: wanted shape cores", "last dimension 9", "(3, 7, 24)"]),
     ("position_shape", {"key_position": z(1, 7, 24)}, ValueError, ["key_position: wanted shape (7, 24)", "(1, 7, 24)", "squeeze"]),
+    ("value_position_shape", {"value_position": z(7, 23)}, ValueError, ["value_position: wanted shape (7, 24)", "(7, 23)", "squeeze"]),
     ("lengths_shape", {"visual_lengths": i(7, 7)}, ValueError, ["visual_lengths: wanted shape (3,)", "(2,)"]),
     ("index_shape", {"visual_index": i(0, 1)}, ValueError, ["visual_index: wanted shape (3,)", "(2,)"]),
     ("rows_and_sequences", {"x": z(4, 5, 24)}, ValueError, ["visual_key: wanted shape (4, M", "(3, 7, 24)", "visual_index"]),
     ("no_sequences_in_x", {"x": z(15, 24)}, ValueError, ["visual_key: memory per sequence", "cu_seqlens", "(15, 24)"]),
+    (
+        "index_without_sequences",
+        {"x": z(15, 24), "visual_key": z(7, 24), "visual_value": z(7, 24), "visual_index": i(0)},
+        ValueError,
+        ["visual_index: memory per sequence", "cu_seqlens", "(15, 24)"],
+    ),
     ("four_dimensions", {"x": z(1, 3, 5, 24)}, ValueError, ["visual_key: memory per sequence", "(1, 3, 5, 24)"]),
     ("residual_shape", {"residual": z(5, 24)}, ValueError, ["residual: wanted shape (3, 5, 24)", "(5, 24)"]),
     ("packed_with_three_dimensions", {"cu_seqlens": i(0, 15)}, ValueError, ["cu_seqlens: wanted a packed x", "(3, 5, 24)"]),
@@ -77,6 +100,10 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
     ("index_low", {"visual_index": i(0, -2, 1)}, ValueError, ["visual_index: wanted values in -1..2", "got -2..1"]),
     ("index_wraps", {"visual_index": i(0, 2**32, 1)}, ValueError, ["visual_index: wanted values in -1..2"]),
     ("lengths_high", {"visual_lengths": i(7, 8, 0)}, ValueError, ["visual_lengths: wanted values in 0..7", "got 0..8"]),
+    ("index_into_shared", {"visual_key": z(7, 24), "visual_value": z(7, 24), "visual_index": i(0, 1, -1)}, ValueError, ["visual_index: wanted values in -1..0", "got -1..1"]),
+    ("index_without_rows", {"visual_key": z(0, 7, 24), "visual_value": z(0, 7, 24), "visual_index": i(-1, 0, -1)}, ValueError, ["visual_index: wanted values in -1..-1", "got -1..0"]),
+    ("index_without_slots", EMPTY | {"visual_index": i(7, 7, 7)}, ValueError, ["visual_index: wanted values in -1..2", "got 7..7"]),
+    ("lengths_without_slots", EMPTY | {"visual_lengths": i(0, 1, 0)}, ValueError, ["visual_lengths: wanted values in 0..0", "got 0..1"]),
     ("lengths_low", {"visual_lengths": i(7, -1, 0)}, ValueError, ["visual_lengths: wanted values in 0..7", "-1..7"]),
 ]  # fmt: skip
 PACKED = [
@@ -110,14 +137,94 @@ def test_packed_offsets(offsets: torch.Tensor, said: str) -> None:
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("memory", ["per_sequence", "shared", "none", "no_slots"])
+def test_packed_offsets_are_read_whatever_the_memory(memory: str) -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "per_sequence": {"visual_key": z(1, 7, 24), "visual_value": z(1, 7, 24)},
+        "shared": {"visual_key": z(7, 24), "visual_value": z(7, 24)},
+        "none": WITHOUT,
+        "no_slots": EMPTY | {"visual_key": z(1, 0, 24), "visual_value": z(1, 0, 24)},
+    }
+    a = good() | {"x": z(15, 24), "cu_seqlens": i(0, 99)} | changes[memory]
+    with pytest.raises(ValueError, match=r"cu_seqlens: wanted offsets rising from 0 to N = 15, got \[0, 99\]"):
+        fused_ffn(**a)
+
+
 def test_nothing_ran_before_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("work was begun")
 
     monkeypatch.setattr(ops, "choose", forbidden)
+    monkeypatch.setattr(ops, "normalise", forbidden)
+    monkeypatch.setattr(ffn, "draw_seed", forbidden)
     for _, change, error, _ in CASES:
-        with pytest.raises(error):
-            fused_ffn(**(good() | change))
+        for autocast in (False, True) if error is ValueError else (False,):  # it mends a dtype
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(error):
+                fused_ffn(**({"dropout_p": 0.5} | good() | change))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_a_refused_call_leaves_the_generator_alone(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = good() | {"dropout_p": 0.5}
+    a["visual_value"] = a["visual_value"].clone().requires_grad_(grad)
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="visual_index"):
+        fused_ffn(**a, visual_index=i(0, 9, 1))
+    monkeypatch.setattr("memvp_kernels.choose.missing", lambda name, device: None)
+    monkeypatch.setattr(choose._module("cuda"), "unsupported", lambda problem: "it has no dropout")
+    with pytest.raises(RuntimeError, match=r"backend: wanted 'cuda', but it has no dropout; backend='auto'"):
+        fused_ffn(**a, backend="cuda")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class OnGPU:
+    """As much of a GPU tensor as the value checks look at; reading it is what they must not do unasked."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values, self.shape, self.reads = values, values.shape, 0
+
+    def dim(self) -> int:
+        return self.values.dim()
+
+    def numel(self) -> int:
+        return self.values.numel()
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args[0].reads += 1
+        return function(args[0].values)
+
+    def tolist(self) -> list[int]:
+        self.reads += 1
+        return self.values.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("visual_index", i(0, 3, 1), "visual_index: wanted values in -1..2, got 0..3"),
+        ("visual_lengths", i(7, 8, 0), "visual_lengths: wanted values in 0..7, got 0..8"),
+        ("cu_seqlens", i(0, 9, 4, 3), "cu_seqlens: wanted offsets rising from 0 to N = 3, got [0, 9, 4, 3]"),
+    ],
+)
+def test_on_a_gpu_values_are_read_only_when_asked(
+    name: str, values: torch.Tensor, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = OnGPU(values)
+    tensors = dict.fromkeys(("visual_index", "visual_lengths", "cu_seqlens")) | {
+        "x": OnGPU(z(3, 5, 24)), "visual_key": OnGPU(z(3, 7, 24)), name: given
+    }  # fmt: skip
+    for unasked in (None, "0", ""):
+        monkeypatch.delenv("MEMVP_CHECK", raising=False)
+        if unasked is not None:
+            monkeypatch.setenv("MEMVP_CHECK", unasked)
+        arguments.check_values(tensors)  # type: ignore[arg-type]
+    assert given.reads == 0
+    monkeypatch.setenv("MEMVP_CHECK", "1")
+    with pytest.raises(ValueError, match=re.escape(said)):
+        arguments.check_values(tensors)  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the backends exist")
@@ -129,6 +236,17 @@ def test_backends_that_this_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> No
         fused_ffn(**good(), backend="cuda")
 
 
+def test_triton_has_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr("memvp_kernels.choose.missing", lambda name, device: None)
+    a = cases.build("one_each-plain", torch.float64)
+    with pytest.raises(
+        RuntimeError,
+        match=r"backend: wanted 'triton', but .*float32, float16 and bfloat16, not float64; backend='auto'",
+    ):
+        fused_ffn(**a, backend="triton")
+
+
 def test_nan_and_inf_propagate() -> None:
     a = good()
     a["x"][1, 2, 3] = float("nan")
@@ -136,6 +254,19 @@ def test_nan_and_inf_propagate() -> None:
     assert out[1, 2].isnan().all()
     assert torch.isfinite(out[0]).all()
     assert torch.isfinite(out[1, 1]).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("p", [0.5, 1.0])
+def test_a_dropped_nan_is_still_one(p: float, bad: float) -> None:
+    """Dropout multiplies, in PyTorch: NaN · 0 is NaN, and so is ∞ · 0."""
+    scores = torch.full((64,), bad)
+    assert torch.nn.functional.dropout(scores, p).isfinite().sum() == 0
+    a = cases.build("one_each-plain", F32) | {"activation": "relu", "dropout_p": p}
+    a["visual_key"] = torch.full_like(a["visual_key"], bad)
+    a["x"] = a["x"].abs() + 1
+    assert fused_ffn(**a).isnan().all() or not math.isnan(bad)
+    assert not fused_ffn(**a).isfinite().any()
 
 
 def test_slots_past_the_length_are_never_read() -> None:
@@ -151,3 +282,52 @@ def test_slots_past_the_length_are_never_read() -> None:
         assert g[0].abs().sum() == 0
         assert g[2, 4:].abs().sum() == 0
         assert g[2, :4].abs().sum() > 0
+
+
+@pytest.mark.parametrize("form", ["plain", "factored"])
+def test_a_slot_past_the_length_has_zero_gradient_beside_nan(form: str) -> None:
+    a = cases.build(f"lengths-{form}", F32)  # 0, 7 and 4 of 7 slots
+    a["x"][2, 1, 3] = float("nan")
+    names = ["visual_key", "visual_value"]
+    _, grads = yardstick.gradients(fused_ffn, a, names, torch.ones(()).expand(a["x"].shape))
+    for g in grads.values():
+        assert g[0].abs().sum() == 0
+        assert g[2, 4:].abs().sum() == 0
+        assert torch.isfinite(g[1]).all()
+        assert g[2, :4].isnan().any()
+
+
+@pytest.mark.parametrize("frozen_memory", [False, True])
+@pytest.mark.parametrize(
+    "name", ["index-plain", "index-factored", "packed_index_lengths-plain", "packed_index_lengths-factored"]
+)
+def test_a_row_without_memory_gives_what_is_shared_no_gradient(name: str, frozen_memory: bool) -> None:
+    """As in PyTorch where nothing is multiplied for it: not even 0 · NaN."""
+    a = cases.build(name, F32)
+    wanted = [n for n in ("key_position", "value_position", "visual_basis") if n in a]
+    if not frozen_memory:
+        wanted += ["visual_key", "visual_value"]
+    x, grad = a["x"].clone(), torch.randn_like(a["x"])
+    _, clean = yardstick.gradients(fused_ffn, a, wanted, grad)
+    text = (1,) if x.dim() == 3 else slice(15, 17)
+    a["x"][text] = float("nan")
+    grad[text] = float("inf")
+    _, found = yardstick.gradients(fused_ffn, a, wanted, grad)
+    for n in wanted:
+        torch.testing.assert_close(found[n], clean[n])
+
+
+@pytest.mark.parametrize("name", ["one_each-plain", "one_each-factored"])
+@pytest.mark.parametrize("extra", [{}, {"visual_lengths": torch.zeros(0, dtype=torch.int32)}], ids=["", "lengths"])
+def test_no_memory_rows_at_all(name: str, extra: dict[str, Any]) -> None:
+    a = cases.build(name, F32) | extra
+    a.update({n: a[n][:0] for n in ("visual_key", "visual_value")}, visual_index=i(-1, -1, -1))
+    names = [n for n in yardstick.FLOATING if a.get(n) is not None]
+    grad = torch.randn_like(a["x"])
+    out, grads = yardstick.gradients(fused_ffn, a, names, grad)
+    text = {n: a[n] for n in ("x", "key", "value", "gate")}
+    expected, expected_grads = yardstick.gradients(fused_ffn, text, list(text), grad)
+    assert torch.equal(out, expected)
+    for n in names:
+        assert grads[n].shape == a[n].shape
+        assert torch.equal(grads[n], expected_grads.get(n, torch.zeros_like(a[n])))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from memvp_kernels import fused_ffn, ops
@@ -35,21 +36,21 @@ KEEP = ops.KEEP_HIDDEN | ops.KEEP_SCORES
 @pytest.mark.parametrize("name", FORMS)
 def test_opcheck_forward(name: str) -> None:
     a = leaves(cases.build(name, torch.float32))
-    torch.library.opcheck(ops.forward_op, (*ops.pack(a), *SCALARS, 0.0, KEEP, True, "torch"))
+    torch.library.opcheck(ops.forward_op, (*ops.pack(a), *SCALARS, 0.0, KEEP, True, "torch", None))
 
 
 def test_opcheck_forward_with_dropout_and_nothing_kept() -> None:
     a = leaves(cases.build("index-factored", torch.float32)) | {"seed": torch.tensor([5])}
-    torch.library.opcheck(ops.forward_op, (*ops.pack(a), *SCALARS, 0.3, 0, True, "torch"))
+    torch.library.opcheck(ops.forward_op, (*ops.pack(a), *SCALARS, 0.3, 0, True, "torch", None))
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_opcheck_backward(name: str) -> None:
     a = cases.build(name, torch.float32)
-    _, pre, scores = ops.forward_op(*ops.pack(a), *SCALARS, 0.0, KEEP, True, "torch")
+    _, pre, scores = ops.forward_op(*ops.pack(a), *SCALARS, 0.0, KEEP, True, "torch", None)
     kept = {"residual": None, "pre": pre if pre.numel() else None, "scores": scores if scores.numel() else None}
     _, needs = ops.pack({n: a.get(n) for n in yardstick.FLOATING if n != "residual"})
-    arguments = (torch.randn_like(a["x"]), *ops.pack(a | kept), *SCALARS, 0.0, needs, "torch")
+    arguments = (torch.randn_like(a["x"]), *ops.pack(a | kept), *SCALARS, 0.0, needs, "torch", None)
     torch.library.opcheck(ops.backward_op, arguments)
 
 
@@ -159,6 +160,90 @@ def test_autocast_leaves_float64_alone() -> None:
     a = cases.build("one_each-plain", torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         assert fused_ffn(**a).dtype == torch.float64
+
+
+def test_backward_under_autocast_is_the_forward_s_own() -> None:
+    """What the forward was cast to decides, not where backward() is called."""
+    a = leaves(cases.build("gated_biased_residual-factored", torch.float32))
+    names = [n for n in yardstick.FLOATING if a.get(n) is not None]
+
+    def gradients(forward: bool, backward: bool) -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=forward):
+            loss = fused_ffn(**a).float().square().sum()
+        with torch.autocast("cpu", torch.float16, enabled=backward):
+            return torch.autograd.grad(loss, [a[n] for n in names])
+
+    for forward in (False, True):
+        for found, expected in zip(gradients(forward, True), gradients(forward, False), strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_meta_tensors_give_meta_results(name: str) -> None:
+    a = cases.build(name, torch.float32) | {"dropout_p": 0.1 if "text" not in name else 0.0}
+    a = leaves({n: v.to("meta") if isinstance(v, Tensor) else v for n, v in a.items()})
+    with torch.no_grad():
+        assert fused_ffn(**a).is_meta
+    out = fused_ffn(**a)
+    assert out.is_meta
+    assert (out.shape, out.dtype) == (a["x"].shape, torch.float32)
+    names = [n for n in yardstick.FLOATING if a.get(n) is not None]
+    for n, g in zip(names, torch.autograd.grad(out.sum(), [a[n] for n in names]), strict=True):
+        assert g.is_meta
+        assert g.shape == a[n].shape
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_vmap(trainable: bool) -> None:
+    """Over any tensors, integers too; the autograd around it goes on working."""
+    a = cases.build("index-factored", torch.float32)
+    xs = torch.stack([a["x"], 2 * a["x"]]).requires_grad_(trainable)
+    indices = torch.tensor([[2, -1, 2, 0], [1, 1, -1, 0]])
+
+    def run(x: Tensor, index: Tensor) -> Tensor:
+        return fused_ffn(**{**a, "x": x, "visual_index": index})
+
+    out = torch.vmap(run)(xs, indices)
+    expected = torch.stack([run(x, i) for x, i in zip(xs, indices, strict=True)])
+    assert torch.equal(out, expected)
+    shared = torch.vmap(lambda key: fused_ffn(**{**a, "visual_key": key}))(a["visual_key"][None])
+    assert torch.equal(shared[0], fused_ffn(**a))
+    if trainable:
+        grad = torch.randn_like(out)
+        found, wanted = (torch.autograd.grad(o, xs, grad)[0] for o in (out, expected))
+        assert torch.equal(found, wanted)
+
+
+def test_vmap_with_dropout_follows_its_randomness() -> None:
+    a = cases.build("one_each-plain", torch.float32) | {"dropout_p": 0.5}
+    xs = a["x"].expand(2, *a["x"].shape)
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.vmap(lambda x: fused_ffn(**{**a, "x": x}))(xs)
+    for randomness in ("same", "different"):
+        one, two = torch.vmap(lambda x: fused_ffn(**{**a, "x": x}), randomness=randomness)(xs)
+        assert torch.equal(one, two) == (randomness == "same")
+
+
+def test_transforms_that_differentiate_say_so() -> None:
+    a = cases.build("one_each-plain", torch.float32)
+
+    def loss(x: Tensor) -> Tensor:
+        return fused_ffn(**{**a, "x": x}).sum()
+
+    x = a["x"]
+    for transformed in (
+        lambda: torch.func.grad(loss)(x),
+        lambda: torch.vmap(torch.func.grad(loss))(x[None]),
+        lambda: torch.func.vjp(loss, x),
+        lambda: torch.func.jvp(loss, (x,), (x,)),
+    ):
+        with pytest.raises(RuntimeError, match=r"fused_ffn: wanted reverse-mode autograd.*torch.autograd.grad"):
+            transformed()
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match="forward-mode AD"):
+            loss(forward_ad.make_dual(x, x))
+        loss(x)
+    assert torch.func.grad(lambda y: (y * loss(x)).sum())(x).shape == x.shape  # nothing of it is differentiated
 
 
 def test_same_inputs_same_bits() -> None:
