@@ -5,7 +5,11 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import memvp_kernels
 from memvp_kernels import fused_ffn
@@ -29,6 +33,23 @@ def test_signature_is_the_contract() -> None:
     assert defaults == {
         "activation": "silu", "visual_scale": 1.0, "dropout_p": 0.0, "recompute": False, "backend": "auto",
     }  # fmt: skip
+
+
+def test_a_pinned_version_exists_for_every_python_that_is_promised() -> None:
+    """For each package exactly one pin applies on 3.10 and on newer ones, and never a version that asks for a newer Python."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    for python in ("3.10", "3.11", "3.14"):
+        here = {"python_version": python, "python_full_version": f"{python}.0"}
+        applying = [p for p in pins if p.marker is None or p.marker.evaluate(here)]
+        assert len({p.name for p in applying}) == len(applying) == len({p.name for p in pins})
+        for pin in applying:
+            try:
+                about = metadata.metadata(pin.name)
+            except metadata.PackageNotFoundError:
+                continue
+            if about["Version"] in pin.specifier and about["Requires-Python"]:
+                assert f"{python}.99" in SpecifierSet(about["Requires-Python"]), f"{pin} has no Python {python}"
 
 
 def test_typed() -> None:
