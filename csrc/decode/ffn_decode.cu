@@ -1,19 +1,43 @@
 // The device side of the launcher: three kernels in the caller's stream, each begun early where the chip can.
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include "decode/launch.h"
 
 namespace memvp {
 namespace {
 
-// Makes the params' device current, and the caller's again at the end.
+// Whether something on this device has a context yet. Asked of the driver, which answers without making one.
+bool has_context(int device) {
+  using State = int (*)(int device, unsigned* flags, int* active);  // of cuda.h, where it returns a CUresult
+  static const State state = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+    cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &found, 7000, cudaEnableDefault, &result);
+#else
+    cudaGetDriverEntryPoint("cuDevicePrimaryCtxGetState", &found, cudaEnableDefault, &result);
+#endif
+    return reinterpret_cast<State>(found);
+  }();
+  unsigned flags = 0;
+  int active = 0;
+  return state != nullptr && state(device, &flags, &active) == 0 && active != 0;
+}
+
+// Makes the params' device current, and the caller's again at the end: unless nothing has used that one, for then
+// making it current would put a context of some hundred megabytes there.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     error_ = cudaGetDevice(&before_);
     if (error_ == cudaSuccess && before_ != device) {
+      const bool used = has_context(before_);
       error_ = cudaSetDevice(device);
-      changed_ = error_ == cudaSuccess;
+      changed_ = error_ == cudaSuccess && used;
     }
   }
   ~DeviceGuard() {
@@ -29,19 +53,39 @@ class DeviceGuard {
   cudaError_t error_;
 };
 
+// Once for each kernel and device, whichever thread comes first. `early`: the kernel was compiled for sm_90 or newer,
+// and so waits for the launch ahead of it (common/memory.cuh); on a newer chip than it was compiled for it may not.
+cudaError_t prepare(decode::DecodeKernel kernel, int device, bool& early) {
+  static std::mutex mutex;
+  static std::map<std::pair<decode::DecodeKernel, int>, bool> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find({kernel, device});
+  if (found != known.end()) {
+    early = found->second;
+    return cudaSuccess;
+  }
+  cudaFuncAttributes code{};
+  cudaError_t error = cudaFuncGetAttributes(&code, kernel);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, decode::kMaxSharedBytes);
+  if (error != cudaSuccess) return error;
+  // All three ask for the same division of L1 and shared memory: a multiprocessor changes it only when it is idle,
+  // and then no launch could begin beside the one ahead of it.
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess) return error;
+  early = code.ptxVersion >= 90;
+  known.emplace(std::make_pair(kernel, device), early);
+  return cudaSuccess;
+}
+
 struct Launcher {
   cudaStream_t stream;
-  bool early;  // programmatic dependent launch: sm_90 or newer
+  int device;
 
   int operator()(decode::DecodeKernel kernel, int blocks, size_t shared_bytes, const decode::DecodeArgs& args,
                  bool chained) const {
-    cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-    // All three ask for the same division of L1 and shared memory: a multiprocessor changes it only when it is idle,
-    // and then no launch could begin beside the one ahead of it.
-    error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    bool early = false;
+    const cudaError_t error = prepare(kernel, device, early);
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -75,10 +119,7 @@ size_t ffn_decode_workspace_bytes(const FfnDecodeParams& params) {
 int ffn_decode_launch(const FfnDecodeParams& params, void* stream) {
   const DeviceGuard guard(params.device);
   if (guard.error() != cudaSuccess) return guard.error();
-  int major = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, params.device);
-  if (error != cudaSuccess) return error;
-  return decode::launch_step(params, Launcher{static_cast<cudaStream_t>(stream), major >= 9});
+  return decode::launch_step(params, Launcher{static_cast<cudaStream_t>(stream), params.device});
 }
 
 const char* ffn_decode_error_text(int code) {

@@ -8,7 +8,8 @@
 // x Kv^T = (x W^T) A_k^T + x p^k^T and visual Vv = (visual A_v) W + visual p^v, so that no row of width d belongs to
 // one image.
 //
-// This header needs neither CUDA nor Python. Nothing here allocates, synchronises or keeps state between calls.
+// This header needs neither CUDA nor Python. Nothing here allocates on the device or synchronises; all may be called
+// from any number of threads at once.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -43,6 +43,8 @@ struct RingShape {
 constexpr size_t kRowSumsBytes = kWarps * kRowTile * kTokenTile * sizeof(float);
 constexpr size_t kColumnSumsBytes = kWarps * kColumnTile * kTokenTile * sizeof(float);
 constexpr size_t kGroupBytes = (kDecodeMaxTokens + kTokenTile) * sizeof(int32_t);
+constexpr int kMaxSharedBytes = kRingBytes;  // of any launch: what a kernel is allowed once, before its first
+static_assert(kMaxSharedBytes >= kColumnSumsBytes + kGroupBytes, "the ring is the largest user");
 
 // A product of weight rows that run along k with all tokens: `row_blocks` blocks of rows for each of `splits` parts of
 // k.
