@@ -42,6 +42,18 @@ MEMVP_DEVICE void load_matrices(uint32_t (&words)[4], const uint4* row) {
 #endif
 }
 
+// The same of the matrices' transposes: words of column g, rows 2t and 2t + 1.
+MEMVP_DEVICE void load_matrices_transposed(uint32_t (&words)[4], const uint4* row) {
+#ifdef __CUDACC__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
+               : "memory");
+#else
+  host_run::load_matrices_transposed(words, row);
+#endif
+}
+
 // c[16 rows x 8 tokens] += rows · tokens over 32 elements of k, each operand contiguous along k. Every lane brings the
 // 16 bytes at k = 8t of its two rows and of its token: the same order of k on both sides, so neither needs a shuffle.
 template <class T>

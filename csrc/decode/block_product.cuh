@@ -61,7 +61,8 @@ MEMVP_DEVICE void block_rows(int64_t k_end, Load load, Store store) {
 }
 
 // sum += 64 columns · 8 tokens over the rows k_begin .. k_end in steps of 16, this warp's share. load(k) gives a lane's
-// eight columns of row k; the four k of a lane's token start at token[k], zero past k_end up to a multiple of 16.
+// eight columns of row k; the four k of a lane's token start at token[k], zero past k_end up to a multiple of 16. No
+// token: zeros.
 template <class T, int kAhead, class Load>
 MEMVP_DEVICE void add_columns(float (&sum)[4][4], int64_t k_begin, int64_t k_end, const T* token, Load load) {
 #pragma unroll kAhead
@@ -70,16 +71,17 @@ MEMVP_DEVICE void add_columns(float (&sum)[4][4], int64_t k_begin, int64_t k_end
     uint4 row[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) row[i] = load(k + i);
-    mma_columns<T>(sum, row, load_written<uint2>(token + k));
+    mma_columns<T>(sum, row, token == nullptr ? uint2{0, 0} : load_written<uint2>(token + k));
   }
 }
 
-// All warps' sums together, then store(column of the 64, token of the 8, sum) once for each. Begins and ends with a
+// The sums of all warps, of element i = 64 token + column: share_columns, then column_sum. Begins and ends with a
 // barrier's safety: the shared sums may be in use before, and again after.
-template <class Store>
-MEMVP_DEVICE void store_columns(const float (&sum)[4][4], Store store) {
-  float* sums = shared_at<float>(0, kColumnSumsBytes / sizeof(float));  // [warp][token][column]
-  float* mine = sums + warp_of_thread() * kColumnTile * kTokenTile;
+MEMVP_DEVICE float* column_sums() {
+  return shared_at<float>(0, kColumnSumsBytes / sizeof(float));  // [warp][token][column]
+}
+MEMVP_DEVICE void share_columns(const float (&sum)[4][4]) {
+  float* mine = column_sums() + warp_of_thread() * kColumnTile * kTokenTile;
   const int g = group_of_lane(), t = member_of_lane();
   __syncthreads();
 #pragma unroll
@@ -90,11 +92,19 @@ MEMVP_DEVICE void store_columns(const float (&sum)[4][4], Store store) {
     mine[(2 * t + 1) * kColumnTile + g * 8 + 2 * i + 1] = sum[i][3];
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kColumnTile * kTokenTile; i += kThreads) {
-    float all = 0.0f;
-    for (int warp = 0; warp < kWarps; ++warp) all += sums[warp * kColumnTile * kTokenTile + i];
-    store(i % kColumnTile, i / kColumnTile, all);
-  }
+}
+MEMVP_DEVICE float column_sum(int i) {
+  float all = 0.0f;
+  for (int warp = 0; warp < kWarps; ++warp) all += column_sums()[warp * kColumnTile * kTokenTile + i];
+  return all;
+}
+
+// store(column of the 64, token of the 8, sum) once for each.
+template <class Store>
+MEMVP_DEVICE void store_columns(const float (&sum)[4][4], Store store) {
+  share_columns(sum);
+  for (int i = threadIdx.x; i < kColumnTile * kTokenTile; i += kThreads)
+    store(i % kColumnTile, i / kColumnTile, column_sum(i));
 }
 
 }  // namespace memvp::decode

@@ -1,6 +1,7 @@
 // First launch of a step: every product with x. Blocks of the FFN's activations,
 //     hidden = act(x G^T + b_G) * (x K^T + b_K), or act(x K^T + b_K),
-// then blocks of the memory's scores: x W^T and x p^k^T where it is factored, else visual = s vact(x Kv^T).
+// then blocks of the memory's scores: x W^T and x p^k^T where it is factored; x f^T, and x p^k^T apart, where the rings
+// read it; else visual = s vact(x Kv^T).
 #pragma once
 #include "common/activations.cuh"
 #include "decode/block_product.cuh"
@@ -66,10 +67,10 @@ MEMVP_DEVICE void products_by_ring(const DecodeArgs& args, int block) {
     rows = neighbours<T>(p.visual_basis.data, p.visual_basis.strides[0], p.rank);
   else
     rows = neighbours<T>(p.key_position.data, p.key_position.strides[0], p.slots);
-  Ring<T, kTokenTiles> ring(plan.hidden, rows, {static_cast<const T*>(p.x.data), p.x.strides[0], p.tokens},
-                            (block - before) * plan.hidden.pairs_per_block, 0, p.width);
+  Ring<T, kTokenTiles, RowPairs<T>, TokenRows<T>> ring(plan.hidden, rows,
+                                                       {static_cast<const T*>(p.x.data), p.x.strides[0], p.tokens},
+                                                       (block - before) * plan.hidden.pairs_per_block, 0, p.width);
   RingSums<kTokenTiles> sums;
-  ring.start_rows();
   ring.run(sums);
   const int hidden_pairs = p.gate.data != nullptr ? plan.hidden_stride : plan.hidden_stride / 2;
   ring.store(sums, [&](int pair, int token, float low, float high) {
@@ -143,14 +144,39 @@ MEMVP_DEVICE float visual_of_score(const FfnDecodeParams& p, float score) {
   return p.visual_scale * activate(p.visual_activation, score);
 }
 
-// Memory of width d: 16 slots of one memory row against the tokens that read it, Kv formed on the way.
+// Memory of width d: some slots of one image's f against the tokens that read it. What the positions add is the same
+// product for all, so it is one of the first ring's.
+template <class T>
+MEMVP_DEVICE void image_scores(const DecodeArgs& args, int block) {
+  const FfnDecodeParams& p = args.p;
+  const DecodePlan& plan = args.plan;
+  const int32_t* members;
+  const TokenGroup group = find_group(p, block % plan.memory_groups, ring_bytes(plan.scores, 1), members);
+  const int first_pair = block / plan.memory_groups * plan.scores.pairs_per_block;
+  if (2 * first_pair >= group.slots) return;
+  const RowPairs<T> rows =
+      neighbours<T>(slot_of(p.visual_key, group.memory, 0).data, p.visual_key.strides[1], group.slots);
+  Ring<T, 1, RowPairs<T>, TokenRows<T>> ring(plan.scores, rows,
+                                             {static_cast<const T*>(p.x.data), p.x.strides[0], group.count, members},
+                                             first_pair, 0, p.width);
+  RingSums<1> sums;
+  ring.run(sums);
+  float* scores = in_workspace<float>(args, plan.at.image_scores);
+  ring.store(sums, [&](int pair, int t, float low, float high) {
+    if (2 * pair < plan.slot_stride)
+      *reinterpret_cast<float2*>(scores + static_cast<int64_t>(members[t]) * plan.slot_stride + 2 * pair) =
+          float2{low, high};
+  });
+}
+
+// Memory of width d that the rings cannot take: 16 slots of one memory row, Kv formed on the way.
 template <class T, Reading kReading>
 MEMVP_DEVICE void memory_scores(const DecodeArgs& args, int block) {
   const FfnDecodeParams& p = args.p;
-  int32_t* members;
-  const TokenGroup group = find_group(p, block % p.tokens, kRowSumsBytes, members);
-  if (group.count == 0 || group.memory == kNoMemory) return;
-  const int first_slot = block / p.tokens * kRowTile, low = first_slot + group_of_lane(), high = low + 8;
+  const int32_t* members;
+  const TokenGroup group = find_group(p, block % args.plan.memory_groups, kRowSumsBytes, members);
+  if (group.count == 0) return;
+  const int first_slot = block / args.plan.memory_groups * kRowTile, low = first_slot + group_of_lane(), high = low + 8;
   const Row row = slot_of(p.visual_key, group.memory, low), row8 = slot_of(p.visual_key, group.memory, high);
   const Row position = row_of(p.key_position, low), position8 = row_of(p.key_position, high);
   const Row x = row_of(p.x, members[group_of_lane()]);
@@ -184,13 +210,15 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles > 0 ? 2 : 1)
       hidden_by_block<T>(args, block);
     return;
   }
+  if constexpr (kBy16) {
+    if (args.plan.memory_ring) return image_scores<T>(args, memory_block);
+  }
   let_next_grid_begin();
+  constexpr Reading kReading = kBy16 ? Reading::kPieces : Reading::kElements;  // what is narrow went by the rings
   if (p.visual_basis.data != nullptr)
-    with_reading<kBy16>(p.visual_basis, p.key_position,
-                        [&](auto reading) { shared_scores<T, reading.value>(args, memory_block); });
+    shared_scores<T, kReading>(args, memory_block);
   else
-    with_reading<kBy16>(p.visual_key, p.key_position,
-                        [&](auto reading) { memory_scores<T, reading.value>(args, memory_block); });
+    memory_scores<T, kReading>(args, memory_block);
 }
 
 }  // namespace memvp::decode

@@ -21,20 +21,23 @@ DecodeKernel hidden_kernel_of(const DecodePlan& plan) {
   }
 }
 
+template <class T, bool kAcross>
+DecodeKernel values_ring_of(const DecodePlan& plan) {
+  switch (plan.token_tiles) {
+    case 1:
+      return values_kernel<T, 1, kAcross>;
+    case 2:
+      return values_kernel<T, 2, kAcross>;
+    case 4:
+      return values_kernel<T, 4, kAcross>;
+    default:
+      return values_kernel<T, 8, kAcross>;
+  }
+}
 template <class T>
 DecodeKernel values_kernel_of(const DecodePlan& plan) {
   if (!plan.fast) return values_kernel<T, 0, false>;
-  if (!plan.value_ring) return values_kernel<T, 0, true>;
-  switch (plan.token_tiles) {
-    case 1:
-      return values_kernel<T, 1, true>;
-    case 2:
-      return values_kernel<T, 2, true>;
-    case 4:
-      return values_kernel<T, 4, true>;
-    default:
-      return values_kernel<T, 8, true>;
-  }
+  return plan.value_across ? values_ring_of<T, true>(plan) : values_ring_of<T, false>(plan);
 }
 
 template <class T>

@@ -42,9 +42,10 @@ struct RingShape {
 // Shared memory of a block that does not use the ring: sums of its warps, and the tokens that read one memory row.
 constexpr size_t kRowSumsBytes = kWarps * kRowTile * kTokenTile * sizeof(float);
 constexpr size_t kColumnSumsBytes = kWarps * kColumnTile * kTokenTile * sizeof(float);
-constexpr size_t kGroupBytes = (kDecodeMaxTokens + kTokenTile) * sizeof(int32_t);
-constexpr int kMaxSharedBytes = kRingBytes;  // of any launch: what a kernel is allowed once, before its first
-static_assert(kMaxSharedBytes >= kColumnSumsBytes + kGroupBytes, "the ring is the largest user");
+constexpr size_t kGroupBytes = (3 * kDecodeMaxTokens + kTokenTile) * sizeof(int32_t);
+// Of any launch: what a kernel is allowed once, before its first.
+constexpr int kMaxSharedBytes = kRingBytes + kGroupBytes;
+static_assert(kRingBytes >= kColumnSumsBytes, "a block that gathers its tokens needs no more without the ring");
 
 // A product of weight rows that run along k with all tokens: `row_blocks` blocks of rows for each of `splits` parts of
 // k.
@@ -62,19 +63,23 @@ struct Workspace {
   size_t visual = 0;        // T [tokens][visual_stride]: factored [visual A_v | visual], else visual; zero past its end
   size_t basis_scores = 0;  // T [tokens][rank_stride]: x W^T, zero past `rank`
   size_t slot_scores = 0;   // float [tokens][slot_stride]: x p^k^T
+  size_t image_scores = 0;  // float [tokens][slot_stride]: x f^T, where the rings read f
   size_t parts = 0;         // float [parts][tokens][width]: what y is the sum of
   size_t bytes = 0;
 };
 
 struct DecodePlan {
-  bool fast = false;        // 16-byte loads and the ring; else element by element
-  bool value_ring = false;  // the ring also for value, which then runs along the pairs
-  int32_t token_tiles = 0;  // tiles of 8 tokens that a ring block computes: 1, 2, 4 or 8
+  bool fast = false;          // 16-byte loads and the ring; else element by element
+  bool value_across = false;  // value runs along the width and not along the pairs
+  bool memory_ring = false;   // memory of width d is read by rings, f apart from the positions that all share
+  int32_t token_tiles = 0;    // tiles of 8 tokens that a ring block computes: 1, 2, 4 or 8
   int32_t token_groups = 0;
   RingPlan hidden, value;
+  RingPlan scores, values;      // of one image's f
   int32_t ffn_blocks = 0;       // of the first ring: rows of gate and key,
   int32_t basis_blocks = 0;     // rows of the basis,
   int32_t position_blocks = 0;  // rows of the key's positions
+  int32_t memory_groups = 0;    // at most so many groups of eight tokens that read one memory row
   int32_t parts = 0;            // the splits of hidden · value, and where memory is not factored one for visual · Vv
   int32_t hidden_stride = 0, rank_stride = 0, slot_stride = 0, visual_stride = 0;
   int32_t hidden_blocks = 0, score_blocks = 0;  // first launch
@@ -90,7 +95,7 @@ struct DecodeArgs {
 };
 using DecodeKernel = void (*)(DecodeArgs);
 
-inline size_t ring_bytes(const RingPlan& ring, int token_tiles) {
+MEMVP_HOST_DEVICE inline size_t ring_bytes(const RingPlan& ring, int token_tiles) {
   const size_t rows = ring.row_tiles() * kRowTile + token_tiles * kTokenTile;
   return RingShape{token_tiles}.stages() * rows * ring.slices_per_stage * kSliceBytes;
 }
@@ -106,15 +111,23 @@ struct RowCounts {
   }
 };
 
-// Cuts rows (by two) and k so that every multiprocessor has the same number of bytes to read. A split of k lets a block
-// be taller, which reads the tokens fewer times, and costs partial sums: with 64 tokens both count.
+// As many slices in a stage as there is room for.
+inline void fill_stages(RingPlan& ring, int token_tiles) {
+  const int slice_bytes = kSliceBytes * (ring.row_tiles() * kRowTile + token_tiles * kTokenTile);
+  ring.slices_per_stage =
+      least(greatest(RingShape{token_tiles}.stage_bytes() / slice_bytes, 1), greatest(ring.slices_per_split, 1));
+}
+
+// Cuts rows (by two, in whole `units`) and k so that every multiprocessor has the same number of bytes to read. A split
+// of k lets a block be taller, which reads the tokens fewer times, and costs partial sums: with 64 tokens both count.
 inline RingPlan plan_ring(const RowCounts& rows, int k, int tokens, int token_tiles, int multiprocessors,
-                          int max_splits) {
+                          int max_splits, int unit) {
   RingPlan best;
   double least_bytes = 0;
-  const int slices = ceil_div(k, kSlice), tallest = RingShape{token_tiles}.max_row_tiles() * kPairTile,
-            all = rows.blocks(1);
-  const auto consider = [&](int pairs_per_block, int splits) {
+  const int slices = ceil_div(k, kSlice), all = round_up(rows.blocks(1), unit);
+  const int tallest = RingShape{token_tiles}.max_row_tiles() * kPairTile / unit * unit;
+  const auto consider = [&](int pairs, int splits) {
+    const int pairs_per_block = round_up(pairs, unit);
     if (pairs_per_block < 1 || pairs_per_block > tallest) return;
     RingPlan ring;
     ring.pairs_per_block = pairs_per_block;
@@ -140,10 +153,22 @@ inline RingPlan plan_ring(const RowCounts& rows, int k, int tokens, int token_ti
       for (int more = 0; more < 4; ++more) consider(even + more, splits);  // a matrix's last block may be short
     }
   }
-  const int slice_bytes = kSliceBytes * (best.row_tiles() * kRowTile + token_tiles * kTokenTile);
-  best.slices_per_stage =
-      least(greatest(RingShape{token_tiles}.stage_bytes() / slice_bytes, 1), greatest(best.slices_per_split, 1));
+  fill_stages(best, token_tiles);
   return best;
+}
+
+// The rows of images, each `rows` by k, for groups of eight tokens: in blocks of at least `unit` row tiles, taller
+// where there would be more blocks than multiprocessors.
+inline RingPlan plan_images(int rows, int k, int groups, int unit, int multiprocessors) {
+  RingPlan ring;
+  const int tiles = ceil_div(rows, kRowTile), tallest = RingShape{1}.max_row_tiles() / unit * unit;
+  const int even = least(round_up(ceil_div(tiles * groups, multiprocessors), unit), tallest);
+  ring.row_blocks = ceil_div(tiles, even);
+  ring.pairs_per_block = round_up(ceil_div(tiles, ring.row_blocks), unit) * kPairTile;
+  ring.splits = 1;
+  ring.slices = ring.slices_per_split = ceil_div(k, kSlice);
+  fill_stages(ring, 1);
+  return ring;
 }
 
 inline size_t take(size_t& bytes, size_t wanted) {
@@ -165,14 +190,17 @@ inline DecodePlan make_plan(const FfnDecodeParams& p) {
 
   const bool ffn = has_ffn(p) && p.pairs > 0;
   const int ffn_pairs = !ffn ? 0 : present(p.gate) ? plan.hidden_stride : plan.hidden_stride / 2;
-  // Rows of the shared part of factored memory run in the same ring, if they are as narrow.
-  const bool shared_in_ring = plan.fast && is_factored(p) && p.visual_basis.type == p.type &&
-                              (!present(p.key_position) || p.key_position.type == p.type);
+  const auto narrow = [&](const DecodeTensor& t) { return !present(t) || t.type == p.type; };
+  plan.memory_ring = plan.fast && has_memory(p) && !is_factored(p) && narrow(p.visual_key) && narrow(p.visual_value) &&
+                     narrow(p.key_position) && narrow(p.value_position);
+  // Rows that all images share run in the same ring as the FFN's, if they are as narrow.
+  const bool shared_in_ring =
+      plan.memory_ring || (plan.fast && is_factored(p) && narrow(p.visual_basis) && narrow(p.key_position));
   if (plan.fast && (ffn || shared_in_ring)) {
     const int position_pairs = shared_in_ring && present(p.key_position) ? ceil_div(p.slots, 2) : 0;
     const RowCounts rows{{ffn_pairs, shared_in_ring ? plan.rank_stride / 2 : 0, position_pairs}};
     if (rows.blocks(1) > 0) {
-      plan.hidden = plan_ring(rows, p.width, p.tokens, plan.token_tiles, p.multiprocessors, 1);
+      plan.hidden = plan_ring(rows, p.width, p.tokens, plan.token_tiles, p.multiprocessors, 1, 1);
       plan.ffn_blocks = ceil_div(rows.pairs[0], plan.hidden.pairs_per_block);
       plan.basis_blocks = ceil_div(rows.pairs[1], plan.hidden.pairs_per_block);
       plan.position_blocks = ceil_div(rows.pairs[2], plan.hidden.pairs_per_block);
@@ -182,10 +210,11 @@ inline DecodePlan make_plan(const FfnDecodeParams& p) {
     plan.hidden_blocks = ceil_div(ffn_pairs, kPairTile) * plan.token_groups;
   }
   if (ffn) {
-    plan.value_ring = plan.fast && value_along_pairs(p);
-    if (plan.value_ring) {
+    plan.value_across = !value_along_pairs(p);
+    if (plan.fast) {
       const RowCounts rows{{ceil_div(p.width, 2), 0, 0}};
-      plan.value = plan_ring(rows, p.pairs, p.tokens, plan.token_tiles, p.multiprocessors, kMaxSplits);
+      plan.value = plan_ring(rows, p.pairs, p.tokens, plan.token_tiles, p.multiprocessors, kMaxSplits,
+                             plan.value_across ? kColumnTile / 2 : 1);
       plan.value_blocks = plan.value.blocks();
     } else {
       RingPlan& value = plan.value;  // only its cut along k is used
@@ -197,13 +226,23 @@ inline DecodePlan make_plan(const FfnDecodeParams& p) {
     }
     plan.parts = plan.value.splits;
   }
+  if (has_memory(p)) {
+    const int images = p.shared_memory ? 1 : least(p.memories, p.sequences);
+    plan.memory_groups = least(p.tokens, images + p.tokens / kTokenTile);
+  }
   if (is_factored(p)) {
     const int position_tiles = present(p.key_position) ? plan.slot_stride / kRowTile : 0;
     if (!shared_in_ring) plan.score_blocks = (plan.rank_stride / kRowTile + position_tiles) * plan.token_groups;
-    plan.memory_blocks = p.tokens;
+    plan.memory_blocks = plan.memory_groups;
+  } else if (plan.memory_ring) {
+    plan.scores = plan_images(p.slots, p.width, plan.memory_groups, 1, p.multiprocessors);
+    plan.values = plan_images(p.width, p.slots, plan.memory_groups, kColumnTile / kRowTile, p.multiprocessors);
+    plan.score_blocks = plan.scores.row_blocks * plan.memory_groups;
+    plan.memory_blocks = plan.values.row_blocks * plan.memory_groups;
+    plan.parts += 1;
   } else if (has_memory(p)) {
-    plan.score_blocks = p.tokens * (plan.slot_stride / kRowTile);
-    plan.memory_blocks = p.tokens * width_blocks;
+    plan.score_blocks = plan.memory_groups * (plan.slot_stride / kRowTile);
+    plan.memory_blocks = plan.memory_groups * width_blocks;
     plan.parts += 1;
   }
   plan.finish_blocks = width_blocks * plan.token_groups;
@@ -212,7 +251,8 @@ inline DecodePlan make_plan(const FfnDecodeParams& p) {
   plan.at.hidden = take(plan.at.bytes, 2 * tokens * plan.hidden_stride);
   plan.at.visual = take(plan.at.bytes, 2 * tokens * plan.visual_stride);
   plan.at.basis_scores = take(plan.at.bytes, 2 * tokens * plan.rank_stride);
-  plan.at.slot_scores = take(plan.at.bytes, is_factored(p) ? 4 * tokens * plan.slot_stride : 0);
+  plan.at.slot_scores = take(plan.at.bytes, is_factored(p) || plan.memory_ring ? 4 * tokens * plan.slot_stride : 0);
+  plan.at.image_scores = take(plan.at.bytes, plan.memory_ring ? 4 * tokens * plan.slot_stride : 0);
   plan.at.parts = take(plan.at.bytes, 4 * tokens * p.width * plan.parts);
   return plan;
 }
@@ -220,11 +260,13 @@ inline DecodePlan make_plan(const FfnDecodeParams& p) {
 // Dynamic shared memory of the three launches.
 inline size_t hidden_shared_bytes(const DecodePlan& plan) {
   const size_t ring = plan.fast && plan.hidden_blocks > 0 ? ring_bytes(plan.hidden, plan.token_tiles) : 0;
-  return greatest(ring, kRowSumsBytes + kGroupBytes);
+  const size_t memory = plan.memory_ring ? ring_bytes(plan.scores, 1) : kRowSumsBytes;
+  return greatest(ring, memory + kGroupBytes);
 }
 inline size_t values_shared_bytes(const DecodePlan& plan) {
-  const size_t ring = plan.value_ring ? ring_bytes(plan.value, plan.token_tiles) : 0;
-  return greatest(ring, kColumnSumsBytes + kGroupBytes);
+  const size_t ring = plan.fast && plan.value_blocks > 0 ? ring_bytes(plan.value, plan.token_tiles) : 0;
+  const size_t memory = plan.memory_ring ? ring_bytes(plan.values, 1) : kColumnSumsBytes;
+  return greatest(ring, memory + kGroupBytes);
 }
 inline size_t finish_shared_bytes() {
   return kColumnSumsBytes;

@@ -7,7 +7,14 @@
 
 namespace memvp::decode {
 
-// The weight rows of a product, by two: pair u is row u of `base[0]` and of `base[1]`, `stride[h]` elements apart.
+// The place of 16 bytes, piece `piece` of a row's 128-byte slice: the same piece of eight rows lies in eight different
+// groups of banks, so that a matrix is read at once.
+MEMVP_DEVICE int swizzled(int row, int piece) {
+  return row * 8 + (piece ^ row % 8);
+}
+
+// The weight rows of a product, by two: pair u is row u of `base[0]` and of `base[1]`, `stride[h]` elements apart, and
+// each runs along k.
 template <class T>
 struct RowPairs {
   const T* base[2];
@@ -22,12 +29,36 @@ MEMVP_DEVICE RowPairs<T> neighbours(const void* data, int64_t stride, int rows) 
   return {{base, base + stride}, {2 * stride, 2 * stride}, {(rows + 1) / 2, rows / 2}};
 }
 
-// Rows of T that run along k, one per token.
+// A matrix (k, rows) that runs along its rows: element k of a weight row is `stride` elements past element k - 1. Its
+// rows are paired as they lie in a row tile: pair u of a tile is rows u and u + 8 of it.
+template <class T>
+struct RowsAcross {
+  const T* base;
+  int64_t stride;
+  int32_t count;
+
+  __device__ static int64_t low_row(int pair) {
+    return static_cast<int64_t>(pair / kPairTile) * kRowTile + pair % kPairTile;
+  }
+};
+
+// The tokens' side of a product: rows of T that run along k, one per token, of all tokens or of `members`.
 template <class T>
 struct TokenRows {
   const T* base;
   int64_t stride;
   int32_t count;
+  const int32_t* members = nullptr;
+
+  // Starts the copies of one slice, elements k .. k + 63, zero from k_end on.
+  __device__ void bring(uint4* slice, int64_t k, int64_t k_end) const {
+    const int piece = threadIdx.x % 8;
+    const bool valid = k + piece * 8 < k_end;
+    for (int token = threadIdx.x / 8; token < count; token += kThreads / 8) {
+      const int64_t row = members == nullptr ? token : members[token];
+      copy16_async(slice + swizzled(token, piece), base + row * stride + (valid ? k + piece * 8 : 0), valid);
+    }
+  }
 };
 
 // A warp's part of the result: every row_warps()-th row tile, and token_tiles_per_warp() neighbouring token tiles.
@@ -37,13 +68,8 @@ struct RingSums {
   float c[kShape.row_tiles_per_warp()][kShape.token_tiles_per_warp()][4];
 };
 
-// The place of 16 bytes, piece `piece` of a row's 128-byte slice: the same piece of eight rows lies in eight different
-// groups of banks, so that a matrix is read at once.
-MEMVP_DEVICE int swizzled(int row, int piece) {
-  return row * 8 + (piece ^ row % 8);
-}
-
-template <class T, int kTokenTiles>
+// Rows: RowPairs or RowsAcross. Tokens: TokenRows, or whatever brings a slice of its own making.
+template <class T, int kTokenTiles, class Rows, class Tokens>
 class Ring {
   static constexpr RingShape kShape{kTokenTiles};
   static constexpr int kStages = kShape.stages(), kRowTilesPerWarp = kShape.row_tiles_per_warp();
@@ -51,7 +77,7 @@ class Ring {
 
  public:
   // Pairs from `first_pair` on, as many as the plan gives a block, over part `split` of k.
-  __device__ Ring(const RingPlan& plan, const RowPairs<T>& rows, const TokenRows<T>& tokens, int first_pair, int split,
+  __device__ Ring(const RingPlan& plan, const Rows& rows, const Tokens& tokens, int first_pair, int split,
                   int64_t k_end)
       : rows_(rows),
         tokens_(tokens),
@@ -70,15 +96,15 @@ class Ring {
     shared_tokens_ = shared_at<uint4>(row_bytes, static_cast<size_t>(kStages) * slices_ * token_pieces_);
   }
 
-  // Weights are inputs of the call: their first stages may be under way before the launch that makes the tokens has
-  // ended.
+  // Starts the copies of the first stages' weights, which are inputs of the call, so that they are under way before the
+  // launch ahead, which makes the tokens, has ended. Then wait for it, and run.
   __device__ void start_rows() {
+    rows_started_ = kStages - 1;
 #pragma unroll 1
-    for (int step = 0; step < kStages - 1; ++step)
-      if (step < steps_) copy_rows(step);
+    for (int step = 0; step < least(rows_started_, steps_); ++step) copy_rows(rows_, step);
   }
 
-  // sums = rows · tokens over this block's part of k. Call start_rows first, and wait for whoever writes the tokens.
+  // sums = rows · tokens over this block's part of k.
   __device__ void run(RingSums<kTokenTiles>& sums) {
 #pragma unroll
     for (int i = 0; i < kRowTilesPerWarp; ++i)
@@ -87,21 +113,20 @@ class Ring {
 #pragma unroll
         for (int j = 0; j < 4; ++j) sums.c[i][b][j] = 0.0f;
 #pragma unroll 1
-    for (int step = 0; step < kStages - 1; ++step) {
-      if (step < steps_) copy_tokens(step);
-      commit_copies();
-    }
-    for (int step = 0; step < steps_; ++step) {
-      wait_copies<kStages - 2>();
-      __syncthreads();  // all copies of this step have landed, and nobody reads the slot that is filled next
+    for (int step = 1 - kStages; step < steps_; ++step) {  // before step 0 all stages but one are filled
+      if (step >= 0) {
+        wait_copies<kStages - 2>();
+        __syncthreads();  // all copies of this step have landed, and nobody reads the slot that is filled next
+      }
       const int ahead = step + kStages - 1;
       if (ahead < steps_) {
-        copy_rows(ahead);
-        copy_tokens(ahead);
-      } else if (ahead == steps_) {
+        if (ahead >= rows_started_) copy_rows(rows_, ahead);
+        bring_tokens(ahead);
+      } else {
         let_next_grid_begin();  // every read of this block is on its way: the next launch's may follow
       }
       commit_copies();
+      if (step < 0) continue;
       for (int slice = 0; slice < slices_; ++slice) multiply(sums, (step % kStages) * slices_ + slice);
     }
     wait_copies<0>();
@@ -145,58 +170,82 @@ class Ring {
     return static_cast<int>(threadIdx.x) / 32 / kShape.row_warps() * kTokenTilesPerWarp;
   }
 
+  __device__ int64_t first_k(int step, int slice) const {
+    return k_begin_ + (static_cast<int64_t>(step) * slices_ + slice) * kSlice;
+  }
+
   // Thread i copies piece i % 8 of every kRowsAtOnce-th row from i / 8 on: a warp reads four whole lines. Those rows
   // are a multiple of the tile apart, so their places in shared memory are at equal steps, swizzle included.
-  __device__ void copy_rows(int step) {
+  __device__ void copy_rows(const RowPairs<T>& rows, int step) {
     uint4* stage = shared_rows_ + static_cast<size_t>(step % kStages) * slices_ * row_pieces_;
     const int piece = threadIdx.x % 8, first = threadIdx.x / 8;
     for (int slice = 0; slice < slices_; ++slice, stage += row_pieces_) {
-      const int64_t k = k_begin_ + (static_cast<int64_t>(step) * slices_ + slice) * kSlice + piece * 8;
+      const int64_t k = first_k(step, slice) + piece * 8;
       const bool valid = k < k_end_;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         uint4* to = stage + swizzled(first / kPairTile * kRowTile + half * kPairTile + first % kPairTile, piece);
-        const T* from = rows_.base[half] + (first_pair_ + first) * rows_.stride[half] + (valid ? k : 0);
-        const int end = least(pairs_, rows_.count[half] - first_pair_);
+        const T* from = rows.base[half] + (first_pair_ + first) * rows.stride[half] + (valid ? k : 0);
+        const int end = least(pairs_, rows.count[half] - first_pair_);
 #pragma unroll 2
         for (int pair = first; pair < end; pair += kRowsAtOnce) {
           copy16_async(to, from, valid);
           to += kRowsAtOnce / kPairTile * kRowTile * 8;
-          from += kRowsAtOnce * rows_.stride[half];
+          from += kRowsAtOnce * rows.stride[half];
+        }
+      }
+    }
+  }
+  // The same of a matrix that runs along its rows: 64 of them at one k are a line, and a slice has 64 such lines of
+  // every four row tiles.
+  __device__ void copy_rows(const RowsAcross<T>& rows, int step) {
+    uint4* stage = shared_rows_ + static_cast<size_t>(step % kStages) * slices_ * row_pieces_;
+    const int piece = threadIdx.x % 8, first = threadIdx.x / 8;
+    for (int slice = 0; slice < slices_; ++slice, stage += row_pieces_) {
+      const int64_t k = first_k(step, slice) + first;
+      int64_t row = 2 * static_cast<int64_t>(first_pair_) + piece * 8;
+      for (uint4* to = stage + swizzled(first, piece); to < stage + row_pieces_; to += kSlice * 8, row += kSlice) {
+#pragma unroll
+        for (int i = 0; i < kSlice; i += kRowsAtOnce) {
+          const bool valid = k + i < k_end_ && row < rows.count;
+          copy16_async(to + i * 8, valid ? rows.base + (k + i) * rows.stride + row : rows.base, valid);
         }
       }
     }
   }
 
-  __device__ void copy_tokens(int step) {
+  __device__ void bring_tokens(int step) {
     uint4* stage = shared_tokens_ + static_cast<size_t>(step % kStages) * slices_ * token_pieces_;
-    const int piece = threadIdx.x % 8, first = threadIdx.x / 8;
-    for (int slice = 0; slice < slices_; ++slice, stage += token_pieces_) {
-      const int64_t k = k_begin_ + (static_cast<int64_t>(step) * slices_ + slice) * kSlice + piece * 8;
-      const bool valid = k < k_end_;
-      for (int token = first; token < tokens_.count; token += kRowsAtOnce)
-        copy16_async(stage + swizzled(token, piece), tokens_.base + token * tokens_.stride + (valid ? k : 0), valid);
-    }
+    for (int slice = 0; slice < slices_; ++slice, stage += token_pieces_)
+      tokens_.bring(stage, first_k(step, slice), k_end_);
+  }
+
+  // The mma's words of row tile `tile` at 16 of the slice's k: rows 0 to 7 and 8 to 15 of the first 8 k, then of the
+  // other 8.
+  __device__ static void load_row_tile(uint32_t (&words)[4], const RowPairs<T>&, const uint4* rows, int tile, int k) {
+    const int lane = threadIdx.x % 32;
+    load_matrices(words, rows + tile * kRowTile * 8 + swizzled(lane % 16, k / 8 + lane / 16));
+  }
+  __device__ static void load_row_tile(uint32_t (&words)[4], const RowsAcross<T>&, const uint4* rows, int tile, int k) {
+    const int lane = threadIdx.x % 32;
+    load_matrices_transposed(
+        words, rows + tile / 4 * kSlice * 8 + swizzled(k + lane / 16 * 8 + lane % 8, tile % 4 * 2 + lane / 8 % 2));
   }
 
   __device__ void multiply(RingSums<kTokenTiles>& sums, int slot) {
-    constexpr int kRowTilePieces = kRowTile * 8, kTokenTilePieces = kTokenTile * 8;
+    constexpr int kTokenTilePieces = kTokenTile * 8;
     const int lane = threadIdx.x % 32;
-    const uint4* rows = shared_rows_ + static_cast<size_t>(slot) * row_pieces_ + row_tile(0) * kRowTilePieces;
+    const uint4* rows = shared_rows_ + static_cast<size_t>(slot) * row_pieces_;
     const uint4* tokens =
         shared_tokens_ + static_cast<size_t>(slot) * token_pieces_ + first_token_tile() * kTokenTilePieces;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // 32 of the slice's k
       uint32_t row[2][kRowTilesPerWarp][4];
 #pragma unroll
-      for (int step = 0; step < 2;
-           ++step) {  // 16 of them: rows 0 to 7 and 8 to 15 of the first 8 k, then of the other 8
-        const int at = swizzled(lane % 16, half * 4 + step * 2 + lane / 16);
+      for (int step = 0; step < 2; ++step)
 #pragma unroll
         for (int i = 0; i < kRowTilesPerWarp; ++i)
-          if (row_tile(i) < row_tiles_)
-            load_matrices(row[step][i], rows + i * kShape.row_warps() * kRowTilePieces + at);
-      }
+          if (row_tile(i) < row_tiles_) load_row_tile(row[step][i], rows_, rows, row_tile(i), half * 32 + step * 16);
       const int at = swizzled(lane % 8, half * 4 + lane / 8);  // 8 tokens, all 32 k
 #pragma unroll
       for (int b = 0; b < kTokenTilesPerWarp; ++b) {
@@ -213,9 +262,10 @@ class Ring {
     }
   }
 
-  RowPairs<T> rows_;
-  TokenRows<T> tokens_;
+  Rows rows_;
+  Tokens tokens_;
   int first_pair_, pairs_, row_tiles_, slices_, steps_, row_pieces_, token_pieces_;
+  int rows_started_ = 0;  // steps
   int64_t k_begin_, k_end_;
   uint4 *shared_rows_, *shared_tokens_;
 };

@@ -12,7 +12,7 @@ constexpr int kNoMemory = -1;
 struct TokenGroup {
   int32_t memory = kNoMemory;
   int32_t slots = 0;  // valid ones
-  int32_t count = 0;  // 0: the token it was asked for is in a group that begins before it
+  int32_t count = 0;  // 0: there are fewer groups
 };
 
 struct MemoryOfToken {
@@ -43,35 +43,40 @@ MEMVP_DEVICE MemoryOfToken memory_of_token(const FfnDecodeParams& p, int token) 
   return {static_cast<int32_t>(row), slots};
 }
 
-// The group that begins at token `first`; all threads of the block call. Tokens of one memory row are taken eight by
-// eight in their order, so exactly one block in the grid has each. `members` gets the tokens, `first` again past the
-// count. A token without memory is a group of its own.
-MEMVP_DEVICE TokenGroup find_group(const FfnDecodeParams& p, int first, size_t shared_offset, int32_t*& members) {
+// Group `number`; all threads of the block call. Tokens of one memory row are taken eight by eight in their order, so
+// exactly one group has each; those without memory are in none. `members` gets the tokens, the first again past the
+// count. Without as many groups, nothing.
+MEMVP_DEVICE TokenGroup find_group(const FfnDecodeParams& p, int number, size_t shared_offset,
+                                   const int32_t*& members) {
   int32_t* rows = shared_at<int32_t>(shared_offset, kGroupBytes / sizeof(int32_t));
-  members = rows + kDecodeMaxTokens;
+  int32_t *slots = rows + kDecodeMaxTokens, *places = slots + kDecodeMaxTokens, *of_group = places + kDecodeMaxTokens;
+  members = of_group;
   const int me = threadIdx.x;
-  if (me < p.tokens) rows[me] = memory_of_token(p, me).row;
-  if (me < kTokenTile) members[me] = first;
+  if (me < p.tokens) {
+    const MemoryOfToken mine = memory_of_token(p, me);
+    rows[me] = mine.row;
+    slots[me] = mine.slots;
+  }
+  __syncthreads();
+  if (me < p.tokens) {
+    int before = 0;  // tokens of the same memory row
+    for (int token = 0; token < me; ++token) before += rows[token] == rows[me];
+    places[me] = rows[me] == kNoMemory ? kDecodeMaxTokens + 1 : before;
+  }
   __syncthreads();
   TokenGroup group;
+  int first = 0;
+  for (; first < p.tokens; ++first)
+    if (places[first] % kTokenTile == 0 && number-- == 0) break;
+  if (first == p.tokens) return group;  // the same for the whole block
   group.memory = rows[first];
-  if (group.memory == kNoMemory) {
-    group.count = 1;
-    return group;
-  }
-  int before_first = 0, before_me = 0, all = 0;  // tokens of the same memory row
-  for (int token = 0; token < p.tokens; ++token) {
-    const bool same = rows[token] == group.memory;
-    before_first += same && token < first;
-    before_me += same && token < me;
-    all += same;
-  }
-  if (before_first % kTokenTile != 0) return group;  // the same for the whole block
-  const int place = before_me - before_first;
-  if (me < p.tokens && rows[me] == group.memory && place >= 0 && place < kTokenTile) members[place] = me;
+  group.slots = slots[first];
+  for (int token = first; token < p.tokens; ++token) group.count += rows[token] == group.memory;
+  group.count = least(group.count, kTokenTile);
+  if (me >= group.count && me < kTokenTile) of_group[me] = first;
+  const int place = me < p.tokens && rows[me] == group.memory ? places[me] - places[first] : kTokenTile;
+  if (place >= 0 && place < kTokenTile) of_group[place] = me;
   __syncthreads();
-  group.count = least(all - before_first, kTokenTile);
-  group.slots = memory_of_token(p, first).slots;
   return group;
 }
 

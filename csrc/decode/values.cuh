@@ -1,6 +1,6 @@
 // Second launch of a step: partial sums of hidden · V, and what an image adds,
 //     factored: visual = s vact(x p^k^T + (x W^T) A_k^T) and u = visual A_v, from its core alone;
-//     else:     visual · Vv, one more partial sum of y.
+//     else:     visual · f (read by the rings) or visual · Vv, one more partial sum of y.
 #pragma once
 #include "decode/hidden.cuh"
 
@@ -11,26 +11,45 @@ MEMVP_DEVICE float* part_of(const DecodeArgs& args, int part, int token) {
          (static_cast<int64_t>(part) * args.p.tokens + token) * args.p.width;
 }
 
-template <class T, int kTokenTiles>
+// The two columns of a pair of a ring whose rows run across.
+template <class T>
+MEMVP_DEVICE void store_across(const RowsAcross<T>& rows, float* sums, int pair, float low, float high) {
+  const int64_t column = rows.low_row(pair);
+  if (column < rows.count) sums[column] = low;
+  if (column + 8 < rows.count) sums[column + 8] = high;
+}
+
+template <class T, int kTokenTiles, bool kAcross>
 MEMVP_DEVICE void values_by_ring(const DecodeArgs& args, int block) {
+  using Rows = std::conditional_t<kAcross, RowsAcross<T>, RowPairs<T>>;
   const FfnDecodeParams& p = args.p;
   const T* hidden = in_workspace<T>(args, args.plan.at.hidden);
   const RingPlan& plan = args.plan.value;
   const int first_pair = block % plan.row_blocks * plan.pairs_per_block, split = block / plan.row_blocks;
-  Ring<T, kTokenTiles> ring(plan, neighbours<T>(p.value.data, p.value.strides[1], p.width),
-                            {hidden, args.plan.hidden_stride, p.tokens}, first_pair, split, p.pairs);
+  Rows rows;
+  if constexpr (kAcross)
+    rows = {static_cast<const T*>(p.value.data), p.value.strides[0], p.width};
+  else
+    rows = neighbours<T>(p.value.data, p.value.strides[1], p.width);
+  Ring<T, kTokenTiles, Rows, TokenRows<T>> ring(plan, rows, {hidden, args.plan.hidden_stride, p.tokens}, first_pair,
+                                                split, p.pairs);
   RingSums<kTokenTiles> sums;
   ring.start_rows();
   wait_for_previous_grid();
   ring.run(sums);
   ring.store(sums, [&](int pair, int token, float low, float high) {
-    if (2 * pair < p.width) *reinterpret_cast<float2*>(part_of(args, split, token) + 2 * pair) = float2{low, high};
+    float* part = part_of(args, split, token);
+    if constexpr (kAcross)
+      store_across(rows, part, pair, low, high);
+    else if (2 * pair < p.width)
+      *reinterpret_cast<float2*>(part + 2 * pair) = float2{low, high};
   });
 }
 
-// 64 columns, one part of k, eight tokens.
-template <class T, Reading kReading>
+// 64 columns, one part of k, eight tokens, element by element.
+template <class T>
 MEMVP_DEVICE void values_by_block(const DecodeArgs& args, int block) {
+  constexpr Reading kReading = Reading::kElements;
   const FfnDecodeParams& p = args.p;
   const int width_blocks = ceil_div(p.width, kColumnTile), splits = args.plan.value.splits;
   const int64_t first_column = block % width_blocks * kColumnTile, column = first_column + group_of_lane() * 8;
@@ -56,15 +75,11 @@ MEMVP_DEVICE void core_step(const DecodeArgs& args, int block) {
   const FfnDecodeParams& p = args.p;
   const int64_t rank_stride = args.plan.rank_stride, slot_stride = args.plan.slot_stride,
                 visual_stride = args.plan.visual_stride;
-  int32_t* members;
+  const int32_t* members;
   const TokenGroup group = find_group(p, block, kColumnSumsBytes, members);
   wait_for_previous_grid();
   if (group.count == 0) return;
   T* out = in_workspace<T>(args, args.plan.at.visual);
-  if (group.memory == kNoMemory) {
-    for (int i = threadIdx.x; i < visual_stride; i += kThreads) out[block * visual_stride + i] = round_to<T>(0.0f);
-    return;
-  }
   const float* slot_scores = in_workspace<float>(args, args.plan.at.slot_scores);
   const int64_t token = members[group_of_lane()];
   const T* basis_scores = in_workspace<T>(args, args.plan.at.basis_scores) + token * rank_stride;
@@ -106,15 +121,80 @@ MEMVP_DEVICE void core_step(const DecodeArgs& args, int block) {
   }
 }
 
-// Memory of width d: 64 columns of visual · Vv for the tokens of one image, Vv formed on the way.
+// The visual activations of a group's tokens as a ring's token side: each block makes them of the two scores.
+template <class T>
+struct VisualTokens {
+  const DecodeArgs& args;
+  const int32_t* members;
+  int32_t count, slots;
+  bool keep;  // for the third launch
+
+  // Of token t and slots k, k + 1 as two of T, zero past the last slot.
+  __device__ uint32_t both(int t, int64_t k) const {
+    const FfnDecodeParams& p = args.p;
+    const int64_t n = members[t], at = n * args.plan.slot_stride + k;
+    float visual[2] = {0.0f, 0.0f};
+    if (k < slots) {
+      const float2 image = load_written<float2>(in_workspace<float>(args, args.plan.at.image_scores) + at);
+      float2 position{0.0f, 0.0f};
+      if (p.key_position.data != nullptr)
+        position = load_written<float2>(in_workspace<float>(args, args.plan.at.slot_scores) + at);
+      visual[0] = visual_of_score(p, image.x + position.x);
+      if (k + 1 < slots) visual[1] = visual_of_score(p, image.y + position.y);
+    }
+    const uint32_t word = pack(T{}, visual[0], visual[1]);
+    if (keep && k < args.plan.slot_stride)
+      *reinterpret_cast<uint32_t*>(in_workspace<T>(args, args.plan.at.visual) + n * args.plan.visual_stride + k) = word;
+    return word;
+  }
+
+  __device__ void bring(uint4* slice, int64_t k, int64_t) const {
+    const int word = threadIdx.x % (kSlice / 2);
+    for (int t = threadIdx.x / (kSlice / 2); t < count; t += kThreads / (kSlice / 2))
+      reinterpret_cast<uint32_t*>(slice + swizzled(t, word / 4))[word % 4] = both(t, k + 2 * word);
+  }
+
+  // What no slice of the ring has: the rest of the rows that the third launch reads.
+  __device__ void keep_rest(int64_t k) const {
+    const int words = greatest<int64_t>(args.plan.slot_stride - k, 0) / 2;
+    for (int i = threadIdx.x; i < count * words; i += kThreads) both(i / words, k + 2 * (i % words));
+  }
+};
+
+// Memory of width d: some columns of visual · f for the tokens of one image. What the value's positions add is the same
+// product for all, in the third launch.
+template <class T>
+MEMVP_DEVICE void image_values(const DecodeArgs& args, int block) {
+  const FfnDecodeParams& p = args.p;
+  const RingPlan& plan = args.plan.values;
+  const int32_t* members;
+  const TokenGroup group = find_group(p, block % args.plan.memory_groups, ring_bytes(plan, 1), members);
+  const int strip = block / args.plan.memory_groups;
+  const RowsAcross<T> rows{reinterpret_cast<const T*>(slot_of(p.visual_value, greatest(group.memory, 0), 0).data),
+                           p.visual_value.strides[1], p.width};
+  const VisualTokens<T> visual{args, members, group.count, group.slots, strip == 0 && p.value_position.data != nullptr};
+  Ring<T, 1, RowsAcross<T>, VisualTokens<T>> ring(plan, rows, visual, strip * plan.pairs_per_block, 0, group.slots);
+  RingSums<1> sums;
+  ring.start_rows();
+  wait_for_previous_grid();
+  ring.run(sums);
+  if (group.count == 0) return;
+  if (visual.keep) visual.keep_rest(round_up<int64_t>(group.slots, plan.slices_per_stage * kSlice));
+  ring.store(sums, [&](int pair, int t, float low, float high) {
+    store_across(rows, part_of(args, args.plan.parts - 1, members[t]), pair, low, high);
+  });
+}
+
+// Memory of width d that the rings cannot take: 64 columns of visual · Vv, Vv formed on the way.
 template <class T, Reading kReading>
 MEMVP_DEVICE void memory_values(const DecodeArgs& args, int block) {
   const FfnDecodeParams& p = args.p;
-  int32_t* members;
-  const TokenGroup group = find_group(p, block % p.tokens, kColumnSumsBytes, members);
+  const int32_t* members;
+  const TokenGroup group = find_group(p, block % args.plan.memory_groups, kColumnSumsBytes, members);
   wait_for_previous_grid();
-  if (group.count == 0 || group.memory == kNoMemory) return;
-  const int64_t first_column = block / p.tokens * kColumnTile, column = first_column + group_of_lane() * 8;
+  if (group.count == 0) return;
+  const int64_t first_column = block / args.plan.memory_groups * kColumnTile,
+                column = first_column + group_of_lane() * 8;
   const int64_t token = members[group_of_lane()];
   const T* visual = in_workspace<T>(args, args.plan.at.visual) + token * args.plan.visual_stride;
   float sum[4][4] = {};
@@ -128,25 +208,29 @@ MEMVP_DEVICE void memory_values(const DecodeArgs& args, int block) {
   });
 }
 
-// kTokenTiles 0: value is read by blocks of columns, by 16 bytes or (kBy16 false) element by element.
-template <class T, int kTokenTiles, bool kBy16>
-__global__ void __launch_bounds__(kThreads, kBy16 ? 2 : 1) values_kernel(const __grid_constant__ DecodeArgs args) {
+// kTokenTiles 0: nothing can be read by 16 bytes. kAcross: value runs along the width.
+template <class T, int kTokenTiles, bool kAcross>
+__global__ void __launch_bounds__(kThreads, kTokenTiles > 0 ? 2 : 1)
+    values_kernel(const __grid_constant__ DecodeArgs args) {
+  constexpr bool kBy16 = kTokenTiles > 0;
   const FfnDecodeParams& p = args.p;
   const int block = blockIdx.x, memory_block = block - args.plan.value_blocks;
   if (memory_block < 0) {
-    if constexpr (kTokenTiles > 0)
-      values_by_ring<T, kTokenTiles>(args, block);
+    if constexpr (kBy16)
+      values_by_ring<T, kTokenTiles, kAcross>(args, block);
     else
-      values_by_block<T, kBy16 ? Reading::kNarrow : Reading::kElements>(args, block);
+      values_by_block<T>(args, block);
     return;
+  }
+  if constexpr (kBy16) {
+    if (args.plan.memory_ring) return image_values<T>(args, memory_block);
   }
   let_next_grid_begin();
   if (p.visual_basis.data != nullptr)
     with_reading<kBy16>(p.visual_key, p.visual_value,
                         [&](auto reading) { core_step<T, reading.value>(args, memory_block); });
   else
-    with_reading<kBy16>(p.visual_value, p.value_position,
-                        [&](auto reading) { memory_values<T, reading.value>(args, memory_block); });
+    memory_values<T, kBy16 ? Reading::kPieces : Reading::kElements>(args, memory_block);
 }
 
 }  // namespace memvp::decode

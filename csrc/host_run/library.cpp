@@ -51,15 +51,17 @@ int memvp_host_is_fast(const FfnDecodeParams* params) {
   return decode::is_fast(*params);
 }
 
-// How the step is cut, for tests of the plan: rows by two in a block, blocks of rows, parts of k and slices in a part,
-// of the first and of the second ring; blocks of the three launches; dynamic shared memory of the first two.
-void memvp_host_plan(const FfnDecodeParams* params, int64_t out[13]) {
+// How the step is cut, for tests of the plan: rows by two in a block, blocks of rows, parts of k, slices in a part and
+// in a stage, of the first and the second ring and of an image's two; blocks of the three launches; dynamic shared
+// memory of the first two.
+void memvp_host_plan(const FfnDecodeParams* params, int64_t out[25]) {
   const decode::DecodePlan plan = decode::make_plan(*params);
-  for (const decode::RingPlan* ring : {&plan.hidden, &plan.value}) {
+  for (const decode::RingPlan* ring : {&plan.hidden, &plan.value, &plan.scores, &plan.values}) {
     *out++ = ring->pairs_per_block;
     *out++ = ring->row_blocks;
     *out++ = ring->splits;
     *out++ = ring->slices_per_split;
+    *out++ = ring->slices_per_stage;
   }
   *out++ = plan.hidden_blocks + plan.score_blocks;
   *out++ = plan.value_blocks + plan.memory_blocks;

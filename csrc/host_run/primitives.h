@@ -144,6 +144,22 @@ inline void load_matrices(uint32_t (&words)[4], const void* row, MEMVP_SITE) {
   });
 }
 
+// The same of the transposes: halves l / 4 of rows 2 (l % 4) and 2 (l % 4) + 1.
+inline void load_matrices_transposed(uint32_t (&words)[4], const void* row, MEMVP_SITE) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("misaligned row of ldmatrix");
+  std::array<uint16_t, 8> mine;
+  memcpy(&mine, row, sizeof(mine));
+  meet_warp(&mine, words, {file, line, "ldmatrix.trans"}, [](Warp& warp) {
+    const auto half = [&](int matrix, int r, int column) -> uint32_t {
+      return (*static_cast<const std::array<uint16_t, 8>*>(warp.in[matrix * 8 + r]))[column];
+    };
+    for (int lane = 0; lane < 32; ++lane)
+      for (int matrix = 0; matrix < 4; ++matrix)
+        static_cast<uint32_t*>(warp.out[lane])[matrix] =
+            half(matrix, lane % 4 * 2, lane / 4) | half(matrix, lane % 4 * 2 + 1, lane / 4) << 16;
+  });
+}
+
 // ---- memory -------------------------------------------------------------------------------------
 
 // Bytes [offset, offset + sizeof(V) count) of the block's shared memory, the same for all its threads.

@@ -104,6 +104,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "misaligned": {"tokens": 2, "slots": 18, "rank": 16, "positions": True, "misaligned": True},
     "half": {"tokens": 5, "slots": 18, "rank": 16, "positions": True, "dtype": FP16, "bias": True},
     "half_formed_odd": {"tokens": 3, "width": 37, "pairs": 21, "slots": 18, "positions": True, "dtype": FP16},
+    "across_many": {"tokens": 40, "width": 200, "pairs": 136, "value_contiguous": True, "gated": False},
+    "ring_wraps": {"tokens": 3, "width": 1024, "pairs": 264, "slots": 20, "rank": 24, "positions": True, "multiprocessors": 12},
+    "images_wrap": {"tokens": 4, "width": 520, "pairs": 16, "slots": 330, "images": 2, "positions": True, "lengths": [330, 290], "index": [0, 1, 1, -1]},
+    "images_without_positions": {"tokens": 10, "width": 264, "pairs": None, "slots": 37, "images": 1, "lengths": [36]},
     "tokens_64": {"tokens": 64, "width": 136, "pairs": 72, "slots": 18, "images": 5, "rank": 16, "positions": True},
     "split_k": {"tokens": 33, "width": 136, "pairs": 520, "multiprocessors": 12},
     "tokens_30": {"tokens": 30, "width": 136, "pairs": 264, "slots": 18, "images": 30, "rank": 16, "positions": True},
@@ -128,6 +132,7 @@ SWEEP = [
         "gated": (n + d) % 2 == 0,
         "positions": True,
         "residual": n % 3 == 0,
+        "value_contiguous": (n + m) % 3 == 0,
         "seed": n + d + f + m,
     }
     for n, (d, f), (m, r) in itertools.product(

@@ -204,12 +204,12 @@ class HostLibrary:
 
     def plan(self, params: Params) -> dict[str, int]:
         """How a step of these sizes would be cut into blocks; looks at no data."""
-        out = (ctypes.c_int64 * 13)()
+        out = (ctypes.c_int64 * 25)()
         self._library.memvp_host_plan(ctypes.byref(params), out)
         rings = (
             f"{ring}_{part}"
-            for ring in ("hidden", "value")
-            for part in ("pairs_per_block", "row_blocks", "splits", "slices_per_split")
+            for ring in ("hidden", "value", "scores", "values")
+            for part in ("pairs_per_block", "row_blocks", "splits", "slices_per_split", "slices_per_stage")
         )
         return dict(
             zip(

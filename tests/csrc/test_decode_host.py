@@ -40,6 +40,18 @@ def test_the_cases_reach_every_road(library: HostLibrary) -> None:
     ring = {name: library.plan(small(name).params) for name in SMALL}
     assert any(plan["value_splits"] > 1 and plan["value_row_blocks"] > 1 for plan in ring.values()), "no case splits k"
     assert any(plan["hidden_row_blocks"] > 3 for plan in ring.values()), "no case has more blocks than multiprocessors"
+    narrow = {name for name in SMALL if fast[name] and "wide" not in name and "formed" in name} | {
+        "images_wrap",
+        "images_without_positions",
+    }
+    assert {name for name, plan in ring.items() if plan["scores_row_blocks"] > 0} == narrow
+    for part in ("hidden", "value", "scores", "values"):  # every ring goes round, some with several slices in a stage
+        steps = {
+            name: -(-plan[f"{part}_slices_per_split"] // max(plan[f"{part}_slices_per_stage"], 1))
+            for name, plan in ring.items()
+        }
+        assert max(steps.values()) > 4, f"{part}: {steps}"
+    assert any(plan["hidden_slices_per_stage"] > 1 for plan in ring.values())
 
 
 @pytest.mark.parametrize(
@@ -159,6 +171,29 @@ def test_nan_stays_with_those_who_read_it(library: HostLibrary, rank: int | None
     assert torch.equal(out[1:], clean[1:])
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("rank", [None, 16])
+def test_nan_in_what_all_share_stays_with_those_who_read_it(
+    library: HostLibrary, rank: int | None, dtype: torch.dtype
+) -> None:
+    """Rows of the positions past a token's slots, and for a token without memory all of them and the basis."""
+    arguments = make(
+        tokens=3, width=72, pairs=24, slots=18, images=2, rank=rank, positions=True, lengths=[18, 5], index=[0, 1, -1],
+        memory_dtype=dtype, residual=True,
+    )  # fmt: skip
+    exact, theirs = Case(arguments).expected
+    for name in ("key_position", "value_position"):
+        arguments[name][7] = float("inf")  # a slot that only sequence 0 has
+    out = result(library, arguments)
+    assert not out[0].isfinite().any()
+    yardstick.assert_within_twice(out[1:], exact[1:], [t[1:] for t in theirs])
+    for name in ("key_position", "value_position", *(("visual_basis",) if rank else ())):
+        arguments[name].fill_(float("nan"))
+    out = result(library, arguments)
+    assert out[:2].isnan().all()
+    yardstick.assert_within_twice(out[2:], exact[2:], [t[2:] for t in theirs])
+
+
 def test_inf_and_nan_in_weights_propagate(library: HostLibrary) -> None:
     arguments = make(tokens=2, width=40, pairs=24, gated=False, activation="relu")
     arguments["key"][5, 3] = float("nan")
@@ -259,7 +294,7 @@ def test_plan_keeps_every_multiprocessor_busy(
 ) -> None:
     for tokens in (1, 4, 16, 64):
         plan = library.plan(llama(tokens, width, pairs, multiprocessors))
-        assert plan["first_shared"] <= 99 * 1024 and plan["second_shared"] <= 99 * 1024
+        assert plan["first_shared"] <= 98 * 1024 and plan["second_shared"] <= 98 * 1024
         for ring, row_pairs, k in (("hidden", pairs, width), ("value", width // 2, pairs)):
             each, blocks, splits, slices = (
                 plan[f"{ring}_{part}"] for part in ("pairs_per_block", "row_blocks", "splits", "slices_per_split")
@@ -268,6 +303,24 @@ def test_plan_keeps_every_multiprocessor_busy(
             rounds = -(-blocks * splits // multiprocessors)
             busiest, mean = rounds * each * slices * 64, row_pairs * k / multiprocessors
             assert busiest <= 1.09 * mean, f"{tokens} tokens, {ring}: {plan}"
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16, 64])
+@pytest.mark.parametrize("width", [2048, 4096, 8192])
+def test_plan_of_formed_images(library: HostLibrary, width: int, tokens: int) -> None:
+    p = llama(tokens, width, 11008, 132)
+    p.rank, p.visual_basis.data = 0, None
+    for name in ("visual_key", "visual_value", "value_position"):
+        getattr(p, name).data = 4096
+    for name in ("visual_key", "visual_value"):
+        getattr(p, name).strides[0], getattr(p, name).strides[1] = 320 * width, width
+    plan = library.plan(p)
+    assert plan["first_shared"] <= 98 * 1024 and plan["second_shared"] <= 98 * 1024
+    for ring, rows, k in (("scores", 320, width), ("values", width, 320)):
+        blocks, tall, each = (plan[f"{ring}_{part}"] for part in ("row_blocks", "pairs_per_block", "slices_per_split"))
+        assert 2 * tall * blocks >= rows > 2 * tall * (blocks - 1) and each * 64 >= k
+        assert 2 * tall * blocks <= 1.25 * rows, "rows of a block that do not exist"
+        assert tokens * blocks <= 264 or tall >= 64, "more blocks than fit, though a block could be taller"
 
 
 def test_workspace_is_small(library: HostLibrary) -> None:
