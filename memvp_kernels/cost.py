@@ -34,8 +34,9 @@ _RATES = {
     120: Rates(420e12, 105e12, 1.7e12),
 }
 #: Share of the arithmetic peak that large products reach. cuBLAS and pipelined Triton in 16 bits are close to one another; in IEEE
-#: float32 `tl.dot` is a loop of FMAs without cuBLAS's register blocking. The decode kernel is built for bandwidth, not for FLOPs.
-_EFFICIENCY = {"torch": 0.80, "triton": 0.76, "cuda": 0.10}
+#: float32 `tl.dot` is a loop of FMAs without cuBLAS's register blocking. The decode kernel is built for bandwidth, not for FLOPs: its
+#: tensor-core work is bound by shared memory (docs/notes/decode-account.md), below the weights' own time up to its 64 tokens.
+_EFFICIENCY = {"torch": 0.80, "triton": 0.76, "cuda": 0.35}
 _EFFICIENCY_FLOAT32 = {"torch": 0.85, "triton": 0.35, "cuda": 0.0}
 #: Share of the memory bandwidth while weights stream past a few tokens.
 _STREAMING = {"torch": 0.75, "triton": 0.70, "cuda": 0.90}
@@ -58,12 +59,13 @@ def predict(problem: Problem, backend: str, rates: Rates) -> float:
         shared, own = 2 * (p.rank + p.slots) * p.width, 2 * p.memories * p.slots * p.rank
     else:
         shared, own = 0, 2 * p.memories * p.slots * p.width
+        if backend == "cuda" and p.visual_key is not None and p.visual_key.element_size() > size:
+            own *= 4  # twice the bytes, added to the positions in registers and not in a ring: about half the rate
     per_row = weights + 2 * p.slots * p.width if not p.factored else weights + shared + 2 * p.slots * p.rank
     flops = 2.0 * p.rows * per_row
     moved = (weights + shared + own + 2 * p.rows * p.width + 2 * p.rows * p.pairs) * size
-    launches = {"torch": 4 + 5 * p.has_memory + 2 * p.factored, "triton": 2 + 2 * p.has_memory, "cuda": 2 + p.factored}[
-        backend
-    ]
+    # The decode kernel has three, each begun before the one ahead of it has ended.
+    launches = {"torch": 4 + 5 * p.has_memory + 2 * p.factored, "triton": 2 + 2 * p.has_memory, "cuda": 2}[backend]
     # PyTorch's products write the pre-activations, and separate passes read them again, write the hidden and read the scores.
     passes = p.rows * (2 * max(matrices - 1, 0) * p.pairs + 4 * p.slots) * size if backend == "torch" else 0
     half = p.x.dtype in (torch.float16, torch.bfloat16)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from memvp_kernels import choose
 from memvp_kernels.arguments import TENSORS, check_scalars, check_tensors
 from memvp_kernels.backends.cuda import decode, extension
 from memvp_kernels.ops import normalise
@@ -80,10 +81,10 @@ class Machine:
 
 
 def forget() -> None:
-    """Clears what the cuda backend remembers of the extension and the GPU."""
+    """Clears what the package remembers of the extension and the GPU."""
     decode._latest = None
     remembered = (decode._type_codes, decode._tensors, decode._multiprocessors)
-    for function in (*remembered, _LOAD, extension.device_limit, extension._machine_limit):
+    for function in (*remembered, _LOAD, extension.device_limit, extension._machine_limit, choose._missing_on_gpu):
         function.cache_clear()
 
 

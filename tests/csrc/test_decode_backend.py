@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from memvp_kernels import choose
 from memvp_kernels.backends import cuda
 from memvp_kernels.backends.cuda import decode, extension
 from memvp_kernels.problem import Problem
@@ -202,6 +203,50 @@ def test_refuses(build: Any, reason: str) -> None:
     assert found is not None
     assert re.search(reason, found)
     assert Params.made == []
+
+
+def llama_7b(rows: int, **changes: Any) -> Problem:
+    """LLaMA-7B's FFN and a factored memory, of one number each."""
+    matrix, core, basis, x = (
+        torch.tensor(0.0, dtype=torch.bfloat16).expand(shape)
+        for shape in ((11008, 4096), (1, 320, 136), (136, 4096), (1, rows, 4096))
+    )
+    tensors = {"key": matrix, "value": matrix, "gate": matrix, "visual_key": core, "visual_value": core}
+    return on_gpu(problem_of(x=x, **tensors, visual_basis=basis), **changes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "training", "changes", "backend"),
+    [
+        (1, False, {}, "cuda"),
+        (64, False, {}, "cuda"),
+        (65, False, {}, "triton"),
+        (4, True, {}, "triton"),
+        (4, False, {"fast": False}, "triton"),
+        (4, False, {"limit": "the core is too wide"}, "triton"),
+        (4, False, {"extension": None}, "triton"),
+        (4, False, {"archs": "80"}, "triton"),
+        (4, False, {"dropout_p": 0.1}, "triton"),
+        (4, False, {"capability": (7, 5)}, "torch"),
+    ],
+    ids=str,
+)
+def test_auto_goes_to_triton_where_this_kernel_does_not_serve(
+    gpu: Machine, monkeypatch: pytest.MonkeyPatch, rows: int, training: bool, changes: dict[str, Any], backend: str
+) -> None:
+    problem = llama_7b(rows, dropout_p=changes.get("dropout_p", 0.0))
+    for name, value in changes.items():
+        if name in ("fast", "limit"):
+            monkeypatch.setattr(Params, name, value)
+        elif name == "archs":
+            gpu.extension.archs = value
+        elif name != "dropout_p":
+            setattr(gpu, name, value)
+    chosen = choose.choose(problem, "auto", training=training)
+    assert chosen.__name__.rsplit(".", 1)[-1] == {"torch": "eager"}.get(backend, backend)
+    if changes.get("fast", True) and backend != "cuda":  # asked for by name, slow is right and the rest an error
+        with pytest.raises(RuntimeError, match=r"backend: wanted 'cuda', but .*; backend='auto' takes"):
+            choose.choose(problem, "cuda", training=training)
 
 
 @pytest.mark.usefixtures("gpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from memvp_kernels import fused_ffn, reference
+from memvp_kernels.backends.cuda import status
 from tests import cases, yardstick
 from tests.csrc.conftest import ROOT
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("extension")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("installed")]
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 TOKENS = (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64)
@@ -29,6 +31,14 @@ SIZES = (
     (37, 53, 19, 13),
     (1024, 2816, 320, 136),
 )
+
+
+@pytest.fixture(scope="module")
+def installed() -> None:
+    """The extension as it is installed: nothing is compiled on a GPU's time."""
+    available, reason, _ = status()
+    if not available:
+        pytest.skip(reason)
 
 
 def moved(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -53,8 +63,9 @@ def run(arguments: dict[str, Any]) -> Tensor:
 
 def check(arguments: dict[str, Any]) -> None:
     arguments = moved(arguments)
-    exact, theirs = reference.ffn(**arguments), yardstick.plain(**arguments)
-    yardstick.assert_within_twice(run(arguments), exact, theirs)
+    orders = (yardstick.plain, yardstick.reordered(1))
+    theirs = [plain(**{"key": None, "value": None, **arguments}) for plain in orders]
+    yardstick.assert_within_twice(run(arguments), reference.ffn(**arguments), theirs)
 
 
 def decode_step(
@@ -72,6 +83,22 @@ def decode_step(
 @pytest.mark.parametrize("name", [name for name in cases.names() if name not in ("no_tokens", "no_sequences")])
 def test_every_case(name: str, dtype: torch.dtype) -> None:
     check(cases.build(name, dtype))
+
+
+@pytest.mark.parametrize("form", ["none", "plain", "factored"])
+def test_the_ring_goes_round(form: str) -> None:
+    """Six and more steps of the ring on a large GPU, and the wider matrices of the fast road: for the sanitizer too."""
+    check(decode_step(3, form=form, sizes=SIZES[-1]))
+
+
+@HALVES
+@pytest.mark.parametrize("layout", ["along the pairs", "along the width"])
+def test_value_runs_either_way(layout: str, dtype: torch.dtype) -> None:
+    for tokens in (1, 9, 17, 64):
+        arguments = decode_step(tokens, form="none", sizes=SIZES[-1])
+        if layout == "along the width":
+            arguments["value"] = arguments["value"].contiguous()
+        check({name: _as(value, dtype) for name, value in arguments.items()})
 
 
 @HALVES
@@ -125,6 +152,49 @@ def test_in_a_cuda_graph(form: str) -> None:
         arguments["x"].copy_(torch.randn_like(arguments["x"]) * (step + 1))
         graph.replay()
         assert torch.equal(captured, run(arguments))
+
+
+@pytest.mark.parametrize("form", ["none", "plain", "factored"])
+def test_chained_steps_in_a_cuda_graph(form: str) -> None:
+    """Each step reads what the one before it wrote, and their workspaces may be one piece of memory."""
+    arguments = moved(decode_step(9, form=form, sizes=SIZES[-1]))
+
+    def steps() -> Tensor:
+        y = arguments["x"]
+        for _ in range(6):
+            y = run(dict(arguments, x=y)) / 8 + arguments["x"]
+        return y
+
+    wanted = steps()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = steps()
+    for _ in range(20):
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, wanted)
+
+
+def test_two_threads_with_different_plans() -> None:
+    problems = [
+        moved(decode_step(tokens, form=form, sizes=SIZES[-1])) for tokens, form in ((1, "factored"), (64, "plain"))
+    ]
+    alone = [run(arguments) for arguments in problems]
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(200):
+                if not torch.equal(run(problems[number]), alone[number]):
+                    wrong.append(number)
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
 
 
 @pytest.mark.parametrize("form", ["plain", "factored"])
@@ -184,12 +254,20 @@ def test_on_a_device_that_is_not_current() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
-def test_sanitizer(tool: str, library: Path) -> None:
+def test_sanitizer(tool: str) -> None:
     """compute-sanitizer over the decode kernels of a few cases; a test selection of this very file, in another process."""
     program = shutil.which("compute-sanitizer")
     if program is None:
         pytest.skip("needs compute-sanitizer, which comes with the CUDA toolkit")
     command = [program, "--tool", tool, "--kernel-regex", "kns=memvp", "--error-exitcode", "99"]
-    command += [sys.executable, "-m", "pytest", "-x", str(Path(__file__)), "-k", "test_every_case and bf16"]
+    command += [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        str(Path(__file__)),
+        "-k",
+        "(test_every_case and bf16) or goes_round",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]

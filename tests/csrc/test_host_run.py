@@ -14,7 +14,10 @@ from tests.csrc.planted_bugs import BUGS, QUICK, build_cases, run_cases
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 
 # A thread sanitizer run costs forty times a plain one: the cases that between them reach every kernel.
-FOR_THREADS = ("text_gated", "long_rows", "formed", "factored", "value_contiguous", "odd_formed", "odd_factored")
+FOR_THREADS = (
+    "text_gated", "long_rows", "formed", "factored", "value_contiguous", "odd_formed",
+    "odd_factored", "split_k", "tokens_30", "tokens_64",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def each(code: Code, pattern: str = "") -> list[tuple[str, Kernel]]:
     return found
 
 
-# Of the mangled names: hidden_kernel<T, kTokenTiles>, values_kernel<T, kTokenTiles, kBy16>, finish_kernel<T, kBy16>.
+# Of the mangled names: hidden_kernel<T, kTokenTiles>, values_kernel<T, kTokenTiles, kAcross>, finish_kernel<T, kBy16>.
 BFLOAT16, FLOAT16 = "8BFloat16", "7Float16"
 RING = r"(hidden|values)_kernelI\w+Li[1-9]E"
 SLOW = r"(hidden_kernelI\w+Li0EE|values_kernelI\w+Li0ELb0E|finish_kernelI\w+Lb0E)"
@@ -89,6 +89,24 @@ def test_weights_are_read_16_bytes_at_a_time(code: Code) -> None:
         for name, kernel in kernels.items():
             if not re.search(f"{RING}|{SLOW}", name):
                 assert kernel.count("LDG", "128") > 0, f"{architecture} {name}: no 16-byte load"
+
+
+def test_shared_memory_is_read_by_matrices(code: Code) -> None:
+    for what, kernel in each(code, RING):
+        assert kernel.count("LDSM") > 0, f"{what}: no ldmatrix"
+    for what, kernel in each(code, r"values_kernelI\w+Li[1-9]E"):  # an image's rows run across, value's may
+        assert kernel.count("LDSM", "MT88") > 0, f"{what}: no ldmatrix.trans"
+
+
+def test_launches_are_chained_where_the_chip_can(code: Code) -> None:
+    """Without the wait a kernel that begins early reads what is not there yet; no sm_80 has it, and none begins early."""
+    for architecture in code:
+        one = {architecture: code[architecture]}
+        for pattern, opcode in (("(hidden|values)_kernel", "PREEXIT"), ("(values|finish)_kernel", "ACQBULK")):
+            for what, kernel in each(one, pattern):
+                assert (kernel.count(opcode) > 0) == (architecture != "sm_80"), f"{what}: {opcode}"
+        for what, kernel in each(one, "hidden_kernel"):
+            assert kernel.count("ACQBULK") == 0, f"{what} waits, and nothing of the step is before it"
 
 
 @pytest.mark.parametrize(("number", "suffix"), [(BFLOAT16, {"BF16"}), (FLOAT16, set())], ids=["bf16", "fp16"])
