@@ -10,6 +10,21 @@ from torch import Tensor
 
 Arguments = dict[str, Any]
 
+#: Where a test marked `device` has its tensors.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def moved(a: Arguments, device: torch.device = DEVICE) -> Arguments:
+    """The arguments on the device, with their strides, and one tensor still one where it was passed twice."""
+    copies: dict[int, Tensor] = {}
+
+    def move(t: Tensor) -> Tensor:
+        if id(t) not in copies:
+            copies[id(t)] = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device).copy_(t)
+        return copies[id(t)]
+
+    return {n: move(t) if isinstance(t, Tensor) and t.device != device else t for n, t in a.items()}
+
 
 def random(*shape: int, dtype: torch.dtype, scale: float = 0.5) -> Tensor:
     return (torch.randn(*shape) * scale).to(dtype)
@@ -132,12 +147,14 @@ def names() -> list[str]:
     return [f"{sharing}-{form}" for sharing in _SHARING for form in _FORMS] + list(_WITHOUT)
 
 
-def build(name: str, dtype: torch.dtype) -> Arguments:
-    """The arguments of the case, fresh, in `dtype`."""
+def build(name: str, dtype: torch.dtype, device: torch.device | None = None) -> Arguments:
+    """The arguments of the case, fresh, in `dtype`; the same numbers on every device."""
     if name in _WITHOUT:
-        return _WITHOUT[name](dtype)
-    sharing, form = name.rsplit("-", 1)
-    return _SHARING[sharing](dtype, _FORMS[form])
+        a = _WITHOUT[name](dtype)
+    else:
+        sharing, form = name.rsplit("-", 1)
+        a = _SHARING[sharing](dtype, _FORMS[form])
+    return a if device is None else moved(a, device)
 
 
 def strided(a: Arguments) -> Iterator[tuple[str, Arguments]]:
@@ -146,7 +163,7 @@ def strided(a: Arguments) -> Iterator[tuple[str, Arguments]]:
         t = a.get(name)
         if t is None:
             continue
-        wide = torch.empty(*t.shape[:-1], 2 * t.shape[-1], dtype=t.dtype)
+        wide = torch.empty(*t.shape[:-1], 2 * t.shape[-1], dtype=t.dtype, device=t.device)
         wide[..., ::2] = t
         yield f"{name}_every_second", dict(a, **{name: wide[..., ::2]})
         yield f"{name}_transposed", dict(a, **{name: t.transpose(-1, -2).contiguous().transpose(-1, -2)})

@@ -1,4 +1,4 @@
-"""What every test shares: the gpu marker, a fixed seed."""
+"""What every test shares: the device and gpu markers, a fixed seed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects by the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    """A test marked `device` takes its tensors from `tests.cases.DEVICE`: where that is a GPU, it is a gpu test."""
+    here = torch.cuda.is_available()
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and this machine has none")
     for item in items:
-        if "gpu" in item.keywords:
+        if here and "device" in item.keywords:
+            item.add_marker(pytest.mark.gpu)
+        if not here and "gpu" in item.keywords:
             item.add_marker(skip)
 
 

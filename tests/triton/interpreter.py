@@ -1,21 +1,23 @@
-"""bfloat16 arithmetic for Triton's interpreter, which computes on its raw 16 bits and truncates where it should round.
+"""What the tests need of Triton's interpreter beyond what it does: bfloat16 arithmetic, and launches too large to run whole.
 
-The interpreter holds a bfloat16 block as uint16. Here every operation on such blocks widens them to float32, runs the interpreter's
-own operation, and rounds the result to nearest even, as the GPU does. float32, float16 and integers pass through untouched.
-Tests only; without it a bfloat16 test would judge the interpreter, not the kernel.
+It holds a bfloat16 block as uint16, computes on those raw 16 bits, and truncates where it should round. Here every operation on such
+blocks widens them to float32, runs the interpreter's own operation, and rounds the result to nearest even, as the GPU does. float32,
+float16 and integers pass through untouched. Tests only; without it a bfloat16 test would judge the interpreter, not the kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
-__all__ = ["repair_bfloat16"]
+__all__ = ["only_programs", "repair_bfloat16"]
 
 # Builder methods whose first n operands may be bfloat16 and whose result then is, unless it is a comparison's.
 _ELEMENTWISE = {
@@ -121,3 +123,48 @@ def _over_axis(known: Callable[..., Any]) -> Callable[..., Any]:
         return rounded if several else rounded[0]
 
     return apply_impl
+
+
+@contextlib.contextmanager
+def only_programs(*chosen: int) -> Iterator[None]:
+    """Within it a launch runs these programs of its grid alone, and reads or writes nothing outside its arguments' storages.
+
+    For launches too large to interpret. Arguments are used where they lie, not copied to and fro.
+    """
+    launch = GridExecutor.__call__
+    builder = interpreter.interpreter_builder
+    allowed: list[tuple[int, int]] = []
+
+    def run(self: Any, *arguments: Any, **options: Any) -> None:
+        allowed[:] = [_extent(a) for a in (*arguments, *options.values()) if hasattr(getattr(a, "base", a), "data_ptr")]
+        grid, self.grid = self.grid, (len(chosen),)
+        index, dimensions = type(builder).set_grid_idx, type(builder).set_grid_dim
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(builder), "set_grid_dim", lambda b, *_: dimensions(b, *grid, *(1,) * (3 - len(grid))))
+            patch.setattr(type(builder), "set_grid_idx", lambda b, x, y, z: index(b, chosen[x], y, z))
+            launch(self, *arguments, **options)
+
+    def checked(access: Callable[..., Any], mask: int) -> Callable[..., Any]:
+        def method(self: Any, pointers: Any, *rest: Any, **options: Any) -> Any:
+            used = pointers.data[rest[mask].data]
+            inside = np.zeros(used.shape, dtype=bool)
+            for start, end in allowed:
+                inside |= (used >= start) & (used < end)
+            if not inside.all():
+                raise IndexError(f"address {int(used[~inside][0]):#x} is in none of the arguments")
+            return access(self, pointers, *rest, **options)
+
+        return method
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", run)
+        patch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
+        patch.setattr(InterpreterBuilder, "create_masked_load", checked(InterpreterBuilder.create_masked_load, 0))
+        patch.setattr(InterpreterBuilder, "create_masked_store", checked(InterpreterBuilder.create_masked_store, 1))
+        yield
+
+
+def _extent(argument: Any) -> tuple[int, int]:
+    """Where the storage of a tensor, or of a descriptor's tensor, begins and ends."""
+    storage = getattr(argument, "base", argument).untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
