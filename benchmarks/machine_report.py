@@ -1,7 +1,8 @@
 """What the machine code of every Triton kernel says, for a GPU that need not be here: compiles offline, prints a table.
 
-    python benchmarks/machine_report.py --architecture 90            the kernels that training takes
-    python benchmarks/machine_report.py --architecture 90 --all      every tile of the cost model, every dtype (minutes)
+    python benchmarks/machine_report.py --architecture 90            every kernel with its widest tile, in bfloat16
+    python benchmarks/machine_report.py --architecture 90 --all      every tile of the cost model, every number type (minutes)
+    python benchmarks/machine_report.py --architecture 90 --all --number tf32      of these, one number type
 
 Columns: registers per thread; stack and spill instructions (both 0 in a good kernel); shared memory per block; the matrix instructions; for
 each loop with matrix instructions, instructions per turn / matrix instructions / of them waiting for the one before (Hopper: all
@@ -18,7 +19,8 @@ import sys
 from pathlib import Path
 
 import triton
-from harness.machine_cases import Row, cases, complaints, run
+from harness.machine_cases import NUMBERS, cases
+from harness.machine_checks import Row, complaints, rows
 from harness.table import markdown, text
 
 _COLUMNS = {
@@ -42,41 +44,51 @@ _COLUMNS = {
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Machine code of the Triton kernels, compiled offline.")
     parser.add_argument("--architecture", type=int, choices=(80, 90, 100), default=90)
-    parser.add_argument("--all", action="store_true", help="every tile and dtype, not only what training takes")
+    parser.add_argument(
+        "--all", action="store_true", help="every tile, number type and form, not only the widest tiles"
+    )
+    parser.add_argument("--number", choices=NUMBERS, help="only cases in these numbers")
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
 
-    rows: list[Row] = []
+    report: list[Row] = []
+    found: list[str] = []
+    seen: set[str] = set()
     for case in cases(options.architecture, exhaustive=options.all):
+        if options.number not in (None, case.number):
+            continue
         if sys.stderr.isatty():
             print(f"\r{case.name} …\033[K", end="", file=sys.stderr)
-        rows += run(case, options.architecture)
-    found = [complaint for row in rows for complaint in complaints(row)]
-    table = (markdown if options.markdown else text)([_cells(row) for row in rows], _COLUMNS)
+        for row in rows(case, options.architecture, seen):
+            report.append(row)
+            for complaint in complaints(row):
+                found.append(complaint)
+                print(f"not as it should be: {complaint}", file=sys.stderr, flush=True)
+    table = (markdown if options.markdown else text)([_cells(row) for row in report], _COLUMNS)
     print(f"sm_{options.architecture}, Triton {triton.__version__}\n\n{table}")
-    for complaint in found:
-        print(f"not as it should be: {complaint}", file=sys.stderr)
     if options.json is not None:
-        report = {
+        document = {
             "architecture": options.architecture,
             "triton": triton.__version__,
-            "rows": [dataclasses.asdict(row) for row in rows],
+            "rows": [dataclasses.asdict(row) for row in report],
             "complaints": found,
         }
-        options.json.write_text(json.dumps(report, indent=1))
+        options.json.write_text(json.dumps(document, indent=1))
     return 1 if found else 0
 
 
 def _cells(row: Row) -> dict[str, object]:
     machine = row.machine
-    rows = row.block_n or "–"
+    cells = {n: getattr(row, n) for n in ("kernel", "case", "dtype", "stages", "waves", "predicted")}
+    cells["tile"] = f"{row.rows}x{row.columns}x{row.block_k}"
+    if machine is None:
+        return cells
     return {
-        **{n: getattr(row, n) for n in ("kernel", "case", "dtype", "stages", "waves", "predicted")},
+        **cells,
         **{n: getattr(machine, n) for n in ("warps", "registers", "stack", "spills")},
-        "tile": f"{rows}x{row.columns}x{row.block_k}",
         "shared": machine.shared // 1024,
         "matrix": " ".join(sorted({operation.removesuffix(".F32.BF16") for operation in machine.matrix})) or "–",
         "loops": " ".join(

@@ -1,7 +1,8 @@
-"""Every kernel of the Triton backend with every tile its cost model can return, compiled offline: the cases of machine_report.py.
+"""What is compiled offline: every kernel of the Triton backend, each tile that its cost model can return, in the forms a call can take.
 
 A case is a problem of LLaMA-7B's shape on tensors that nobody fills, run through the backend's own forward or backward with one tile in
-place of the cost model's choice. What it launches is compiled as it would be on that GPU, and read back.
+place of the cost model's choice, so the specialisations are the launchers' own. A kernel that meets a second case unchanged is
+compiled and read once.
 """
 
 from __future__ import annotations
@@ -14,16 +15,26 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from harness.machine_code import Compiled, Machine, inspect, offline
+from harness.machine_code import Compiled, offline
 from memvp_kernels.backends import triton as backend
 from memvp_kernels.backends.triton import tiles
-from memvp_kernels.backends.triton.tiles import Chip, Tile
+from memvp_kernels.backends.triton.tiles import Tile
 from memvp_kernels.problem import Problem, Segments
 
-__all__ = ["Case", "Row", "cases", "complaints", "run"]
+__all__ = ["NUMBERS", "Case", "cases", "launches", "problem_of"]
+
+NUMBERS = ("bfloat16", "tf32", "float16", "float32")
 
 _WIDTH, _PAIRS, _SLOTS, _RANK = 4096, 11008, 320, 136
-_TRAINED = frozenset(("x", "visual_key", "visual_value", "visual_basis", "key_position", "value_position"))
+_MEMORY = ("visual_key", "visual_value", "visual_basis", "key_position", "value_position")
+#: What a backward is asked for, by name.
+_NEEDS = {
+    "kept": ("x", *_MEMORY),
+    "again": ("x", *_MEMORY),  # nothing was kept: the forward's kernels run again
+    "memory": _MEMORY,  # x is frozen, as in the first layer
+    "value": ("visual_value",),
+    "weights": ("x", "value"),  # PyTorch's products run for real even here: one weight, and few rows
+}
 
 
 @dataclass(frozen=True)
@@ -31,169 +42,156 @@ class Case:
     """One problem and the tile forced on its launches.
 
     Attributes:
-        form: "plain" memory, "factored" or "packed" (plain, with sequences that end inside tiles).
-        length: T.
+        form: "plain" memory, "factored", "text" (no memory) or "alone" (no FFN).
+        full: with all that a call may add: biases, residual, positions, a float32 memory under 16 bits, an index, ragged lengths,
+            dropout, and pre-activations and scores kept. Otherwise the least: inference on one image per sequence.
+        packed: sequences end inside tiles.
+        rank: r of a factored memory.
         tile: for the two large kernels and their backward, as accumulated columns; None: the cost model's own.
-        aligned: False: odd strides, so that no operand has a descriptor.
+        aligned: False: odd sizes and strides, so that no operand has a descriptor and every tail is masked.
+        turned: key and value lie the other way round, so that gate and key can't share a descriptor.
+        backward: a key of `_NEEDS`, or "" for the forward.
     """
 
     dtype: torch.dtype
     precision: str
-    form: str
-    gated: bool
-    sequences: int
-    length: int
-    tile: Tile | None
+    form: str = "plain"
+    gated: bool = True
+    full: bool = True
+    packed: bool = False
+    sequences: int = 16
+    length: int = 512
+    rank: int = _RANK
+    tile: Tile | None = None
     aligned: bool = True
-    backward: bool = False
+    turned: bool = False
+    backward: str = ""
+
+    @property
+    def number(self) -> str:
+        """One of `NUMBERS`."""
+        return "tf32" if self.precision == "tf32" else str(self.dtype).removeprefix("torch.")
 
     @property
     def name(self) -> str:
-        ffn = "gated" if self.gated else "biased"
-        rows = f"{self.sequences}x{self.length}"
-        return f"{self.form}, {ffn}, {rows}" + ("" if self.aligned else ", unaligned")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One launch of a case: what was compiled, and what its machine code says.
-
-    Attributes:
-        grid: programs.
-        waves: of one program per multiprocessor.
-        predicted: the cost model's time in µs, for the kernels that it describes; nobody measured it.
-    """
-
-    kernel: str
-    case: str
-    architecture: int
-    dtype: str
-    block_n: int
-    columns: int
-    block_k: int
-    stages: int
-    grid: int
-    waves: float
-    predicted: float | None
-    machine: Machine
+        words = [self.form, "gated" if self.gated else "ungated", "full" if self.full else "bare"]
+        words += [word for word in ("packed", "turned") if getattr(self, word)]
+        words += [] if self.aligned else ["unaligned"]
+        words += [f"rank {self.rank}"] if self.form == "factored" and self.rank != _RANK else []
+        return f"{' '.join(words)} {self.sequences}x{self.length}" + (f", {self.backward}" if self.backward else "")
 
 
 def cases(architecture: int, *, exhaustive: bool) -> Iterator[Case]:
     """What is compiled for one architecture.
 
     Args:
-        exhaustive: every tile in every dtype; otherwise 16 bits with the widest tile, and of the rarer forms only Hopper's.
+        exhaustive: every tile in every dtype, and each form that changes what is compiled; otherwise, of every kernel, the widest tile.
     """
     if not exhaustive:
         yield from _some_cases(architecture)
         return
     chip = tiles.chip_of(architecture)
-    kinds = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
-    for dtype, precision in kinds:
-        for aligned in (True, False) if architecture >= 90 else (True,):
+    for dtype, precision in (
+        (torch.bfloat16, "ieee"),
+        (torch.float32, "tf32"),
+        (torch.float16, "ieee"),
+        (torch.float32, "ieee"),
+    ):
+        for aligned in (True, False):
+            kind = (chip, dtype, precision)
             descriptors = aligned and architecture >= 90
-            single = list(tiles.candidates(chip, dtype, precision, descriptors=descriptors))
-            double = list(tiles.candidates(chip, dtype, precision, descriptors=descriptors, accumulators=2))
-            for backward in (False, True):
-                for tile in single:
-                    yield Case(dtype, precision, "plain", True, 16, 512, tile, aligned, backward)
-                    yield Case(dtype, precision, "plain", False, 16, 512, tile, aligned, backward)
-                for tile in double:
-                    yield Case(dtype, precision, "packed", True, 16, 500, tile, aligned, backward)
-                for sequences in (1, 2, 16):
-                    yield Case(dtype, precision, "factored", True, sequences, 512, None, aligned, backward)
+            single = list(tiles.candidates(*kind, descriptors=descriptors))
+            double = list(tiles.candidates(*kind, descriptors=descriptors, accumulators=2))
+            case = Case(dtype, precision, aligned=aligned)
+            if case.number != "float16" or aligned:
+                yield from _by_tile(case, single, double)
+            if case.number in ("bfloat16", "tf32"):
+                yield from _by_form(case, single, double[0])
+
+
+def _variant(case: Case, **changes: object) -> Case:
+    return Case(**{**vars(case), **changes})  # type: ignore[arg-type]
+
+
+def _by_tile(case: Case, single: list[Tile], double: list[Tile]) -> Iterator[Case]:
+    """The fullest problem with every tile; float16 differs from bfloat16 in no form, only in its instructions."""
+    for backward in ("", "kept"):
+        for tile in single:
+            yield _variant(case, tile=tile, backward=backward)
+        if case.number == "float16":
+            continue
+        for tile in double if case.aligned else double[:1]:
+            yield _variant(case, tile=tile, packed=True, length=500, backward=backward)
+        # The core kernels' tiles go by the rows.
+        for sequences, length in ((16, 512), (1, 512), (1, 128)) if case.aligned else ((16, 512),):
+            yield _variant(case, form="factored", sequences=sequences, length=length, backward=backward)
+
+
+def _by_form(case: Case, single: list[Tile], double: Tile) -> Iterator[Case]:
+    """The other forms, most of them with the widest tile."""
+    widest = single[0]
+    yield _variant(case, tile=widest, full=False)
+    yield _variant(case, tile=widest, full=False, backward="again")
+    if not case.aligned:
+        return
+    for tile in single:  # without a gate the accumulator is one pre-activation, as wide as the tile
+        yield _variant(case, tile=tile, gated=False)
+    yield _variant(case, tile=widest, gated=False, backward="kept")
+    yield _variant(case, form="text", tile=widest, sequences=1, length=16, backward="weights")
+    if case.number != "bfloat16":
+        return
+    yield _variant(case, tile=widest, full=False, gated=False)
+    yield _variant(case, tile=double, full=False, packed=True, length=500)
+    for form in ("text", "alone"):
+        yield _variant(case, form=form, tile=widest)
+        yield _variant(case, form=form, tile=widest, backward="kept")
+    yield _variant(case, form="factored", full=False)
+    for backward in ("memory", "value", "again"):
+        yield _variant(case, form="factored", backward=backward)
+    for backward in ("memory", "value"):
+        yield _variant(case, tile=widest, backward=backward)
+    for tile in dict.fromkeys((widest, double)):
+        yield _variant(case, tile=tile, turned=True)
+        yield _variant(case, tile=tile, turned=True, backward="kept")
+    for rank in (48, 300):
+        yield _variant(case, form="factored", rank=rank)
+        yield _variant(case, form="factored", rank=rank, backward="kept")
 
 
 def _some_cases(architecture: int) -> Iterator[Case]:
-    chip, dtype = tiles.chip_of(architecture), torch.bfloat16
-    widest = next(tiles.candidates(chip, dtype, "ieee", descriptors=architecture >= 90))
-    yield Case(dtype, "ieee", "plain", True, 16, 512, widest)
-    yield Case(dtype, "ieee", "plain", True, 16, 512, widest, backward=True)
-    yield Case(dtype, "ieee", "factored", True, 16, 512, None)
+    chip, case = tiles.chip_of(architecture), Case(torch.bfloat16, "ieee")
+    kind = {"chip": chip, "dtype": case.dtype, "precision": case.precision, "descriptors": architecture >= 90}
+    widest = next(tiles.candidates(**kind))  # type: ignore[arg-type]
+    for backward in ("", "kept"):
+        yield _variant(case, tile=widest, backward=backward)
+        yield _variant(case, form="factored", backward=backward)
+    yield _variant(case, form="text", tile=widest, sequences=1, length=16, backward="weights")
+    yield _variant(case, tile=widest, full=False)
     if architecture == 90:
-        two = next(tiles.candidates(chip, dtype, "ieee", descriptors=True, accumulators=2))
-        yield Case(dtype, "ieee", "plain", False, 16, 512, widest)
-        yield Case(dtype, "ieee", "packed", True, 16, 500, two)
-        yield Case(dtype, "ieee", "factored", True, 16, 512, None, backward=True)
+        double = next(tiles.candidates(**kind, accumulators=2))  # type: ignore[arg-type]
+        yield _variant(case, tile=double, packed=True, length=500)
+        yield Case(torch.float32, "tf32", tile=next(tiles.candidates(chip, torch.float32, "tf32", descriptors=True)))
 
 
-def run(case: Case, architecture: int) -> list[Row]:
-    """Compile and read every launch of the case."""
-    problem = _problem(case)
+def launches(case: Case, architecture: int) -> list[Compiled]:
+    """Compile every launch of the case."""
+    problem = problem_of(case)
     known = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
     try:
-        with _forced(case.tile), offline(architecture) as launches:
+        with _forced(case.tile), offline(architecture) as launched:
             if case.backward:
-                rows, pairs = problem.rows, problem.pairs
-                pre = problem.x.new_empty(1 + problem.gated, rows, pairs)
-                scores = problem.x.new_empty(rows, problem.slots)
-                backend.backward(problem, torch.empty_like(problem.x), pre, scores, _TRAINED & _given(problem))
+                pre = scores = None
+                if case.backward != "again":
+                    pre = problem.x.new_empty(1 + problem.gated, problem.rows, problem.pairs) if problem.pairs else None
+                    scores = problem.x.new_empty(problem.rows, problem.slots) if problem.slots else None
+                needs = frozenset(n for n in _NEEDS[case.backward] if getattr(problem, n) is not None)
+                backend.backward(problem, torch.empty_like(problem.x), pre, scores, needs)
             else:
-                backend.forward(problem, save_hidden=True, save_scores=True)
+                backend.forward(problem, save_hidden=case.full, save_scores=case.full)
     finally:
         torch.set_float32_matmul_precision(known)
-    return [_row(case, problem, architecture, launched) for launched in launches]
-
-
-def _row(case: Case, problem: Problem, architecture: int, launched: Compiled) -> Row:
-    chip, metadata = tiles.chip_of(architecture), launched.kernel.metadata
-    columns = launched.constant("BLOCK_F", "BLOCK_D", "BLOCK_U", "BLOCK_M")
-    block_n, block_k = launched.constant("BLOCK_N"), launched.constant("BLOCK_K", "BLOCK_R")
-    tile = Tile(block_n, columns, block_k, metadata.num_warps, metadata.num_stages)
-    return Row(
-        kernel=launched.name, case=case.name, architecture=architecture, dtype=str(case.dtype).removeprefix("torch."),
-        block_n=block_n, columns=columns, block_k=block_k, stages=tile.stages, grid=launched.programs,
-        waves=round(launched.programs / chip.multiprocessors, 2), predicted=_predicted(launched, case, problem, chip, tile),
-        machine=inspect(launched.kernel),
-    )  # fmt: skip
-
-
-def _predicted(launched: Compiled, case: Case, problem: Problem, chip: Chip, tile: Tile) -> float | None:
-    kernel, pairs, slots = launched.name, launched.constant("F"), launched.constant("M")
-    if not pairs or kernel.split("_")[0] not in ("hidden", "dhidden", "output", "dinput"):
-        return None
-    sequences = 1 if case.form == "factored" else case.sequences
-    size = (case.dtype, case.precision, problem.rows, problem.width)
-    if "hidden" in kernel:
-        gated = case.gated and kernel.startswith("hidden")
-        cycles = tiles.hidden_cycles(chip, tile, *size, pairs, slots, sequences, gated)
-    else:
-        both = 1 + (case.gated and kernel.startswith("dinput"))
-        cycles = tiles.output_cycles(chip, tile, *size, both * pairs, slots, sequences, case.form == "packed")
-    return round(cycles / (chip.clock * 1e3), 1)
-
-
-def complaints(row: Row) -> list[str]:
-    """What is wrong with a kernel's machine code; empty when nothing is."""
-    chip, machine = tiles.chip_of(row.architecture), row.machine
-    found = []
-    if machine.stack or machine.spills:
-        found.append(f"spills: {machine.stack} bytes of stack, {machine.spills} loads and stores")
-    if machine.shared > chip.shared:
-        found.append(f"{machine.shared} bytes of shared memory, the chip has {chip.shared} per block")
-    wanted = _instruction(row, chip)
-    if wanted and not any(operation.startswith(wanted) for operation in machine.matrix):
-        found.append(f"no {wanted}, only {machine.matrix or 'no matrix instruction at all'}")
-    if any(loop.serialised for loop in machine.loops if wanted == "HGMMA"):
-        found.append("its wgmma are serialised: each waits for the one before")
-    return [
-        f"sm_{row.architecture} {row.kernel} ({row.case}, {row.dtype}, {row.block_n}x{row.columns}x{row.block_k}): {f}"
-        for f in found
-    ]
-
-
-def _instruction(row: Row, chip: Chip) -> str:
-    """The matrix instruction that this launch should use; wgmma and tcgen05 need 64 rows, IEEE float32 has none."""
-    if not row.block_n or not any(k in row.kernel for k in ("hidden", "output", "dinput", "dmemory", "core")):
-        return ""
-    if row.dtype == "float32" and not any("TF32" in operation for operation in row.machine.matrix):
-        return ""
-    return {"wgmma": "HGMMA", "tcgen05": "UTC"}.get(chip.family, "HMMA") if row.block_n >= 64 else ""
-
-
-def _given(problem: Problem) -> frozenset[str]:
-    return frozenset(n for n in _TRAINED if getattr(problem, n) is not None)
+    return launched
 
 
 @contextlib.contextmanager
@@ -212,30 +210,42 @@ def _forced(tile: Tile | None) -> Iterator[None]:
         yield
 
 
-def _problem(case: Case) -> Problem:
-    dtype, rows, packed = case.dtype, case.sequences * case.length, case.form == "packed"
+def problem_of(case: Case) -> Problem:
+    """The case's problem; its tensors hold whatever the allocator left there."""
+    rows, odd = case.sequences * case.length, 0 if case.aligned else 1
+    width, pairs, slots = _WIDTH + odd, _PAIRS + odd, _SLOTS + odd
+    factored, memory = case.form == "factored", case.form != "text"
+    ffn, wide = case.form != "alone", torch.float32 if case.full else case.dtype
 
-    def empty(*shape: int) -> Tensor:
-        if case.aligned:
-            return torch.empty(*shape, dtype=dtype)
-        return torch.empty(*shape[:-1], shape[-1] + 1, dtype=dtype)[..., :-1]
+    def empty(*shape: int, dtype: torch.dtype = case.dtype, turned: bool = False) -> Tensor:
+        if turned:
+            return torch.empty(*shape[::-1], dtype=dtype).T
+        return torch.empty(*shape, dtype=dtype)
 
-    factored = case.form == "factored"
-    inner = _RANK if factored else _WIDTH
-    # Only the plain FFN has biases: BART's; the gated ones have none, LLaMA's.
-    biases = None if case.gated else torch.empty(_PAIRS, dtype=torch.float32)
+    def if_(wanted: bool, *shape: int, dtype: torch.dtype = case.dtype, turned: bool = False) -> Tensor | None:
+        return empty(*shape, dtype=dtype, turned=turned) if wanted else None
+
+    def integers(wanted: bool, count: int) -> Tensor | None:
+        return torch.empty(count, dtype=torch.int32) if wanted else None
+
+    inner = case.rank + odd if factored else width
+    biased = ffn and case.full
+    dropped, several = memory and case.full, case.full and (case.sequences > 1 or factored)
     return Problem(
-        x=empty(rows, _WIDTH), key=empty(_PAIRS, _WIDTH), value=empty(_WIDTH, _PAIRS).T,
-        gate=empty(_PAIRS, _WIDTH) if case.gated else None, key_bias=biases, gate_bias=None,
-        value_bias=None if case.gated else torch.empty(_WIDTH, dtype=torch.float32),
-        visual_key=empty(case.sequences, _SLOTS, inner), visual_value=empty(case.sequences, _SLOTS, inner),
-        visual_basis=empty(_RANK, _WIDTH) if factored else None,
-        key_position=empty(_SLOTS, _WIDTH) if factored else None, value_position=empty(_SLOTS, _WIDTH) if factored else None,
-        residual=None if case.gated else empty(rows, _WIDTH), seed=torch.empty(1, dtype=torch.int64),
+        x=empty(rows, width), residual=if_(case.full, rows, width),
+        key=if_(ffn, pairs, width, turned=case.turned), value=if_(ffn, pairs, width, turned=not case.turned),
+        gate=if_(ffn and case.gated, pairs, width),
+        key_bias=if_(biased, pairs, dtype=torch.float32), gate_bias=if_(biased and case.gated, pairs, dtype=torch.float32),
+        value_bias=if_(biased, width, dtype=torch.float32),
+        visual_key=if_(memory, case.sequences, slots, inner, dtype=wide), visual_value=if_(memory, case.sequences, slots, inner, dtype=wide),
+        visual_basis=if_(factored, case.rank + odd, width, dtype=wide),
+        key_position=if_(memory and case.full, slots, width, dtype=wide), value_position=if_(memory and case.full, slots, width, dtype=wide),
+        seed=torch.empty(1, dtype=torch.int64) if dropped else None,
         segments=Segments(
-            rows=rows, sequences=case.sequences, length=None if packed else case.length,
-            cu_seqlens=torch.empty(case.sequences + 1, dtype=torch.int32) if packed else None,
+            rows=rows, sequences=case.sequences, length=None if case.packed else case.length,
+            cu_seqlens=integers(case.packed, case.sequences + 1),
+            index=integers(memory and several, case.sequences), lengths=integers(memory and several, case.sequences),
         ),
         activation="silu" if case.gated else "gelu", visual_activation="silu" if case.gated else "gelu",
-        visual_scale=0.1, dropout_p=0.1,
+        visual_scale=0.1, dropout_p=0.1 if dropped else 0.0,
     )  # fmt: skip

@@ -36,12 +36,21 @@ _MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA")
 
 @dataclass(frozen=True)
 class Compiled:
-    """One launch that was compiled instead: the kernel's name, how many programs it has, its compile-time arguments, what Triton made."""
+    """One launch that was compiled instead.
+
+    Attributes:
+        name: the kernel's.
+        programs: how many the launch has.
+        constants: its arguments by name.
+        kernel: what Triton made, or None.
+        error: why there is no kernel.
+    """
 
     name: str
     programs: int
     constants: dict[str, Any]
     kernel: Any
+    error: str = ""
 
     def constant(self, *names: str) -> int:
         """The first of these compile-time arguments that the kernel has, or 0."""
@@ -84,15 +93,15 @@ def offline(architecture: int) -> Iterator[list[Compiled]]:
     run, known = JITFunction.run, launch.architecture
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        launched.append(
-            Compiled(
-                self.__name__,
-                math.prod(grid),
-                self.signature.bind_partial(*args, **_known(self, kwargs)).arguments,
-                kernel,
-            )
-        )
+        kernel, error = None, ""
+        try:
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        except (
+            Exception
+        ) as e:  # whatever a compiler pass raises is a finding about this kernel, and the next one may be fine
+            error = f"{type(e).__name__}: {str(e)[-400:]}"
+        bound = self.signature.bind_partial(*args, **_known(self, kwargs)).arguments
+        launched.append(Compiled(self.__name__, math.prod(grid), bound, kernel, error))
         return kernel
 
     triton.runtime.driver.set_active(_NoDevice(architecture))
@@ -134,7 +143,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the machine code of one kernel says; shared memory and stack in bytes."""
+    """What the machine code of one kernel says; shared memory and stack in bytes, tensor memory in columns."""
 
     registers: int
     stack: int
@@ -143,6 +152,7 @@ class Machine:
     warps: int
     matrix: dict[str, int] = field(default_factory=dict)
     tensor_loads: int = 0
+    tensor_memory: int = 0
     loops: tuple[Loop, ...] = ()
 
 
@@ -167,6 +177,7 @@ def inspect(compiled: Any) -> Machine:
         warps=compiled.metadata.num_warps,
         matrix=dict(shapes),
         tensor_loads=counts["UTMALDG"],
+        tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
         loops=tuple(_loops(code, labels)),
     )
 

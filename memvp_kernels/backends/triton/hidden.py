@@ -250,23 +250,10 @@ def _ffn_tile(
             )
             b_key = tl.dot(b_x, b_weight.T, b_key, input_precision=PRECISION)
 
-    if gate is None and BLOCK_F > 128:
-        # Without a gate the accumulator is all columns: stored by halves, whose addresses fit the registers beside it.
-        low, high = tl.split(tl.permute(tl.reshape(b_key, (BLOCK_N, 2, BLOCK_F // 2)), (0, 2, 1)))
-        HALF: tl.constexpr = BLOCK_F // 2
-        _store_hidden(
-            low, low, row, column, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias, stride_hidden_n, N, F,
-            BLOCK_N, HALF, ACTIVATION, DTYPE,
-        )  # fmt: skip
-        _store_hidden(
-            high, high, row, column + HALF, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias,
-            stride_hidden_n, N, F, BLOCK_N, HALF, ACTIVATION, DTYPE,
-        )  # fmt: skip
-    else:
-        _store_hidden(
-            b_gate, b_key, row, column, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias,
-            stride_hidden_n, N, F, BLOCK_N, BLOCK_F, ACTIVATION, DTYPE,
-        )  # fmt: skip
+    _store_hidden(
+        b_gate, b_key, row, column, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias, stride_hidden_n,
+        N, F, BLOCK_N, BLOCK_F, ACTIVATION, DTYPE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -274,32 +261,51 @@ def _store_hidden(
     b_gate, b_key, row, column, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias, stride_hidden_n,
     N, F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Biases, the pre-activations that the backward keeps, and hidden; `gate` says only whether there is one."""
-    o_row = row + tl.arange(0, BLOCK_N)
-    o_column = column + tl.arange(0, BLOCK_F)
-    inside = (o_row[:, None] < N) & (o_column[None, :] < F)
-    if key_bias is not None:
-        b_key += tl.load(key_bias + o_column.to(tl.int64) * stride_key_bias, mask=o_column < F, other=0.0).to(
-            tl.float32
-        )[None, :]
-    if pre is not None:
-        o_pre = tile_pointers(pre, row, column, F, BLOCK_N, BLOCK_F)
-    if gate is not None:
-        if gate_bias is not None:
-            b_gate += tl.load(gate_bias + o_column.to(tl.int64) * stride_gate_bias, mask=o_column < F, other=0.0).to(
+    """Biases, the pre-activations that the backward keeps, and hidden; `gate` says only whether there is one.
+
+    In pieces of 64 columns: biases, addresses and the activation of a whole tile do not fit the registers beside its accumulator.
+    """
+    if BLOCK_F > 64:
+        HALF: tl.constexpr = BLOCK_F // 2
+        low, high = tl.split(tl.permute(tl.reshape(b_key, (BLOCK_N, 2, HALF)), (0, 2, 1)))
+        if gate is not None:
+            low_gate, high_gate = tl.split(tl.permute(tl.reshape(b_gate, (BLOCK_N, 2, HALF)), (0, 2, 1)))
+        else:
+            low_gate, high_gate = low, high
+        _store_hidden(
+            low_gate, low, row, column, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias, stride_hidden_n,
+            N, F, BLOCK_N, HALF, ACTIVATION, DTYPE,
+        )  # fmt: skip
+        _store_hidden(
+            high_gate, high, row, column + HALF, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias,
+            stride_hidden_n, N, F, BLOCK_N, HALF, ACTIVATION, DTYPE,
+        )  # fmt: skip
+    else:
+        o_row = row + tl.arange(0, BLOCK_N)
+        o_column = column + tl.arange(0, BLOCK_F)
+        inside = (o_row[:, None] < N) & (o_column[None, :] < F)
+        if key_bias is not None:
+            b_key += tl.load(key_bias + o_column.to(tl.int64) * stride_key_bias, mask=o_column < F, other=0.0).to(
                 tl.float32
             )[None, :]
         if pre is not None:
-            tl.store(o_pre, b_gate.to(DTYPE), mask=inside)
-            tl.store(o_pre + tl.cast(N, tl.int64) * F, b_key.to(DTYPE), mask=inside)
-        b_hidden = activate(b_gate, ACTIVATION) * b_key
-    else:
-        if pre is not None:
-            tl.store(o_pre, b_key.to(DTYPE), mask=inside)
-        b_hidden = activate(b_key, ACTIVATION)
-    if hidden is not None:
-        o_hidden = tile_pointers(hidden, row, column, stride_hidden_n, BLOCK_N, BLOCK_F)
-        tl.store(o_hidden, b_hidden.to(DTYPE), mask=inside)
+            o_pre = tile_pointers(pre, row, column, F, BLOCK_N, BLOCK_F)
+        if gate is not None:
+            if gate_bias is not None:
+                b_gate += tl.load(
+                    gate_bias + o_column.to(tl.int64) * stride_gate_bias, mask=o_column < F, other=0.0
+                ).to(tl.float32)[None, :]
+            if pre is not None:
+                tl.store(o_pre, b_gate.to(DTYPE), mask=inside)
+                tl.store(o_pre + tl.cast(N, tl.int64) * F, b_key.to(DTYPE), mask=inside)
+            b_hidden = activate(b_gate, ACTIVATION) * b_key
+        else:
+            if pre is not None:
+                tl.store(o_pre, b_key.to(DTYPE), mask=inside)
+            b_hidden = activate(b_key, ACTIVATION)
+        if hidden is not None:
+            o_hidden = tile_pointers(hidden, row, column, stride_hidden_n, BLOCK_N, BLOCK_F)
+            tl.store(o_hidden, b_hidden.to(DTYPE), mask=inside)
 
 
 @triton.jit
@@ -337,8 +343,8 @@ def _store_pieces(
     b_scores, visual, scores, seed, stride_visual_n, row, slot, first, end, slots, scale, threshold,
     M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, VISUAL_ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`store_visual` in pieces of 64 columns: dropout's generator on a whole tile of 256 needs more registers than a thread has."""
-    if BLOCK_M > 64:
+    """`store_visual` in pieces of 32 columns: dropout's generator on a whole tile of 256 needs more registers than a thread has."""
+    if BLOCK_M > 32:
         low, high = tl.split(tl.permute(tl.reshape(b_scores, (BLOCK_N, 2, BLOCK_M // 2)), (0, 2, 1)))
         _store_pieces(
             low, visual, scores, seed, stride_visual_n, row, slot, first, end, slots, scale, threshold, M,
