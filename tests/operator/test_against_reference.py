@@ -9,64 +9,68 @@ import torch
 
 from memvp_kernels import fused_ffn
 from tests import cases, yardstick
+from tests.cases import DEVICE
 
+# On a GPU "auto" would take another backend for some of these.
+run = functools.partial(fused_ffn, backend="torch")
+pytestmark = pytest.mark.device
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("name", cases.names())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_case(name: str, dtype: torch.dtype) -> None:
-    yardstick.check(fused_ffn, cases.build(name, dtype))
+    yardstick.check(run, cases.build(name, dtype, DEVICE))
 
 
 @pytest.mark.parametrize("name", cases.names())
 def test_case_in_float64(name: str) -> None:
-    yardstick.check(fused_ffn, cases.build(name, torch.float64))
+    yardstick.check(run, cases.build(name, torch.float64, DEVICE))
 
 
 @pytest.mark.parametrize("name", ["index-plain", "index-factored", "packed_index_lengths-factored", "text_only_biased"])
 def test_recompute_gives_the_same_bits(name: str) -> None:
-    a = cases.build(name, torch.bfloat16)
+    a = cases.build(name, torch.bfloat16, DEVICE)
     floating = [n for n in yardstick.FLOATING if a.get(n) is not None]
     grad = torch.randn_like(a["x"])
-    kept, kept_grads = yardstick.gradients(fused_ffn, a, floating, grad)
-    again, again_grads = yardstick.gradients(functools.partial(fused_ffn, recompute=True), a, floating, grad)
+    kept, kept_grads = yardstick.gradients(run, a, floating, grad)
+    again, again_grads = yardstick.gradients(functools.partial(run, recompute=True), a, floating, grad)
     assert torch.equal(kept, again)
     assert all(torch.equal(kept_grads[n], again_grads[n]) for n in floating)
 
 
 @pytest.mark.parametrize("form", ["plain", "factored"])
 def test_layouts(form: str) -> None:
-    a = cases.build(f"one_each-{form}", torch.float32)
-    expected = fused_ffn(**a)
+    a = cases.build(f"one_each-{form}", torch.float32, DEVICE)
+    expected = run(**a)
     for what, other in cases.strided(a):
-        torch.testing.assert_close(fused_ffn(**other), expected, msg=lambda m, what=what: f"{what}: {m}")
-        assert fused_ffn(**other).is_contiguous()
+        torch.testing.assert_close(run(**other), expected, msg=lambda m, what=what: f"{what}: {m}")
+        assert run(**other).is_contiguous()
 
 
 def test_layouts_reach_the_gradients() -> None:
-    a = cases.build("one_each-plain", torch.float32)
+    a = cases.build("one_each-plain", torch.float32, DEVICE)
     for _, other in cases.strided(a):
-        yardstick.check(fused_ffn, other)
+        yardstick.check(run, other)
 
 
 def test_expanded_gradient() -> None:
     """out.sum().backward() sends a gradient with stride 0."""
-    a = cases.build("index-factored", torch.float32)
-    yardstick.check(fused_ffn, a, grad=torch.ones(()).expand(a["x"].shape))
+    a = cases.build("index-factored", torch.float32, DEVICE)
+    yardstick.check(run, a, grad=torch.ones((), device=DEVICE).expand(a["x"].shape))
 
 
 def test_it_is_the_concatenated_form() -> None:
     """For a plain FFN with one activation and scale 1: exactly act(x·[K;Kv]ᵀ)·[V;Vv], what the paper writes."""
-    a = cases.build("shared_by_all-plain", torch.float64)
+    a = cases.build("shared_by_all-plain", torch.float64, DEVICE)
     a.pop("gate")
     kv, vv = a["visual_key"] + a["key_position"], a["visual_value"] + a["value_position"]
     z = a["x"] @ torch.cat([a["key"], kv]).T
-    torch.testing.assert_close(fused_ffn(**a), torch.nn.functional.silu(z) @ torch.cat([a["value"], vv]))
+    torch.testing.assert_close(run(**a), torch.nn.functional.silu(z) @ torch.cat([a["value"], vv]))
 
 
 def test_factored_is_the_formed_memory() -> None:
-    a = cases.build("index-factored", torch.float64)
+    a = cases.build("index-factored", torch.float64, DEVICE)
     formed = {n: a[n] @ a["visual_basis"] for n in ("visual_key", "visual_value")}
-    expected = fused_ffn(**{**a, **formed, "visual_basis": None})
-    torch.testing.assert_close(fused_ffn(**a), expected)
+    expected = run(**{**a, **formed, "visual_basis": None})
+    torch.testing.assert_close(run(**a), expected)

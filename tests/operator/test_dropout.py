@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from memvp_kernels import ffn, fused_ffn
 from memvp_kernels.philox import draw_seed, keep_mask, philox4x32
 from tests import cases, yardstick
+from tests.cases import DEVICE
+
+pytestmark = pytest.mark.device
+run = functools.partial(fused_ffn, backend="torch")  # the Triton kernels' dropout is tested beside them
 
 # Known answers of philox4x32-10 (Salmon et al. 2011, the generator's own test vectors): counter, key, result.
 KNOWN = [
@@ -23,13 +29,13 @@ KNOWN = [
 
 @pytest.mark.parametrize(("counter", "key", "result"), KNOWN)
 def test_known_answers(counter: tuple[int, ...], key: tuple[int, int], result: tuple[int, ...]) -> None:
-    seed = torch.tensor([(key[0] | key[1] << 32) - (1 << 64 if key[1] >> 31 else 0)])
-    words = philox4x32(seed, tuple(torch.tensor([c]) for c in counter))  # type: ignore[arg-type]
+    seed = torch.tensor([(key[0] | key[1] << 32) - (1 << 64 if key[1] >> 31 else 0)], device=DEVICE)
+    words = philox4x32(seed, tuple(torch.tensor([c], device=DEVICE) for c in counter))  # type: ignore[arg-type]
     assert tuple(int(w) for w in words) == result
 
 
 def test_mask_depends_on_token_and_slot_alone() -> None:
-    seed = torch.tensor([1234567890123])
+    seed = torch.tensor([1234567890123], device=DEVICE)
     large = keep_mask(seed, 40, 23, 0.3)
     assert torch.equal(large[:17, :10], keep_mask(seed, 17, 10, 0.3))
     assert not torch.equal(large, keep_mask(seed + 1, 40, 23, 0.3))
@@ -37,7 +43,7 @@ def test_mask_depends_on_token_and_slot_alone() -> None:
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
 def test_rate(p: float) -> None:
-    keep = keep_mask(torch.tensor([99]), 500, 320, p).double()
+    keep = keep_mask(torch.tensor([99], device=DEVICE), 500, 320, p).double()
     n = keep.numel()
     # Five standard deviations of a binomial: a fair generator fails one seed in two million, and this seed is fixed.
     assert abs(keep.mean().item() - (1 - p)) <= 5 * (p * (1 - p) / n) ** 0.5
@@ -45,7 +51,7 @@ def test_rate(p: float) -> None:
 
 @pytest.fixture
 def fixed_seed(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    seed = torch.tensor([424242])
+    seed = torch.tensor([424242], device=DEVICE)
     monkeypatch.setattr(ffn, "draw_seed", lambda device: seed)
     return seed
 
@@ -54,31 +60,32 @@ def fixed_seed(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
 @pytest.mark.parametrize("p", [0.25, 1.0])
 @pytest.mark.parametrize("name", ["index-plain", "index-factored", "packed_index_lengths-plain", "lengths-factored"])
 def test_replayed_exactly_in_the_backward(name: str, p: float, recompute: bool, fixed_seed: torch.Tensor) -> None:
-    a = cases.build(name, torch.float32) | {"dropout_p": p, "recompute": recompute}
+    a = cases.build(name, torch.float32, DEVICE) | {"dropout_p": p, "recompute": recompute}
     rows = a["x"].shape[:-1].numel()
-    yardstick.check(fused_ffn, a, keep=keep_mask(fixed_seed, rows, a["visual_key"].shape[-2], p))
+    yardstick.check(run, a, keep=keep_mask(fixed_seed, rows, a["visual_key"].shape[-2], p))
 
 
 def test_two_calls_differ_and_the_manual_seed_repeats_them() -> None:
-    a = cases.build("one_each-plain", torch.float32) | {"dropout_p": 0.5}
+    a = cases.build("one_each-plain", torch.float32, DEVICE) | {"dropout_p": 0.5}
     torch.manual_seed(1)
-    one, two = fused_ffn(**a), fused_ffn(**a)
+    one, two = run(**a), run(**a)
     torch.manual_seed(1)
-    again = fused_ffn(**a)
+    again = run(**a)
     assert not torch.equal(one, two)
     assert torch.equal(one, again)
 
 
 def test_zero_draws_nothing() -> None:
-    a = cases.build("one_each-plain", torch.float32)
+    a = cases.build("one_each-plain", torch.float32, DEVICE)
     torch.manual_seed(1)
-    fused_ffn(**a)
-    after = torch.rand(3)
+    run(**a)
+    after = torch.rand(3, device=DEVICE)
     torch.manual_seed(1)
-    assert torch.equal(after, torch.rand(3))
+    assert torch.equal(after, torch.rand(3, device=DEVICE))
 
 
 def test_seed_stays_on_its_device() -> None:
-    seed = draw_seed(torch.device("cpu"))
+    seed = draw_seed(DEVICE)
+    assert seed.device.type == DEVICE.type
     assert seed.shape == (1,)
     assert seed.dtype == torch.int64

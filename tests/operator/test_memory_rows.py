@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 
 from memvp_kernels.backends.memory_rows import Blocked, Grouped, MemoryRows, Padded, Shared, memory_rows, row_of
 from memvp_kernels.problem import Segments
+from tests.cases import DEVICE
+
+pytestmark = pytest.mark.device
 
 PADDED = Segments(rows=12, sequences=4, length=3)
 INDEXED = Segments(rows=12, sequences=4, length=3, index=torch.tensor([2, -1, 2, 0], dtype=torch.int32))
@@ -25,13 +31,26 @@ SHARED = Segments(rows=12, sequences=1, length=12, shared=True)
 ANY = [PADDED, INDEXED, OUT_OF_RANGE, PACKED, PACKED_INDEXED, CROWDED, NOBODY]
 CPU = torch.device("cpu")
 
-FORMS: list[tuple[str, Segments, int, MemoryRows]] = [
-    ("shared", SHARED, 1, Shared()),
-    ("padded", PADDED, 4, Padded(4, 3)),
-    *[(f"grouped{i}", s, 4, Grouped(s, 4)) for i, s in enumerate(ANY)],
-    *[(f"blocked{i}", s, 4, Blocked(s, 4, CPU)) for i, s in enumerate(ANY)],
-    ("more_memories_than_rows", INDEXED, 29, Blocked(INDEXED, 29, CPU)),
+
+def _blocked(segments: Segments, memories: int) -> MemoryRows:
+    return Blocked(segments, memories, DEVICE)
+
+
+# Each with segments that it serves; made inside the tests, on the device.
+FORMS: list[tuple[str, Segments, int, Callable[[Segments, int], MemoryRows]]] = [
+    ("shared", SHARED, 1, lambda *_: Shared()),
+    ("padded", PADDED, 4, lambda s, _: Padded(s.sequences, s.length or 0)),
+    *[(f"blocked{i}", s, 4, _blocked) for i, s in enumerate(ANY)],
+    ("more_memories_than_rows", INDEXED, 29, _blocked),
 ]
+ANY_ROWS = {"blocked": _blocked}
+if DEVICE.type == "cpu":  # it reads the index on the host
+    FORMS += [(f"grouped{i}", s, 4, Grouped) for i, s in enumerate(ANY)]
+    ANY_ROWS["grouped"] = Grouped
+
+
+def on_device(s: Segments) -> Segments:
+    return replace(s, **{n: t.to(DEVICE) for n in ("index", "cu_seqlens") if (t := getattr(s, n)) is not None})
 
 
 def row_by_row(s: Segments, memories: int) -> list[int]:
@@ -50,32 +69,36 @@ def row_by_row(s: Segments, memories: int) -> list[int]:
     return rows
 
 
-@pytest.mark.parametrize(("form", "segments", "memories", "rows"), FORMS, ids=[f[0] for f in FORMS])
-def test_products(form: str, segments: Segments, memories: int, rows: MemoryRows) -> None:
-    a, b = torch.randn(12, 5, dtype=torch.float64), torch.randn(12, 6, dtype=torch.float64)
-    matrices = torch.randn(memories, 5, 6, dtype=torch.float64)
+@pytest.mark.parametrize(("form", "segments", "memories", "make"), FORMS, ids=[f[0] for f in FORMS])
+def test_products(form: str, segments: Segments, memories: int, make: Callable[[Segments, int], MemoryRows]) -> None:
+    rows = make(on_device(segments), memories)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64).to(DEVICE)
+
+    a, b, out = random(12, 5), random(12, 6), random(12, 6)
+    matrices = random(memories, 5, 6)
     wanted = row_by_row(segments, memories)
-    out = torch.randn(12, 6, dtype=torch.float64)
     start = out.clone()
     rows.add_product(out, a, matrices)
     expected = torch.stack([start[n] + (a[n] @ matrices[r] if r >= 0 else 0) for n, r in enumerate(wanted)])
     torch.testing.assert_close(out, expected)
-    outer = torch.zeros(memories, 5, 6, dtype=torch.float64)
+    outer = torch.zeros(memories, 5, 6, dtype=torch.float64, device=DEVICE)
     for n, r in enumerate(wanted):
         if r >= 0:
             outer[r] += torch.outer(a[n], b[n])
     torch.testing.assert_close(rows.outer(a, b), outer)
-    assert segments.shared or row_of(segments, memories, CPU).tolist() == wanted
+    assert segments.shared or row_of(on_device(segments), memories, DEVICE).tolist() == wanted
 
 
-@pytest.mark.parametrize("form", ["grouped", "blocked"])
+@pytest.mark.parametrize("form", list(ANY_ROWS))
 @pytest.mark.parametrize("segments", [INDEXED, PACKED_INDEXED], ids=["padded", "packed"])
 def test_nan_stays_with_its_memory_and_its_rows(form: str, segments: Segments) -> None:
-    rows = Grouped(segments, 4) if form == "grouped" else Blocked(segments, 4, CPU)
+    rows = ANY_ROWS[form](on_device(segments), 4)
     wanted = torch.tensor(row_by_row(segments, 4))
-    a, b, matrices = torch.randn(12, 5), torch.randn(12, 6), torch.randn(4, 5, 6)
+    a, b, matrices = (torch.randn(*shape).to(DEVICE) for shape in ((12, 5), (12, 6), (4, 5, 6)))
     matrices[[0, 3]] = float("nan")
-    out = torch.zeros(12, 6)
+    out = torch.zeros(12, 6, device=DEVICE)
     rows.add_product(out, a, matrices)
     assert torch.isfinite(out).all(1).tolist() == [r not in (0, 3) for r in wanted.tolist()]
     for spoiled in (0, -1, 2):  # a row of this memory, of none
@@ -90,8 +113,8 @@ def test_nan_stays_with_its_memory_and_its_rows(form: str, segments: Segments) -
 def test_a_sum_over_many_blocks_is_rounded_once() -> None:
     """In bfloat16 256 + 1 is 256: the blocks of one memory row, here of one row each, are added in float32."""
     segments = Segments(rows=1024, sequences=512, length=2, index=torch.zeros(512, dtype=torch.int32))
-    ones = torch.ones(1024, 1, dtype=torch.bfloat16)
-    found = Blocked(segments, 1024, CPU).outer(ones, ones)
+    ones = torch.ones(1024, 1, dtype=torch.bfloat16, device=DEVICE)
+    found = _blocked(on_device(segments), 1024).outer(ones, ones)
     assert found[0].item() == 1024
     assert not found[1:].any()
 

@@ -14,10 +14,13 @@ from memvp_kernels import fused_ffn, philox, reference
 from memvp_kernels.backends.triton import backward_tiles, dhidden, dmemory, tiles
 from memvp_kernels.backends.triton.tiles import Tile
 from tests import cases, yardstick
+from tests.cases import DEVICE
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 run = functools.partial(fused_ffn, backend="triton")
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.device,
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +55,7 @@ def example(
     a = cases.memory(a, R=len(lengths) if R is None else R, M=M, r=24 if form == "factored" else None)
     if packed:
         a = cases.packed(a, lengths)
-    return {n: t.to(DEVICE) if isinstance(t, Tensor) else t for n, t in a.items()}
+    return cases.moved(a)
 
 
 def integers(*values: int) -> Tensor:

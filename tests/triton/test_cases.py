@@ -9,19 +9,24 @@ import torch
 
 from memvp_kernels import fused_ffn, philox
 from tests import cases, yardstick
+from tests.cases import DEVICE
 
 run = functools.partial(fused_ffn, backend="triton")
+pytestmark = pytest.mark.device
+# On a GPU each number type of these cases is 140 kernels to compile.
+_RARER = () if DEVICE.type == "cpu" else pytest.mark.slow
+DTYPES = (torch.bfloat16, pytest.param(torch.float32, marks=_RARER), pytest.param(torch.float16, marks=_RARER))
 
 
 @pytest.mark.parametrize("name", cases.names())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_case(name: str, dtype: torch.dtype) -> None:
-    yardstick.check(run, cases.build(name, dtype))
+    yardstick.check(run, cases.build(name, dtype, DEVICE))
 
 
 @pytest.mark.parametrize("form", ["plain", "factored"])
 def test_layouts(form: str) -> None:
-    a = cases.build(f"one_each-{form}", torch.bfloat16)
+    a = cases.build(f"one_each-{form}", torch.bfloat16, DEVICE)
     layouts = dict(cases.strided(a))
     for which in ("x_transposed", "key_every_second", "visual_key_transposed", "key_position_every_second"):
         yardstick.check(run, layouts[which])
@@ -29,8 +34,8 @@ def test_layouts(form: str) -> None:
 
 @pytest.mark.parametrize("form", ["plain", "factored"])
 def test_dropout_is_the_same_philox_forward_and_backward(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    a = dict(cases.build(f"index-{form}", torch.bfloat16), dropout_p=0.4)
-    seed = torch.tensor([0x1234_5678_9ABC_DEF])
+    a = dict(cases.build(f"index-{form}", torch.bfloat16, DEVICE), dropout_p=0.4)
+    seed = torch.tensor([0x1234_5678_9ABC_DEF], device=DEVICE)
     monkeypatch.setattr("memvp_kernels.ffn.draw_seed", lambda device: seed)
     rows, slots = a["x"].shape[0] * a["x"].shape[1], a["visual_key"].shape[1]
     yardstick.check(run, a, keep=philox.keep_mask(seed, rows, slots, 0.4))

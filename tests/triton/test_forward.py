@@ -15,9 +15,10 @@ from memvp_kernels.backends.triton import launch, tiles
 from memvp_kernels.backends.triton.tiles import Tile
 from memvp_kernels.problem import Problem, Segments
 from tests import cases, yardstick
+from tests.cases import DEVICE
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 run = functools.partial(fused_ffn, backend="triton")
+pytestmark = pytest.mark.device
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ def example(
     a = cases.memory(a, R=len(lengths), M=M, r=24 if form == "factored" else None)
     if packed:
         a = cases.packed(a, lengths)
-    return {n: t.to(DEVICE) if isinstance(t, Tensor) else t for n, t in a.items()}
+    return cases.moved(a)
 
 
 def check(a: dict[str, Any]) -> Tensor:
@@ -153,17 +154,33 @@ def test_what_is_kept_for_the_backward(form: str) -> None:
     y, pre, scores = backend.forward(problem, save_hidden=True, save_scores=True)
     assert pre is not None
     assert scores is not None
-    x = problem.x.double()
-    for found, weight, bias in zip(pre, ("gate", "key"), ("gate_bias", "key_bias"), strict=True):
-        torch.testing.assert_close(found.double(), x @ a[weight].double().T + a[bias].double(), rtol=1e-5, atol=1e-5)
+    orders = [torch.arange(40), *(torch.randperm(40) for _ in range(3))]
+
+    def products(left: Tensor, right: Tensor) -> list[Tensor]:
+        """left rightᵀ in PyTorch's float32, summed in a few orders."""
+        return [left[:, o] @ right[:, o].T for o in orders]
+
+    x = problem.x
+    for kept, weight, bias in zip(pre, ("gate", "key"), ("gate_bias", "key_bias"), strict=True):
+        exact = x.double() @ a[weight].double().T + a[bias].double()
+        yardstick.assert_within_twice(kept, exact, [p + a[bias] for p in products(x, a[weight])], weight)
     expected = torch.zeros(44, 17, dtype=torch.float64, device=DEVICE)
+    theirs = [expected.float() for _ in orders]
     for s, row in enumerate(index):
-        if row >= 0:
-            core = a["visual_key"][row].double()
-            formed = core if form == "plain" else core @ a["visual_basis"].double()
-            kv = (formed + a["key_position"].double())[: lengths[row]]
-            expected[11 * s : 11 * (s + 1), : lengths[row]] = x[11 * s : 11 * (s + 1)] @ kv.T
-    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
+        if row < 0:
+            continue
+        rows, core, position = slice(11 * s, 11 * (s + 1)), a["visual_key"][row], a["key_position"]
+        formed = core.double() if form == "plain" else core.double() @ a["visual_basis"].double()
+        expected[rows] = x[rows].double() @ (formed + position.double()).T
+        if form == "plain":
+            own = products(x[rows], core + position)
+        else:
+            through = products(x[rows], a["visual_basis"])
+            own = [t @ core.T + p for t, p in zip(through, products(x[rows], position), strict=True)]
+        for t, product in zip((expected, *theirs), (expected[rows], *own), strict=True):
+            t[rows] = product
+            t[rows, lengths[row] :] = 0
+    yardstick.assert_within_twice(scores, expected, theirs, "scores")
     assert (scores[expected == 0] == 0).all()
 
     bare, nothing, none = backend.forward(problem, save_hidden=False, save_scores=False)

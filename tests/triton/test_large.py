@@ -55,13 +55,17 @@ def reserved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., T
         if DEVICE.type != "cpu":
             return torch.zeros(*shape, dtype=torch.float16, device=DEVICE)
         numel = torch.Size(shape).numel()
-        return torch.from_file(str(tmp_path / f"{next(count)}"), shared=True, size=numel, dtype=torch.float16).view(shape)
+        return torch.from_file(str(tmp_path / f"{next(count)}"), shared=True, size=numel, dtype=torch.float16).view(
+            shape
+        )
 
     monkeypatch.setattr(launch, "empty_rows", lambda rows, columns, like, **_: make(rows, columns))
     monkeypatch.setattr(torch, "empty_like", lambda like: make(*like.shape))
     new_empty = Tensor.new_empty
     monkeypatch.setattr(
-        Tensor, "new_empty", lambda self, *shape, **options: new_empty(self, *shape, **options) if options else make(*shape)
+        Tensor,
+        "new_empty",
+        lambda self, *shape, **options: new_empty(self, *shape, **options) if options else make(*shape),
     )
     return make
 
