@@ -5,12 +5,13 @@ BIN    := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h)
 CXX_FILES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cu')
 
-.PHONY: help latency test test-slow lint format bench report gpu-report digits clean
+.PHONY: help latency test test-slow test-triton-3.6 lint format bench report gpu-report digits clean
 
 help:
 	@echo "make latency     install, then time visual memory against visual tokens in the prompt"
 	@echo "make test        install, then run the test suite (no GPU needed)"
 	@echo "make test-slow   the exhaustive sweeps as well"
+	@echo "make test-triton-3.6  the kernels' machine code as the oldest supported Triton compiles it"
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make bench       host overhead and CPU paths, with pytest-benchmark"
 	@echo "make report      measure this machine and write benchmarks/REPORT.md"
@@ -32,6 +33,15 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Triton 3.6 in a folder of its own, in front of the installed one. Its interpreter breaks under numpy 2.4, so numpy 2.3 lies beside it.
+OLD_TRITON := $(VENV)/triton-3.6
+$(OLD_TRITON)/.installed: $(VENV)/.installed-test
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(OLD_TRITON) triton==3.6.0 'numpy>=2.3,<2.4'
+	touch $@
+
+test-triton-3.6: $(OLD_TRITON)/.installed
+	PYTHONPATH=$(CURDIR)/$(OLD_TRITON) $(BIN)/python -m pytest tests/triton/machine_code $(or $(ARGS),-m "not slow")
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
