@@ -90,7 +90,7 @@ def detach(language_model: nn.Module, frozen: tuple[str, ...]) -> None:
     ours = [module for module in language_model.modules() if isinstance(module, _MIXINS)]
     for module in sorted(ours, key=is_reclassed):  # a class that cannot be restored raises before any is
         restore(module)
-        for name in ("memory_layer", "memory", "memory_index", "_ffn_input"):
+        for name in ("memory_layer", "memory", "memory_index", "_ffn_input", "_ffn_weights"):
             vars(module).pop(name, None)
     for name, parameter in language_model.named_parameters():
         if name in frozen:

@@ -24,6 +24,7 @@ __all__ = ["CheckpointReport", "load_official_checkpoint"]
 Targets: TypeAlias = "dict[str, tuple[str, Tensor]]"  # checkpoint key → name and parameter it is written to
 
 _FEATURE_SCALE = 0.01  # λ is a constant of the official code, not stored in its files
+_CLIP_SCALE = 0.1  # of the CLIP adapters, likewise
 _POSITIONS = ("adapter_emb1", "adapter_emb2")  # stored with a leading batch dimension of one
 _NAMED_SIZES = {(320, 4096): "LLaMA-7B", (400, 5120): "LLaMA-13B"}
 _UNUSED = {"adapter_modality_embedding.weight": "the official code trains it and never reads it"}
@@ -202,7 +203,12 @@ def _clip_targets(
             f"the checkpoint has {len(clip)} adapter tensors for {len({block for block, _ in present})} CLIP blocks, "
             f"vision_model has {len(layers)} blocks with two each; the official checkpoints are for CLIP ViT-L/14"
         )
-    attached = vision.adapters(vision_model)
+    attached, settings = vision.adapters(vision_model), vision.adapter_settings(vision_model)
+    if settings is not None and settings["scale"] != _CLIP_SCALE:
+        raise ValueError(
+            f"the checkpoint's CLIP adapters were not trained with scale={settings['scale']}; call "
+            f"vision.detach_adapters(vision_model) first, or attach them with scale={_CLIP_SCALE}"
+        )
     width = layers[0].mlp.fc1.in_features
     hidden_dim = (
         attached[0].fc1.out_features if attached else len(state[next(k for k, m in clip.items() if m[2] == "fc1")])
@@ -215,7 +221,7 @@ def _clip_targets(
             f"wanted {shapes[clip[wrong[0]][2]]} ({len(wrong)} tensors differ)"
         )
 
-    attached = attached or vision.attach_adapters(vision_model, hidden_dim=hidden_dim)
+    attached = attached or model._give_vision_adapters(hidden_dim=hidden_dim, scale=_CLIP_SCALE)
     names = {parameter: name for name, parameter in vision_model.named_parameters()}
     targets: Targets = {}
     for key, match in clip.items():

@@ -23,8 +23,9 @@ class MemVPConfig:
         memory_scale: s, multiplies the memory's contribution to the FFN output.
         dropout: probability of dropping a visual activation in training.
         shared_positions: one (p^k, p^v) for all layers, as in the official code; False: one pair per layer.
-        layers: indices of the layers that get memory, in the order in which they run (an encoder-decoder's encoder
-            layers first, its decoder layers after them); None: all.
+        layers: indices of the layers that get memory, counted from 0 in the order in which they run; None: all. In T5 and
+            BART, whose encoder and decoder FFNs both take memory, the encoder's come first: of 12 and 12 layers,
+            ``range(12, 24)`` is the decoder alone. ``MemVPModel.memory_ffns()`` names what was chosen.
 
     Raises:
         TypeError: a value has the wrong type.

@@ -30,7 +30,10 @@ def encode_pixels(vision_model: nn.Module, pixel_values: Pixels) -> ImageFeature
         TypeError: an entry is something else.
         ValueError: an entry has another shape.
     """
-    trains = any(p.requires_grad for p in vision_model.parameters())
+    entries = [pixel_values] if isinstance(pixel_values, Tensor) else pixel_values
+    # through a frozen vision model the pixels themselves may be what is asked about (a saliency map, an attack)
+    asked = any(isinstance(entry, Tensor) and entry.requires_grad for entry in entries)
+    trains = asked or any(p.requires_grad for p in vision_model.parameters())
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
         if isinstance(pixel_values, Tensor):
             return vision.encode(vision_model, pixel_values)

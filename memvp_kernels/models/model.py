@@ -10,23 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memvp_kernels.models import saving
-from memvp_kernels.models.attach import Attachment, attach, detach, first_layer, hidden_dtype, memory_ffns
+from memvp_kernels.models import saving, vision
+from memvp_kernels.models.attach import Attachment, attach, detach, hidden_dtype, memory_ffns
 from memvp_kernels.models.attribution import MemoryAttribution, explain_memory
 from memvp_kernels.models.checkpoint import CheckpointReport, load_official_checkpoint
+from memvp_kernels.models.checkpointing import Checkpointed
 from memvp_kernels.models.config import MemVPConfig
-from memvp_kernels.models.features import ImageFeatures, Pixels, encode_pixels, pad_features
-from memvp_kernels.models.memory import Memory, Observer, VisualMemory
-from memvp_kernels.models.parallel import own_slots, tensor_mesh
+from memvp_kernels.models.features import ImageFeatures, Pixels
+from memvp_kernels.models.inputs import features_of, memory_of, samples_of
+from memvp_kernels.models.memory import Observer, VisualMemory
 from memvp_kernels.models.projector import Projector
+from memvp_kernels.models.sharded import has_sharded_parts, like_forward
 from memvp_kernels.models.site import MemoryFFN
 from memvp_kernels.models.state import whole
-from memvp_kernels.models.vision import ClipAdapter
 
 __all__ = ["MemVPModel"]
 
 
-class MemVPModel(nn.Module):
+class MemVPModel(Checkpointed, nn.Module):
     """Memory-space visual prompting on a language model (Jie et al., ICML 2024, arXiv 2405.05615).
 
     Acts on this instance alone: its layers and FFNs are re-classed in place, parameter names and state_dict keys stay,
@@ -54,7 +55,7 @@ class MemVPModel(nn.Module):
         memvp_config: ``config``.
 
     Raises:
-        TypeError: ``config`` is not a MemVPConfig.
+        TypeError: ``config`` is not a MemVPConfig, or ``vision_model`` not a CLIP vision model.
         ValueError: a language model that is not supported, or already has memory; see :func:`~.attach.attach`.
     """
 
@@ -70,21 +71,30 @@ class MemVPModel(nn.Module):
         super().__init__()
         if not isinstance(config, MemVPConfig):
             raise TypeError(f"config: wanted a MemVPConfig, got {type(config).__name__}")
+        if vision_model is not None:
+            vision.tower(vision_model)  # refused before anything is changed
         attachment = attach(language_model, config)
+        try:
+            memory = VisualMemory(
+                config,
+                width=attachment.width,
+                layers=len(attachment.layers),
+                dtype=torch.promote_types(hidden_dtype(language_model), torch.float32),
+                device=attachment.device,
+            )
+        except Exception:  # no room for it
+            detach(language_model, attachment.frozen)
+            raise
         self._attachment: Attachment | None = attachment
         self.language_model: Any = language_model
-        self.vision_model = _frozen(vision_model)
+        self.vision_model = vision_model
+        self._vision_flags = {} if vision_model is None else vision.freeze(vision_model)
+        self._gave_vision_adapters = False
         self.memvp_config = config
         self.backend = backend
         self.recompute = recompute
         self._observer: Observer | None = None
-        self.memory = VisualMemory(
-            config,
-            width=attachment.width,
-            layers=len(attachment.layers),
-            dtype=torch.promote_types(hidden_dtype(language_model), torch.float32),
-            device=attachment.device,
-        )
+        self.memory = memory
         self.training = language_model.training
         self.memory.train(self.training)
 
@@ -138,8 +148,8 @@ class MemVPModel(nn.Module):
                 tensors (several images, concatenated), or None (no image); or None: no images.
             pixel_values: (B, 3, H, W), or a list with one entry per sample: (3, H, W), (k, 3, H, W) or None.
             visual_core: (B, M, r) from :meth:`encode_images`, instead of features or pixels.
-            visual_index: (B,) int64, which image each sample reads; then there may be any number of images. Default:
-                image i belongs to sample i.
+            visual_index: (B,) int32 or int64, which image each sample reads, -1 for none; then there may be any number of
+                images. Default: image i belongs to sample i.
             **inputs: whatever else the language model takes.
 
         Returns:
@@ -160,10 +170,10 @@ class MemVPModel(nn.Module):
             "decoder_attention_mask": decoder_attention_mask,
         }
         inputs.update({name: tensor for name, tensor in given.items() if tensor is not None})
-        memory = self._memory(_samples(inputs), image_features, pixel_values, visual_core, visual_index)
-        index = None if visual_index is None else visual_index.to(memory.core.device)
+        memory, index = memory_of(self, samples_of(inputs), image_features, pixel_values, visual_core, visual_index)
         return self.language_model(**inputs, visual_memory=memory, memory_index=index)
 
+    @like_forward
     @torch.no_grad()
     def generate(
         self,
@@ -188,20 +198,17 @@ class MemVPModel(nn.Module):
         Raises:
             RuntimeError: in training mode with activation checkpointing on.
         """
-        if any(getattr(m, "gradient_checkpointing", False) and m.training for m in self.language_model.modules()):
-            raise RuntimeError(
-                "generate(): activation checkpointing withholds the cache from layers in training mode, and the tokens come "
-                "out wrong; call eval() first"
-            )
+        self._refuse_generation_in_training()
         if inputs is not None:
             kwargs["inputs"] = inputs
-        samples = _samples(kwargs)
-        memory = self._memory(samples, image_features, pixel_values, visual_core, visual_index)
-        index = (
-            torch.arange(samples) if visual_index is None else visual_index
-        )  # a tensor: generate() repeats those for beams
-        return self.language_model.generate(**kwargs, visual_memory=memory, memory_index=index.to(memory.core.device))
+        memory, index = memory_of(self, samples_of(kwargs), image_features, pixel_values, visual_core, visual_index)
+        if index is not None:  # a tensor: generate() repeats those for beams, and makes one where there is none yet
+            kwargs["memory_index"] = index
+        if has_sharded_parts(self.language_model):  # a rank that is done goes on gathering until the last one is
+            kwargs.setdefault("synced_gpus", True)
+        return self.language_model.generate(**kwargs, visual_memory=memory)
 
+    @like_forward
     def encode_images(
         self, image_features: ImageFeatures | None = None, *, pixel_values: Pixels | None = None
     ) -> Tensor:
@@ -211,7 +218,8 @@ class MemVPModel(nn.Module):
             image_features, pixel_values: as in :meth:`forward`; at least one.
 
         Returns:
-            (B, M, r), in the projector's dtype, with a graph where gradients are on.
+            (B, M, r): with a graph and in the projector's dtype where gradients are on; otherwise, to be kept, in the
+            language model's, which is what its layers read.
 
         Raises:
             ValueError: no images.
@@ -219,46 +227,14 @@ class MemVPModel(nn.Module):
         if image_features is None and pixel_values is None:
             raise ValueError("encode_images: wanted image_features or pixel_values, got neither")
         # through the module's call, which is where sharding gathers its parameters
-        return self.memory(*self._features(0, image_features, pixel_values)).core
+        core: Tensor = self.memory(*features_of(self, 0, image_features, pixel_values)).core
+        return core if torch.is_grad_enabled() else core.to(hidden_dtype(self.language_model))
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, of how many."""
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.parameters())
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """Turn on the language model's activation checkpointing; ``options`` are its own (``every_n_layers``).
-
-        Raises:
-            ValueError: ``use_reentrant=True``.
-        """
-        wanted = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        if wanted["use_reentrant"]:
-            raise ValueError(_REENTRANT)
-        if hasattr(self.language_model, "activation_checkpointing_enable"):
-            self.language_model.activation_checkpointing_enable(activation_checkpointing_kwargs=wanted, **options)
-        else:  # older transformers know the older name only
-            self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=wanted, **options)
-
-    def activation_checkpointing_disable(self) -> None:
-        """Turn it off."""
-        if hasattr(self.language_model, "activation_checkpointing_disable"):
-            self.language_model.activation_checkpointing_disable()
-        else:
-            self.language_model.gradient_checkpointing_disable()
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """The older name of :meth:`activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """The older name of :meth:`activation_checkpointing_disable`."""
-        self.activation_checkpointing_disable()
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The adapter's own tensors by name, as they are: sharding leaves this rank a part of each."""
@@ -299,7 +275,7 @@ class MemVPModel(nn.Module):
 
         Raises:
             FileNotFoundError: the folder lacks one of the two files.
-            ValueError: an adapter for another size; the language model is given back as it was.
+            ValueError: an adapter for another size; language model and vision model are given back as they were.
         """
         config, state, settings = saving.load(folder)
         model = cls(language_model, config, vision_model, **options)
@@ -315,11 +291,30 @@ class MemVPModel(nn.Module):
         return load_official_checkpoint(self, path, vision_adapters=vision_adapters)
 
     def unload(self) -> nn.Module:
-        """Give the language model back as it was: same modules, classes, state_dict keys, trainable flags and outputs."""
+        """Give the language model back as it was: same modules, classes, state_dict keys, trainable flags and outputs.
+
+        The vision model too: its flags, and without the adapters that loading gave it.
+        """
         if self._attachment is not None:
             detach(self.language_model, self._attachment.frozen)
             self._attachment = None
+            if self.vision_model is not None:
+                self._drop_vision_adapters()
+                vision.thaw(self.vision_model, self._vision_flags)
         return self.language_model
+
+    def _give_vision_adapters(self, **settings: Any) -> list[vision.ClipAdapter]:
+        """:func:`~.vision.attach_adapters` to the vision model, until :meth:`unload`."""
+        assert self.vision_model is not None
+        given = vision.attach_adapters(self.vision_model, **settings)
+        self._gave_vision_adapters = True
+        return given
+
+    def _drop_vision_adapters(self) -> None:
+        """Take off what :meth:`_give_vision_adapters` attached, if it did."""
+        if self._gave_vision_adapters and self.vision_model is not None:
+            vision.detach_adapters(self.vision_model)
+            self._gave_vision_adapters = False
 
     def memory_ffns(self) -> list[tuple[str, MemoryFFN]]:
         """The FFNs that have memory, with their names in the language model, in the order in which they run."""
@@ -345,107 +340,3 @@ class MemVPModel(nn.Module):
 
     def _visual_memory(self) -> VisualMemory:
         return getattr(self.memory, "module", self.memory)  # data-parallel wrappers keep it there
-
-    def _features(
-        self, samples: int, image_features: ImageFeatures | None, pixel_values: Pixels | None
-    ) -> tuple[Tensor, Tensor]:
-        if pixel_values is not None:
-            if self.vision_model is None:
-                raise ValueError(
-                    "pixel_values: wanted a MemVPModel with vision_model=, got one without; pass image_features"
-                )
-            image_features = encode_pixels(self.vision_model, pixel_values)
-        features, valid = pad_features(
-            image_features,
-            samples=samples,
-            vision_dim=self.memvp_config.vision_dim,
-            num_slots=self.memvp_config.num_slots,
-            dtype=self.projector.fc1.weight.dtype,
-            device=self.device,
-        )
-        shown = isinstance(image_features, Tensor) or any(entry is not None for entry in image_features or ())
-        if self.vision_model is not None and not shown and torch.is_grad_enabled():
-            # no image in the whole batch: the vision model's adapters get zeros, not None, like the projector
-            for parameter in self.vision_model.parameters():
-                if parameter.requires_grad:
-                    features = features + 0.0 * parameter.sum().to(features)
-        return features, valid
-
-    def _memory(
-        self,
-        samples: int,
-        image_features: ImageFeatures | None,
-        pixel_values: Pixels | None,
-        visual_core: Tensor | None,
-        visual_index: Tensor | None,
-    ) -> Memory:
-        if self._attachment is None:
-            raise RuntimeError("this MemVPModel was unloaded; wrap its language_model again, or call that")
-        given = {"image_features": image_features, "pixel_values": pixel_values, "visual_core": visual_core}
-        names = [name for name, images in given.items() if images is not None]
-        if len(names) > 1:
-            raise ValueError(f"{' and '.join(names)} were given; they are ways to say the same thing, pass one")
-        if visual_core is not None:
-            core = self._checked_core(visual_core)
-            images = core.shape[0]
-        else:
-            features, valid = self._features(samples, image_features, pixel_values)
-            images = features.shape[0]
-        if visual_index is not None:
-            if visual_index.dim() != 1 or visual_index.shape[0] != samples or visual_index.is_floating_point():
-                raise ValueError(
-                    f"visual_index: wanted {samples} integers, one per sample, got {tuple(visual_index.shape)} "
-                    f"{visual_index.dtype}"
-                )
-        elif images != samples:
-            raise ValueError(
-                f"{names[0]}: {images} images for {samples} samples; give one entry per sample (None for no image), or say "
-                "with visual_index which image each sample reads"
-            )
-        memory: Memory = self.memory(core=core) if visual_core is not None else self.memory(features, valid)
-        if not torch.is_grad_enabled():  # once here instead of in every layer; under grad the sums stay wide
-            memory = memory.to(hidden_dtype(self.language_model))
-        memory = memory._replace(backend=self.backend, recompute=self.recompute, observer=self._observer)
-        mesh = tensor_mesh(self.language_model)
-        # once, outside the layers: what crosses the network backward then does so once per step
-        return memory if mesh is None else memory._replace(own=own_slots(memory, mesh))
-
-    def _checked_core(self, core: Tensor) -> Tensor:
-        wanted = (self.memvp_config.num_slots, self.projector.rank)
-        if not isinstance(core, Tensor) or core.dim() != 3 or tuple(core.shape[1:]) != wanted:
-            got = tuple(core.shape) if isinstance(core, Tensor) else type(core).__name__
-            raise ValueError(f"visual_core: wanted (B, {wanted[0]}, {wanted[1]}) from encode_images, got {got}")
-        return core.to(self.device, self.projector.fc2.weight.dtype)
-
-    def _refuse_reentrant_checkpointing(self) -> None:
-        if not (self.training and torch.is_grad_enabled()):
-            return
-        layer = first_layer(self.language_model)
-        keywords = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
-        if getattr(layer, "gradient_checkpointing", False) and keywords.get("use_reentrant"):
-            raise RuntimeError(_REENTRANT)
-
-
-_REENTRANT = (
-    "activation checkpointing with use_reentrant=True walks the projector's graph once per layer and fails in the second; "
-    'pass gradient_checkpointing_kwargs={"use_reentrant": False}'
-)
-
-
-def _frozen(vision_model: nn.Module | None) -> nn.Module | None:
-    """The vision model frozen but for adapters that it has already."""
-    if vision_model is not None:
-        vision_model.requires_grad_(False)
-        for module in vision_model.modules():
-            if isinstance(module, ClipAdapter):
-                module.requires_grad_(True)
-    return vision_model
-
-
-def _samples(inputs: dict[str, Any]) -> int:
-    """B, from whichever of the language model's inputs is there; a generation from nothing has one sample."""
-    for name in ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "labels", "attention_mask"):
-        tensor = inputs.get(name)
-        if tensor is not None:
-            return int(tensor.shape[0])
-    return 1

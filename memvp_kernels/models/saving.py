@@ -16,7 +16,7 @@ from memvp_kernels.models.state import assign
 if TYPE_CHECKING:
     from memvp_kernels.models.model import MemVPModel
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "load", "load_into", "save"]
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "load", "load_into", "save", "write"]
 
 CONFIG_NAME = "memvp_config.json"
 WEIGHTS_NAME = "memvp_model.safetensors"
@@ -26,17 +26,20 @@ _SETTINGS = "vision_adapters"  # entry of the safetensors file's metadata
 
 def save(folder: str | Path, model: MemVPModel) -> None:
     """Write both files, making the folder; of several processes, the first does."""
+    state = model.adapter_state_dict()  # gathers where sharded, so every process gets here
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+        write(folder, model, state)
+
+
+def write(folder: str | Path, model: MemVPModel, state: dict[str, Tensor]) -> None:
+    """Write both files from ``state``, the adapter in full, in this process and without a message to any other."""
     from safetensors.torch import save_file
 
-    state = model.adapter_state_dict()  # gathers where sharded, so every process gets here
-
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
-        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model.memvp_config.save(folder / CONFIG_NAME)
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    settings = _vision_settings(model)
+    settings = None if model.vision_model is None else vision.adapter_settings(model.vision_model)
     save_file(tensors, folder / WEIGHTS_NAME, None if settings is None else {_SETTINGS: json.dumps(settings)})
 
 
@@ -70,9 +73,18 @@ def load_into(model: MemVPModel, state: dict[str, Tensor], settings: dict[str, f
         ValueError: names or shapes that do not fit, each named.
     """
     inside = {name.removeprefix(_VISION): t for name, t in state.items() if name.startswith(_VISION)}
-    if inside:
-        _prepare_vision(model, inside, settings or {})
-    wanted = model.adapter_tensors()
+    attached = bool(inside) and _prepare_vision(model, inside, settings or {})
+    try:
+        _check(model.adapter_tensors(), state)
+    except ValueError:
+        if attached:
+            model._drop_vision_adapters()
+        raise
+    for name, tensor in model.adapter_tensors().items():
+        assign(tensor, state[name])
+
+
+def _check(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     problems = [f"missing {name}" for name in wanted if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in wanted]
     problems += [
@@ -82,22 +94,14 @@ def load_into(model: MemVPModel, state: dict[str, Tensor], settings: dict[str, f
     ]
     if problems:
         raise ValueError(f"the adapter does not fit this language model and configuration: {'; '.join(problems)}")
-    for name, tensor in wanted.items():
-        assign(tensor, state[name])
 
 
-def _vision_settings(model: MemVPModel) -> dict[str, float] | None:
-    for module in [] if model.vision_model is None else model.vision_model.modules():
-        adapter = getattr(module, "adapter_mlp", None)
-        if isinstance(adapter, vision.ClipAdapter):
-            return {"dropout": adapter.dropout.p, "scale": float(module.adapter_scale)}  # type: ignore[arg-type]
-    return None
-
-
-def _prepare_vision(model: MemVPModel, state: dict[str, Tensor], settings: dict[str, float]) -> None:
+def _prepare_vision(model: MemVPModel, state: dict[str, Tensor], settings: dict[str, float]) -> bool:
+    """Give the vision model adapters of the saved size if it has none; whether that was done."""
     if model.vision_model is None:
         raise ValueError("the adapter has parameters for a vision model; pass vision_model=")
-    if not vision.adapters(model.vision_model):
-        fc1 = next((t for name, t in state.items() if name.endswith("adapter_mlp.fc1.weight")), None)
-        if fc1 is not None:
-            vision.attach_adapters(model.vision_model, hidden_dim=fc1.shape[0], **settings)
+    fc1 = next((t for name, t in state.items() if name.endswith("adapter_mlp.fc1.weight")), None)
+    if fc1 is None or vision.adapters(model.vision_model):
+        return False
+    model._give_vision_adapters(hidden_dim=len(fc1), **settings)
+    return True

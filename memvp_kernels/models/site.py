@@ -22,6 +22,7 @@ __all__ = ["MemoryFFN", "MemoryLanguageModel", "MemoryLayer", "feed_forward", "s
 
 _logger = logging.getLogger("memvp_kernels")
 
+_PACKED = "their matrices are packed in fewer bits, which their own kernels read as they are for a few tokens"
 _FEW_TOKENS = 64  # up to here a quantised FFN's own kernels run; above, its matrices are restored once for all tokens
 
 
@@ -29,7 +30,8 @@ class MemoryLanguageModel(Reclassed):
     """In front of a language model: generate() lets two more arguments through to the layers.
 
     ``visual_memory`` is a tuple, which generate() hands on untouched; ``memory_index`` is a tensor, which it repeats
-    for beams and returned sequences. So no memory row is ever copied.
+    for beams and returned sequences. So no memory row is ever copied. Where nothing is repeated there is no index, and
+    every decoded token takes the batched product that needs none.
     """
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
@@ -39,6 +41,17 @@ class MemoryLanguageModel(Reclassed):
             super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]
         finally:
             model_kwargs.update(kept)
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        memory: Memory | None = kwargs.get("visual_memory")
+        if expand_size > 1 and memory is not None and kwargs.get("memory_index") is None:
+            rows = memory.core.shape[0]
+            kwargs["memory_index"] = torch.arange(rows, dtype=torch.int32, device=memory.core.device)
+        return super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
 
 
 class MemoryFFN(Reclassed):
@@ -111,8 +124,8 @@ def feed_forward(
     elif isinstance(weights, Packed) and _worth_restoring(x, weights):
         y = _restored(ffn, x, memory, weights)
     else:
-        if isinstance(weights, Opaque) and not torch.compiler.is_compiling():
-            say_opaque(weights.reason)
+        if isinstance(weights, (Opaque, Packed)) and not torch.compiler.is_compiling():
+            say_opaque(weights.reason if isinstance(weights, Opaque) else _PACKED)
         y = _added(ffn, x, memory, own(), differentiable=isinstance(weights, Packed) or weights.differentiable)
     if memory.observer is not None:
         memory.observer(layer, x, y)

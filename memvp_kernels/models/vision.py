@@ -13,10 +13,14 @@ from memvp_kernels.models.reclass import Reclassed, is_reclassed, reclass, resto
 __all__ = [
     "ADAPTER_DIM",
     "ClipAdapter",
+    "adapter_settings",
     "adapters",
     "attach_adapters",
+    "blank",
     "detach_adapters",
     "encode",
+    "freeze",
+    "thaw",
     "tower",
 ]
 
@@ -55,6 +59,33 @@ def encode(vision_model: nn.Module, pixel_values: Tensor) -> Tensor:
         h = layer(h, attention_mask=None)
     features: Tensor = clip.post_layernorm(h[:, 1:])
     return features
+
+
+def blank(vision_model: nn.Module) -> Tensor:
+    """(1, 3, height, width) of zeros, an image for a batch that has none."""
+    config: Any = tower(vision_model).config
+    return torch.zeros(1, config.num_channels, config.image_size, config.image_size)
+
+
+def freeze(vision_model: nn.Module) -> dict[str, bool]:
+    """Freeze all but the adapters, which train; what :func:`thaw` needs to undo it.
+
+    Raises:
+        TypeError: ``vision_model`` is not a CLIP vision tower.
+    """
+    tower(vision_model)
+    before = {name: parameter.requires_grad for name, parameter in vision_model.named_parameters()}
+    vision_model.requires_grad_(False)
+    for adapter in adapters(vision_model):
+        adapter.requires_grad_(True)
+    return before
+
+
+def thaw(vision_model: nn.Module, before: dict[str, bool]) -> None:
+    """Undo :func:`freeze`; parameters that came later stay as they are."""
+    for name, parameter in vision_model.named_parameters():
+        if name in before:
+            parameter.requires_grad_(before[name])
 
 
 class ClipAdapter(nn.Module):
@@ -152,6 +183,14 @@ def adapters(vision_model: nn.Module) -> list[ClipAdapter]:
         TypeError: ``vision_model`` is not a CLIP vision tower.
     """
     return [mlp.adapter_mlp for mlp in _mlps(vision_model) if _is_adapted(mlp)]
+
+
+def adapter_settings(vision_model: nn.Module) -> dict[str, float] | None:
+    """What :func:`attach_adapters` was called with, scale and dropout; None when there are no adapters."""
+    adapted = [mlp for mlp in _mlps(vision_model) if _is_adapted(mlp)]
+    if not adapted:
+        return None
+    return {"dropout": adapted[0].adapter_mlp.dropout.p, "scale": float(adapted[0].adapter_scale)}
 
 
 def _is_adapted(mlp: nn.Module) -> bool:

@@ -109,6 +109,8 @@ def resolve(linear: Any) -> Dense | Quantised | Opaque:
         return Opaque("has a forward of its own on the instance")
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
     if any(hooks) or _module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        if type(linear.weight).__name__ == "DTensor":
+            return Opaque("is spread over ranks by hooks (parallelize_module), which sum what the ranks compute")
         return Opaque("has hooks")
     if split is not None:
         return _part(linear, split)

@@ -173,6 +173,15 @@ def test_clip_adapters_of_another_width_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, a_model(clip), a_state(), r"fc1.weight is \(4, 12\), wanted \(5, 12\)")
 
 
+def test_clip_adapters_of_another_scale_are_refused(tmp_path: Path) -> None:
+    """The official code's is 0.1; it is in no file, and loading would not show it."""
+    clip = vision_model()
+    vision.attach_adapters(clip, hidden_dim=INNER, scale=0.2)
+    refused(
+        tmp_path, a_model(clip), a_state(), r"not trained with scale=0\.2; call vision\.detach_adapters.*scale=0\.1"
+    )
+
+
 @pytest.mark.parametrize(
     ("config", "match"),
     [

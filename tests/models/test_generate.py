@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from memvp_kernels.backends import memory_rows
 from tests.models.tiny import ENCODER_DECODERS, features, tokens, wrapped
 
 FAMILIES = ["llama", "qwen3", "gemma2", "t5-gated", "bart"]
@@ -118,6 +119,42 @@ def test_the_image_is_encoded_once_per_generation(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(type(model.projector), "factors", lambda *a: (calls.append(1), factors(*a))[1])
     _generate(model, tokens(2), features(4, 10), num_beams=2)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "t5-gated", "bart"])
+def test_an_index_is_made_where_sequences_are_repeated_and_nowhere_else(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without one, decoding takes a batched product per layer; with one, a CPU takes a product per image."""
+    grouped: list[int] = []
+    made = memory_rows.Grouped.__init__
+    monkeypatch.setattr(memory_rows.Grouped, "__init__", lambda *a, **k: (grouped.append(1), made(*a, **k))[1])
+    model, ids = wrapped(family), tokens(3)
+    ffns, seen = model.memory_ffns(), []  # type: ignore[var-annotated]
+    with model.observing(lambda layer, x, y: seen.append(ffns[layer][1].memory_index)):
+        _generate(model, ids, features(4, 0, 10))
+        assert len(seen) > NEW and not any(index is not None for index in seen)
+        assert not grouped
+        seen.clear()
+        _generate(model, ids, features(4, 0, 10), num_beams=2)
+        _generate(model, ids, features(4, 7), visual_index=torch.tensor([1, 0, -1]))
+    assert grouped
+    given = [index for index in seen if index is not None]
+    assert {index.dtype for index in given} == {torch.int32}
+    assert {tuple(index.tolist()) for index in given} == {(0, 0, 1, 1, 2, 2), (1, 0, -1)}
+
+
+@pytest.mark.parametrize("family", ["t5-gated", "bart"])
+def test_an_encoder_that_has_run_says_how_many_samples_there_are(family: str) -> None:
+    model, ids, images = wrapped(family), tokens(3), features(4, 0, 10)
+    core = model.encode_images(images).detach()
+    with torch.no_grad():
+        encoder = model.language_model.get_encoder()
+        states = encoder(input_ids=ids, visual_memory=model.memory(core=core), return_dict=True)
+    got = model.generate(
+        encoder_outputs=states, visual_core=core, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
+    )
+    assert torch.equal(got, _generate(model, ids, images))
 
 
 def test_positional_and_embedded_prompts() -> None:

@@ -14,7 +14,7 @@ from memvp_kernels import MemVPConfig, MemVPModel
 from memvp_kernels.models import vision
 from memvp_kernels.models.memory import VisualMemory
 from memvp_kernels.models.projector import Projector
-from tests.models.clip import vision_model
+from tests.models.clip import pixels, vision_model
 from tests.models.tiny import CONFIG, VISION, WIDTH, features, language_model, tokens, with_memory, wrapped
 
 
@@ -248,8 +248,18 @@ def test_arguments_that_do_not_fit() -> None:
         _logits(model, None, visual_core=torch.zeros(3, 10, 9))
     with pytest.raises(ValueError, match="visual_core: 1 images for 3 samples"):
         _logits(model, None, visual_core=torch.zeros(1, 10, 8))
-    with pytest.raises(ValueError, match="visual_index: wanted 3 integers, one per sample, got"):
+    with pytest.raises(TypeError, match=r"visual_core: wanted \(B, 10, 8\) from encode_images, got list"):
+        _logits(model, None, visual_core=[[0.0]])
+    with pytest.raises(TypeError, match=r"visual_core: wanted .* got torch\.int64"):
+        _logits(model, None, visual_core=torch.zeros(3, 10, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"visual_index: wanted \(3,\) int32 or int64.* got \(2,\); -1 stands for"):
         _logits(model, features(4), visual_index=torch.tensor([0, 0]))
+    with pytest.raises(TypeError, match=r"visual_index: wanted \(3,\) int32 or int64.* got list; torch.as_tensor"):
+        _logits(model, features(4), visual_index=[0, 0, 0])
+    with pytest.raises(TypeError, match=r"visual_index: wanted .* got torch\.float32; cast it"):
+        _logits(model, features(4), visual_index=torch.zeros(3))
+    with pytest.raises(ValueError, match="visual_index: wanted values in"):
+        _logits(model, features(4), visual_index=torch.tensor([0, 0, 2**32]))
     with pytest.raises(ValueError, match="visual_index: wanted values in"):
         _logits(model, features(4), visual_index=torch.tensor([0, 0, 1]))
     with pytest.raises(ValueError, match="pixel_values: wanted a MemVPModel with vision_model="):
@@ -258,6 +268,36 @@ def test_arguments_that_do_not_fit() -> None:
         model.encode_images()
     with pytest.raises(TypeError, match="config: wanted a MemVPConfig, got dict"):
         MemVPModel(language_model(), {})  # type: ignore[arg-type]
+
+
+def test_something_else_than_a_vision_model_is_refused_before_anything_changes() -> None:
+    base = language_model()
+    kinds = [type(m) for m in base.modules()]
+    with pytest.raises(TypeError, match=r"CLIPVisionModel, got str"):
+        MemVPModel(base, CONFIG, "openai/clip-vit-large-patch14")  # type: ignore[arg-type]
+    assert [type(m) for m in base.modules()] == kinds and all(p.requires_grad for p in base.parameters())
+
+
+def test_gradients_reach_pixels_through_a_frozen_vision_model() -> None:
+    """Which pixels matter is a question that freezing does not answer with silence."""
+    model = with_memory(language_model(), vision_model=vision_model(VISION))
+    for images in (pixels(3).requires_grad_(), [pixels(1)[0].requires_grad_(), None, pixels(2).requires_grad_()]):
+        model(input_ids=tokens(3), labels=tokens(3), pixel_values=images).loss.backward()
+        asked = [image for image in images if image is not None] if isinstance(images, list) else [images]
+        assert all(image.grad is not None and image.grad.abs().amax((-3, -2, -1)).min() > 0 for image in asked)
+    assert all(p.grad is None for p in model.vision_model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kept_core_has_the_language_models_dtype(dtype: torch.dtype) -> None:
+    """It is what the layers read: half the bytes for a server with a half-precision model, and the same answers."""
+    model = with_memory(language_model().to(dtype))
+    images = features(4, 0, 10)
+    with torch.no_grad():
+        core = model.encode_images(images)
+    assert core.dtype == dtype
+    assert torch.equal(_logits(model, None, visual_core=core), _logits(model, images))
+    assert model.encode_images(images).dtype == torch.float32, "to train through, the projector's own"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -70,6 +70,58 @@ def test_vision_adapters_come_along(tmp_path: Path) -> None:
         MemVPModel.from_pretrained(language_model(), tmp_path)
 
 
+def _flags(module: torch.nn.Module) -> list[tuple[str, bool]]:
+    return [(name, p.requires_grad) for name, p in module.named_parameters()]
+
+
+def _described(module: torch.nn.Module) -> list[object]:
+    return [_flags(module), [type(m) for m in module.modules()], [sorted(vars(m)) for m in module.modules()]]
+
+
+def test_a_refused_adapter_leaves_the_vision_model_as_it_was(tmp_path: Path) -> None:
+    """Its flags, and without the adapters that were meant for it: all of the files or nothing."""
+    clip = vision_model(VISION)
+    vision.attach_adapters(clip, hidden_dim=3)
+    with_memory(language_model(), vision_model=clip).save_pretrained(tmp_path)
+    config = tmp_path / "memvp_config.json"
+    config.write_text(config.read_text().replace('"num_slots": 10', '"num_slots": 11'))
+    other, base = vision_model(VISION), language_model()
+    next(other.parameters()).requires_grad_(False)
+    before, language_before = _described(other), _described(base)
+    with pytest.raises(ValueError, match="does not fit"):
+        MemVPModel.from_pretrained(base, tmp_path, other)
+    assert _described(other) == before
+    assert _described(base) == language_before
+
+
+def test_a_refused_state_takes_off_the_adapters_it_brought() -> None:
+    clip, other = vision_model(VISION), vision_model(VISION)
+    vision.attach_adapters(clip, hidden_dim=3)
+    state = with_memory(language_model(), vision_model=clip).adapter_state_dict()
+    model = with_memory(language_model(), vision_model=other)
+    before = _described(model)
+    with pytest.raises(ValueError, match="missing key_position"):
+        model.load_adapter_state_dict({name: t for name, t in state.items() if name != "key_position"})
+    assert _described(model) == before
+
+
+def test_unload_restores_the_vision_model(tmp_path: Path) -> None:
+    clip = vision_model(VISION)
+    vision.attach_adapters(clip, hidden_dim=3)
+    with_memory(language_model(), vision_model=clip).save_pretrained(tmp_path)
+    loaded_into = vision_model(VISION)
+    next(loaded_into.parameters()).requires_grad_(False)
+    before = _described(loaded_into)
+    MemVPModel.from_pretrained(language_model(), tmp_path, loaded_into).unload()
+    assert _described(loaded_into) == before
+    own = vision.adapters(clip)[0]  # attached by the user, so they stay
+    own.requires_grad_(False)
+    before = _described(clip)
+    with_memory(language_model(), vision_model=clip).unload()
+    assert _described(clip) == before
+    assert vision.adapters(clip)[0] is own
+
+
 def test_options_pass_through(tmp_path: Path) -> None:
     wrapped().save_pretrained(tmp_path)
     again = MemVPModel.from_pretrained(language_model(), tmp_path, backend="torch", recompute=True)

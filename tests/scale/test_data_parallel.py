@@ -11,7 +11,16 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.scale.processes import Group
-from tests.scale.tiny import Reference, adapter_gradients, batch, difference, language_model, memvp_model, reference
+from tests.scale.tiny import (
+    CONFIG,
+    Reference,
+    adapter_gradients,
+    batch,
+    difference,
+    language_model,
+    memvp_model,
+    reference,
+)
 
 LAYOUTS = ("ddp", "ddp-static", "ddp-memory", "fsdp2-root", "fsdp2-own", "fsdp2-recipe")
 
@@ -101,16 +110,16 @@ def _reference(text_only: str) -> Reference:
 
 
 def _leftovers(layout: str) -> tuple[int, int]:
-    """Whole matrices of layers that are alive, and still hold numbers, before the forward and between it and the backward."""
-    model, entry = laid_out(layout, base=language_model(intermediate_size=56))  # a size that nothing else has
+    """What is alive and as large as a layer's matrix, or larger: before the forward, and between it and the backward."""
+    model, entry = laid_out(layout, base=language_model(intermediate_size=200))  # larger than anything else is
+    pairs = model.language_model.config.intermediate_size * model.language_model.config.hidden_size
 
     def alive() -> int:
         gc.collect()
         tensors = [
             t for t in gc.get_objects() if isinstance(t, torch.Tensor) and type(t) in (torch.Tensor, nn.Parameter)
         ]
-        pairs = model.language_model.config.intermediate_size * model.language_model.config.hidden_size
-        return sum(t.numel() == pairs and t.untyped_storage().nbytes() > 0 for t in tensors)
+        return sum(t.untyped_storage().nbytes() >= pairs * t.element_size() for t in tensors)
 
     before = alive()
     loss = entry(**part(batch())).loss
@@ -200,6 +209,106 @@ def test_a_base_that_was_sharded_before(two: Group) -> None:
         assert max(errors.values()) < 1, errors
         assert tokens
         assert unloaded
+
+
+def _root_generates(layout: str) -> tuple[bool, float, dict[str, float]]:
+    """What runs the model without being its forward, on a root that FSDP2 has sharded; answers of unequal length."""
+    model, entry = laid_out(layout)
+    inputs = {name: v for name, v in part(batch()).items() if name != "labels"}
+    new = 2 + 3 * dist.get_rank()
+    options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    alone = memvp_model().eval()
+    wanted = alone.generate(**inputs, **options)
+    tokens = model.eval().generate(**inputs, **options)
+    features = inputs["image_features"]
+    with torch.no_grad():
+        core = difference(model.encode_images(features), alone.encode_images(features))
+    loss = entry.train()(**part(batch())).loss  # and training goes on
+    loss.backward()
+    errors = reference(batch()).errors(averaged(loss), whole(adapter_gradients(model)))
+    return torch.equal(tokens, wanted), core, errors
+
+
+@pytest.mark.parametrize("layout", ["fsdp2-root", "fsdp2-own", "fsdp2-recipe"])
+def test_generation_and_encoding_by_a_sharded_model(two: Group, layout: str) -> None:
+    """A rank that is done first goes on with the others: they could not gather a layer without it."""
+    for tokens, core, errors in two.run(_root_generates, layout):
+        assert tokens
+        assert core == 0.0
+        assert max(errors.values()) < 1, errors
+
+
+def _with_vision(pixels: list[Any], shard: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """In float64, CLIP adapters among what trains."""
+    from torch.distributed.fsdp import fully_shard
+
+    from memvp_kernels.models import vision
+    from tests.models.clip import vision_model
+
+    clip = vision_model(CONFIG.vision_dim)
+    torch.manual_seed(8)
+    for adapter in vision.attach_adapters(clip, hidden_dim=3, dropout=0.0):
+        nn.init.normal_(adapter.fc2.weight)
+    model: Any = memvp_model(language_model().double(), vision_model=clip.double())
+    inputs = {name: v for name, v in batch().items() if name != "image_features"} | {"pixel_values": pixels}
+    if shard:
+        for layer in (*model.language_model.model.layers, *clip.encoder.layers):
+            fully_shard(layer)
+        fully_shard(model)
+        inputs = part(inputs)
+    loss = model(**inputs).loss
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return (averaged(loss), whole(found)) if shard else (loss.detach(), found)
+
+
+@pytest.mark.parametrize("missing", [(), (2, 3), (0, 1, 2, 3)], ids=["images", "rank 1 has none", "none at all"])
+def test_a_sharded_vision_model(two: Group, missing: tuple[int, ...]) -> None:
+    """A rank without an image gathers the vision model's blocks like the others, for a blank one that counts for nothing."""
+    from tests.models.clip import pixels
+
+    images = [None if i in missing else image for i, image in enumerate(pixels(4).double())]
+    wanted_loss, wanted = _with_vision(images, False)
+    assert any("adapter_mlp" in name for name in wanted)
+    for loss, found in two.run(_with_vision, images, True):
+        torch.testing.assert_close(loss, wanted_loss)
+        assert found.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(found[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _of_family(family: str, layout: str | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """In float64; rank 1's samples have no image."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    from memvp_kernels.models.families import find_layers
+    from tests.models import tiny
+
+    model: Any = tiny.with_memory(tiny.language_model(family).double())
+    entry = model
+    inputs = {"input_ids": tiny.tokens(4), "labels": tiny.tokens(4, 3), "image_features": tiny.features(4, 7, 0, 0)}
+    if layout == "ddp":
+        entry = DistributedDataParallel(model)
+    elif layout == "fsdp2":
+        for _, layer, _ in find_layers(model.language_model):
+            fully_shard(layer)
+        fully_shard(model)
+    loss = entry(**(inputs if layout is None else part(inputs))).loss
+    loss.backward()
+    found = adapter_gradients(model)
+    return (loss.detach(), found) if layout is None else (averaged(loss), whole(found))
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("family", ["t5", "t5-gated", "bart"])
+def test_encoder_decoders(two: Group, family: str, layout: str) -> None:
+    wanted_loss, wanted = _of_family(family, None)
+    for loss, found in two.run(_of_family, family, layout):
+        torch.testing.assert_close(loss, wanted_loss)
+        assert found.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(found[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def _cores() -> float:

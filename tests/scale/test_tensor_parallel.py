@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from memvp_kernels import MemVPConfig, MemVPModel, fused_ffn
-from memvp_kernels.models import parallel
+from memvp_kernels.models import parallel, site
 from memvp_kernels.models.memory import Memory
 from memvp_kernels.models.weights import Matrices, Opaque
 from memvp_kernels.philox import draw_seed
@@ -238,7 +239,28 @@ def test_sharded_and_split(four: Group, tmp_path: Any) -> None:
         assert max(errors.values()) < 1, errors
 
 
-def _by_hooks() -> tuple[bool, dict[str, float]]:
+def _as_loaded(folder: str) -> tuple[bool, dict[str, float]]:
+    """By the model's own plan, asked for by its older name."""
+    from transformers import LlamaForCausalLM
+
+    base = LlamaForCausalLM.from_pretrained(folder, tp_plan="auto", attn_implementation="eager")
+    model = memvp_model(base)
+    fused = all(
+        isinstance(found, Matrices) and found.mesh is not None
+        for found in (ffn.ffn_matrices() for _, ffn in model.memory_ffns())
+    )
+    loss = model(**batch(without=(1,))).loss
+    loss.backward()
+    return fused, reference(batch(without=(1,))).errors(loss, adapter_gradients(model))
+
+
+def test_a_model_loaded_with_tp_plan_auto(two: Group, tmp_path: Any) -> None:
+    for fused, errors in two.run(_as_loaded, saved_base(tmp_path)):
+        assert fused
+        assert max(errors.values()) < 1, errors
+
+
+def _by_hooks() -> tuple[bool, list[str], dict[str, float]]:
     """torch's own parallelize_module, which hooks the layers."""
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -254,17 +276,24 @@ def _by_hooks() -> tuple[bool, dict[str, float]]:
     plan = {**{name: ColwiseParallel() for name in columns}, **{name: RowwiseParallel() for name in rows}}
     for layer in base.model.layers:
         parallelize_module(layer, mesh, plan)
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("memvp_kernels").addHandler(handler)
+    site.say_opaque.cache_clear()
     model = memvp_model(base)
+    logging.getLogger("memvp_kernels").removeHandler(handler)
     opaque = all(isinstance(ffn.ffn_matrices(), Opaque) for _, ffn in model.memory_ffns())
     loss = model(**batch(without=(1,))).loss
     loss.backward()
-    return opaque, reference(batch(without=(1,))).errors(loss, adapter_gradients(model))
+    return opaque, said, reference(batch(without=(1,))).errors(loss, adapter_gradients(model))
 
 
 def test_a_split_that_is_not_understood_is_right_all_the_same(two: Group) -> None:
     """The memory is whole on every rank and added after the reduce."""
-    for opaque, errors in two.run(_by_hooks):
+    for opaque, said, errors in two.run(_by_hooks):
         assert opaque
+        assert sum("parallelize_module" in line for line in said) == len(said) > 0, said
         assert max(errors.values()) < 1, errors
 
 

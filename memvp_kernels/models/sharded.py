@@ -1,0 +1,43 @@
+"""Methods that run a model which ``fully_shard`` has cut up: FSDP2 knows of ``forward`` alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import nn
+
+__all__ = ["has_sharded_parts", "like_forward"]
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def has_sharded_parts(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on a part of ``module``, so that its ranks must run it equally often."""
+    return any(_is_sharded(part) for part in module.modules())
+
+
+def like_forward(method: _Method) -> _Method:
+    """Mark a method of a module as one that runs it: a sharded root's own parameters are gathered around the call."""
+
+    @functools.wraps(method)
+    def called(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        name = method.__name__
+        if name in vars(self) or not _is_sharded(self):
+            return method(self, *args, **kwargs)
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        register_fsdp_forward_method(self, name)  # leaves a method of that name on the instance
+        return getattr(self, name)(*args, **kwargs)
+
+    return called  # type: ignore[return-value]
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
