@@ -108,3 +108,44 @@ def test_a_resumed_run_is_the_uninterrupted_one(bare: dict[int, Group], tmp_path
     assert "memvp_model.safetensors" in files
     base = sum(p.nbytes for p in language_model().parameters())
     assert sum(size for name, size in files.items() if name.endswith(".safetensors")) < base / 4
+
+
+def _save_sharded(port: int, folder: str) -> dict[str, Tensor]:
+    """A model in pieces, saved by all ranks from what they hold, and by the first alone from what FSDP has gathered for it."""
+    import torch.distributed as dist
+    from accelerate.state import AcceleratorState
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+    from transformers import TrainingArguments
+
+    from memvp_kernels.models.trainer import MemVPTrainer
+
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    arguments = TrainingArguments(output_dir=folder, use_cpu=True, report_to=[], disable_tqdm=True, ddp_timeout=15)
+    assert dist.get_world_size() == 2
+    model: Any = memvp_model()
+    for layer in model.language_model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    trainer = MemVPTrainer(model=model, args=arguments, train_dataset=_Samples())
+    trainer.save_model(f"{folder}/all")
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if dist.get_rank() == 0:
+        trainer._save(f"{folder}/first", state)
+    dist.barrier()
+    return model.adapter_state_dict()
+
+
+def test_a_sharded_model_is_saved_whole(bare: dict[int, Group], tmp_path: Path) -> None:
+    """To gather within a save that only the first process makes would be to wait for the others for ever."""
+    from safetensors.torch import load_file
+
+    wanted = bare[2].run(_save_sharded, free_port(), str(tmp_path))[0]
+    for folder in ("all", "first"):
+        state = load_file(tmp_path / folder / "memvp_model.safetensors")
+        assert state.keys() == wanted.keys()
+        assert all(torch.equal(state[name], t) for name, t in wanted.items())
+        trained = load_file(tmp_path / folder / "model.safetensors")
+        assert trained.keys() == {f"memory.{name}" for name in wanted}
