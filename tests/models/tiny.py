@@ -118,6 +118,24 @@ def with_memory(base: nn.Module, config: MemVPConfig = CONFIG, **options: Any) -
     return model.train(base.training)
 
 
+def shuffled(base: Any, seed: int) -> Any:
+    """The same function, its FFNs' pairs in another order: another draw of the rounding of their sums."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in base.modules():
+            own = module._modules
+            first = [own[name] for name in ("gate_proj", "up_proj", "wi", "wi_0", "wi_1", "fc1") if name in own]
+            last = [own[name] for name in ("down_proj", "wo", "fc2") if name in own]
+            if not (first and last):
+                continue
+            order = torch.randperm(first[0].out_features, generator=generator)
+            for linear in first:
+                for parameter in linear.parameters():
+                    parameter.copy_(parameter[order])
+            last[0].weight.copy_(last[0].weight[:, order])
+    return base
+
+
 def tokens(samples: int = 3, length: int = 5, seed: int = 2) -> Tensor:
     """Token ids that are no special ones."""
     return torch.randint(3, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memvp_kernels.models import MemVPConfig, MemVPModel
+from tests.models.tiny import shuffled
 
 __all__ = [
     "CONFIG",
@@ -121,21 +122,8 @@ def reference(
     """
     wide = _trained(memvp_model(base().to(torch.float64), config), inputs)
     exact = Reference(*wide, limit=1.0)
-    runs = [_trained(memvp_model(_shuffled(base(), seed).to(dtype), config), inputs) for seed in range(4)]
+    runs = [_trained(memvp_model(shuffled(base(), seed).to(dtype), config), inputs) for seed in range(4)]
     return exact._replace(limit=2 * max(error for run in runs for error in exact.errors(*run).values()))
-
-
-def _shuffled(base: Any, seed: int) -> Any:
-    """The same function, its FFNs' pairs in another order."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in base.model.layers:
-            order = torch.randperm(layer.mlp.up_proj.out_features, generator=generator)
-            for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
-                for parameter in linear.parameters():
-                    parameter.copy_(parameter[order])
-            layer.mlp.down_proj.weight.copy_(layer.mlp.down_proj.weight[:, order])
-    return base
 
 
 def _trained(model: MemVPModel, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
