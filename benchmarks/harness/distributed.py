@@ -164,7 +164,7 @@ def held(
 def training_collectives(
     preset: Preset, layout: Layout, *, sequences: int, length: int, element: int = 2, visual_tokens: int = 0
 ) -> Iterator[Collective]:
-    """Every message of one training step without checkpointing.
+    """Every message of one training step with activation checkpointing.
 
     Args:
         preset, layout, element: as in :func:`held`.
@@ -192,6 +192,8 @@ def _tensor_parallel(
     rows = n * d * element
     yield Collective("embeddings", "all-reduce", rows, tp, 1)
     yield Collective("attention's and FFN's output", "all-reduce", rows, tp, 2 * preset.layers)
+    # A layer's second forward ends at the last thing that its backward needs, before the FFN's reduce.
+    yield Collective("attention's output, recomputed", "all-reduce", rows, tp, preset.layers)
     # Nothing below the first layer's memory trains, so its input has no gradient. transformers reduces the gradient of x once
     # for each of q, k, v; the fused FFN once for gate, up and memory together.
     yield Collective("gradients of q's, k's, v's input", "all-reduce", rows, tp, 3 * (preset.layers - 1))
@@ -228,15 +230,15 @@ def slots_overhead(preset: Preset, *, tensor: int) -> float:
 def repeated_flops(preset: Preset) -> int:
     """FLOPs per token and layer of a training step that the slot split runs on every rank: the basis' products.
 
-    x Wᵀ and u W forward; dy Wᵀ, t W, x Wᵀ again and the two products of dW backward.
+    x Wᵀ and u W forward, twice under checkpointing; dy Wᵀ, t W, x Wᵀ again and the two products of dW backward.
     """
-    return 14 * preset.width * preset.rank
+    return 18 * preset.width * preset.rank
 
 
 def training_flops(preset: Preset, layout: Layout, *, sequences: int, length: int, form: str = "factored") -> float:
-    """FLOPs per GPU of one step without checkpointing, the slot split's repeated products included."""
+    """FLOPs per GPU of one step with activation checkpointing, the slot split's repeated products included."""
     shape = FFNShape.of(preset, sequences=sequences, tokens=length, visual_tokens=256, element=2)
-    flops = float(training_step(form, preset, shape, layers=preset.layers).flops)
+    flops = float(training_step(form, preset, shape, layers=preset.layers, checkpointing=True).flops)
     if layout.tensor > 1 and form == "factored":
         flops += repeated_flops(preset) * sequences * length * preset.layers * (layout.tensor - 1)
     return flops

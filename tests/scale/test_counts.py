@@ -56,10 +56,44 @@ def test_parameters_are_those_of_the_model() -> None:
     assert paper.adapter_parameters(TINY) == sum(p.numel() for p in model.memory.parameters())
 
 
-def test_an_image_is_its_core() -> None:
-    model = memvp_model(language_model())
-    core = model.encode_images(batch(samples=1)["image_features"])
-    assert core.numel() * core.element_size() == paper.image_bytes(TINY, element=FLOAT32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_image_is_its_core(dtype: torch.dtype) -> None:
+    model = memvp_model(language_model().to(dtype))
+    with torch.no_grad():
+        core = model.encode_images(batch(samples=1)["image_features"])
+    assert core.numel() * core.element_size() == paper.image_bytes(TINY, element=dtype.itemsize)
+
+
+def _kept(layers: int, inputs: dict[str, Any]) -> int:
+    """Bytes that a step with checkpointing keeps for its backward."""
+    model = memvp_model(language_model(num_hidden_layers=layers))
+    model.gradient_checkpointing_enable()
+    kept: dict[tuple[int, int], int] = {}
+    frozen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in frozen:
+            kept[storage.data_ptr(), storage.nbytes()] = storage.nbytes()
+            alive.append(t)
+        return t
+
+    alive: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = model(**inputs).loss
+    assert loss.requires_grad
+    return sum(kept.values())
+
+
+def test_a_layer_keeps_its_input() -> None:
+    """What each further layer adds, checkpointed."""
+    layout = paper.Layout("ddp", 1)
+    inputs = batch(SAMPLES, LENGTH)
+    formula = [
+        paper.held(replace(TINY, layers=n), layout, sequences=SAMPLES, length=LENGTH, element=FLOAT32)["activations"]
+        for n in (2, 5)
+    ]
+    assert _kept(5, inputs) - _kept(2, inputs) == formula[1] - formula[0]
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["MHA", "GQA"])
@@ -88,6 +122,7 @@ def test_a_base_in_nf4() -> None:
 
 
 def _step(model: Any) -> tuple[dict[tuple[str, int], int], set[str]]:
+    model.gradient_checkpointing_enable()
     with Traffic() as traffic:
         model(**batch(SAMPLES, LENGTH)).loss.backward()
     return dict(traffic.bytes), traffic.unknown
@@ -97,7 +132,9 @@ def _ddp() -> dict[tuple[str, int], int]:
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
     from torch.nn.parallel import DistributedDataParallel
 
-    model = DistributedDataParallel(memvp_model())
+    inner = memvp_model()
+    inner.gradient_checkpointing_enable()
+    model = DistributedDataParallel(inner)
     buckets: Counter[tuple[str, int]] = Counter()
 
     def count(state, bucket):  # type: ignore[no-untyped-def]  # C++ reducers do not pass the dispatcher
@@ -171,7 +208,7 @@ def test_bytes_that_tensor_parallelism_sends_and_holds(
 
 
 def _memory_flops(slots: int, rank: int, width: int, rows: int) -> int:
-    """Of the memory's products, forward and backward, as the torch backend runs them."""
+    """Of the memory's products as the torch backend runs them: forward, forward again under checkpointing, and backward."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from memvp_kernels.backends import eager
@@ -198,6 +235,7 @@ def _memory_flops(slots: int, rank: int, width: int, rows: int) -> int:
         return int(2 * left[0] * left[1] * right[1])
 
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        eager.forward(problem, save_hidden=False, save_scores=False)
         y, _, scores = eager.forward(problem, save_hidden=False, save_scores=True)
         eager.backward(problem, y, None, scores, needs)
     return int(counter.get_total_flops())
