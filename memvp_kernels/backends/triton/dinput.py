@@ -1,7 +1,7 @@
 """dx = dG·G + dU·K + dS·Kv, stored once: three sequential K loops into one accumulator.
 
 The output kernel with a second dense product in front; two products interleaved in one loop would double the shared memory. With a
-factored memory the last loop is dense: [dS A | dS] against [W; p^k], one sequence wide.
+factored memory the last loop is dense: [dS A | dS] against [W; p^k], one sequence wide. Few tiles are cut into parts, as there.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from memvp_kernels.backends.triton import backward_tiles, launch, tiles
-from memvp_kernels.backends.triton.operands import BY_POINTER, BY_ROW, load_tile, swizzle
-from memvp_kernels.backends.triton.output import add_memory
+from memvp_kernels.backends.triton.operands import BY_POINTER, BY_ROW, swizzle
+from memvp_kernels.backends.triton.output import add_memory, add_product
+from memvp_kernels.backends.triton.parts import add_parts, empty_parts
 from memvp_kernels.problem import Segments
 
 __all__ = ["dinput_backward", "dinput_bwd_kernel"]
@@ -59,7 +60,8 @@ def dinput_backward(
     form_gate = launch.form_of(gate, tma) if gate is not None else BY_POINTER.value
     left, right = (tile.block_n, tile.block_k), (tile.block_k, tile.columns)
 
-    grid = (triton.cdiv(rows, tile.block_n) * triton.cdiv(width, tile.columns),)
+    parts = empty_parts(tile.splits, dx)
+    grid = (triton.cdiv(rows, tile.block_n) * triton.cdiv(width, tile.columns), tile.splits)
     with launch.on_device(like):
         dinput_bwd_kernel[grid](
             launch.describe(dgate, left, form) if dgate is not None else None,
@@ -68,15 +70,15 @@ def dinput_backward(
             launch.describe(key, right, form_key) if key is not None else None,
             launch.describe(dscores, left, form) if dscores is not None else None,
             launch.describe(memory, (1, *right), form) if memory is not None else None,
-            dx, segments.cu_seqlens, segments.index, segments.lengths,
+            dx if parts is None else parts, segments.cu_seqlens, segments.index, segments.lengths,
             *_strides(gate, 2), *_strides(key, 2), *_strides(dscores, 1), *_strides(memory, 3),
             rows, segments.length or 0, segments.sequences, memory.shape[0] if memory is not None else 0,
             F=pairs, d=width, M=slots, BLOCK_N=tile.block_n, BLOCK_D=tile.columns, BLOCK_K=tile.block_k, GROUP=tile.group,
             STRADDLES=memory is not None and tiles.straddles(segments.sequences, segments.length, tile.block_n),
-            FORM=form, FORM_GATE=form_gate, FORM_KEY=form_key,
-            PRECISION=precision, DTYPE=launch.element_type(like.dtype), num_warps=tile.warps, num_stages=tile.stages,
+            SPLITS=tile.splits, FORM=form, FORM_GATE=form_gate, FORM_KEY=form_key, PRECISION=precision,
+            DTYPE=launch.element_type(like.dtype if parts is None else parts.dtype), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return dx
+    return dx if parts is None else add_parts(parts, None, None, dx)
 
 
 def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
@@ -89,45 +91,35 @@ def dinput_bwd_kernel(
     stride_gate_f, stride_gate_d, stride_key_f, stride_key_d, stride_dscores_n, stride_memory_r, stride_memory_m, stride_memory_d,
     N, T, S, R, F: tl.constexpr, d: tl.constexpr, M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STRADDLES: tl.constexpr,
-    FORM: tl.constexpr, FORM_GATE: tl.constexpr, FORM_KEY: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    SPLITS: tl.constexpr, FORM: tl.constexpr, FORM_GATE: tl.constexpr, FORM_KEY: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile (BLOCK_N, BLOCK_D) of dx."""
+    """Grid (tiles (BLOCK_N, BLOCK_D) of dx, SPLITS); with SPLITS > 1 dx is (SPLITS, N, d), a part each."""
     row_tile, column_tile = swizzle(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(d, BLOCK_D), GROUP)
     row = row_tile * BLOCK_N
     column = column_tile * BLOCK_D
+    part = 0
+    if SPLITS > 1:
+        part = tl.program_id(1)
+        dx += part.to(tl.int64) * N * d
 
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     if gate is not None:
-        acc = _add_product(
-            acc, dgate, gate, row, column, stride_gate_f, stride_gate_d, N, F, d, BLOCK_N, BLOCK_D, BLOCK_K, FORM, FORM_GATE, PRECISION
+        acc = add_product(
+            acc, dgate, gate, row, column, part, F, 1, stride_gate_f, stride_gate_d, N, F, d,
+            BLOCK_N, BLOCK_D, BLOCK_K, SPLITS, FORM, FORM_GATE, PRECISION,
         )  # fmt: skip
     if key is not None:
-        acc = _add_product(
-            acc, dkey, key, row, column, stride_key_f, stride_key_d, N, F, d, BLOCK_N, BLOCK_D, BLOCK_K, FORM, FORM_KEY, PRECISION
+        acc = add_product(
+            acc, dkey, key, row, column, part, F, 1, stride_key_f, stride_key_d, N, F, d,
+            BLOCK_N, BLOCK_D, BLOCK_K, SPLITS, FORM, FORM_KEY, PRECISION,
         )  # fmt: skip
     if memory is not None:
         acc = add_memory(
-            acc, row, column, dscores, memory, cu_seqlens, index, lengths, stride_dscores_n, 1, stride_memory_r, stride_memory_m,
-            stride_memory_d, N, T, S, R, d, M, BLOCK_N, BLOCK_D, BLOCK_K, STRADDLES, FORM, PRECISION,
+            acc, row, column, part, dscores, memory, cu_seqlens, index, lengths, stride_dscores_n, 1, stride_memory_r, stride_memory_m,
+            stride_memory_d, N, T, S, R, d, M, BLOCK_N, BLOCK_D, BLOCK_K, SPLITS, STRADDLES, FORM, PRECISION,
         )  # fmt: skip
 
     o_row = row + tl.arange(0, BLOCK_N)
     o_column = column + tl.arange(0, BLOCK_D)
     inside = (o_row[:, None] < N) & (o_column[None, :] < d)
     tl.store(dx + o_row.to(tl.int64)[:, None] * d + o_column[None, :], acc.to(DTYPE), mask=inside)
-
-
-@triton.jit
-def _add_product(
-    acc, left, weight, row, column, stride_weight_f, stride_weight_d, N, F: tl.constexpr, d: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, FORM: tl.constexpr, FORM_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc + left · weight for a dense left (N, F), contiguous."""
-    WHOLE: tl.constexpr = F % BLOCK_K == 0
-    for k in tl.range(0, F, BLOCK_K):
-        b_left = load_tile(left, row, k, N, F, F, 1, BLOCK_N, BLOCK_K, FORM, False, WHOLE)
-        b_weight = load_tile(
-            weight, k, column, F, d, stride_weight_f, stride_weight_d, BLOCK_K, BLOCK_D, FORM_WEIGHT, WHOLE, d % BLOCK_D == 0
-        )  # fmt: skip
-        acc = tl.dot(b_left, b_weight, acc, input_precision=PRECISION)
-    return acc

@@ -24,8 +24,11 @@ __all__ = [
     "core_tile",
     "hidden_cycles",
     "hidden_tile",
+    "joining_cycles",
     "output_cycles",
     "output_tile",
+    "split_choices",
+    "step_cycles",
     "straddles",
 ]
 
@@ -92,6 +95,7 @@ class Tile:
         block_k: step of the K loop.
         warps, stages: Triton's num_warps and num_stages.
         group: row tiles that run side by side and share columns in L2.
+        splits: parts that the K loop is cut into, for the kernels that can (output, dx).
     """
 
     block_n: int
@@ -100,6 +104,7 @@ class Tile:
     warps: int
     stages: int
     group: int = 8
+    splits: int = 1
 
 
 # (block_n, accumulated columns, block_k, warps, most stages), widest first: of equal cost the first wins.
@@ -123,8 +128,15 @@ _SHAPES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
 }
 _RESERVE = 2 * _KIB  # barriers and the epilogue's scratch beside the stages
 _FILL = 900  # cycles before a tile's first product: launch, first loads
-_WIDE_EFFICIENCY = {256: 1.0, 128: 0.9, 64: 0.75, 32: 0.5}  # of the tensor cores' rate, by accumulator width
+_WIDE_EFFICIENCY = {256: 1.0, 192: 0.95, 128: 0.9, 64: 0.75, 32: 0.5}  # of the tensor cores' rate, by accumulator width
 _PER_MULTIPROCESSOR_REGISTERS = 65536
+_SPLITS = (1, 2, 3, 4, 6, 8)
+_CUT_MARGIN = (
+    1.05  # a cut loop must promise this much: the model is no better, and one launch less is one thing less to go wrong
+)
+_LAUNCH_SECONDS = (
+    2e-6  # between two kernels of a stream that is kept full: drain of the one, start of the other; assumed
+)
 
 
 def _kind(dtype: torch.dtype, precision: str, descriptors: bool) -> str:
@@ -176,7 +188,7 @@ def hidden_tile(
 ) -> Tile:
     """The hidden kernel's tile."""
     return _hidden_tile(
-        chip, dtype, precision, _bucket(rows), width, pairs, slots, _bucket(sequences), gated, descriptors
+        chip, dtype, precision, _bucket(rows), width, pairs, slots, _sequences(sequences), gated, descriptors
     )
 
 
@@ -241,7 +253,16 @@ def output_tile(
     # The largest power of two in T decides which tiles a sequence's edge may cut, and nothing else about T matters.
     whole = 0 if length is None else length & -length if sequences > 1 else 1 << 30
     return _output_tile(
-        chip, dtype, precision, _bucket(rows), width, pairs, slots, _bucket(sequences), min(whole, 1 << 10), descriptors
+        chip,
+        dtype,
+        precision,
+        _bucket(rows),
+        width,
+        pairs,
+        slots,
+        _sequences(sequences),
+        min(whole, 1 << 10),
+        descriptors,
     )
 
 
@@ -263,10 +284,20 @@ def _output_tile(
     double = set(candidates(chip, dtype, precision, descriptors=descriptors, accumulators=2))
     for order, tile in enumerate(single):
         cut = slots > 0 and (whole == 0 or whole % tile.block_n != 0)
-        if not cut or tile in double:
+        if cut and tile not in double:
+            continue
+        for splits in split_choices(chip, tile, rows, width, pairs):
+            tile = replace(tile, splits=splits)
             cycles = output_cycles(chip, tile, dtype, precision, rows, width, pairs, slots, sequences, cut)
-            found.append((cycles, order, tile))
-    return min(found)[2]
+            found.append((cycles * (_CUT_MARGIN if splits > 1 else 1.0), order, tile))
+    return min(found, key=lambda f: f[:2])[2]
+
+
+def split_choices(chip: Chip, tile: Tile, rows: int, columns: int, depth: int) -> tuple[int, ...]:
+    """Into how many parts a loop of `depth` may be cut: one, unless tiles are fewer than multiprocessors; no part under four steps."""
+    count = math.ceil(rows / tile.block_n) * math.ceil(columns / tile.columns)
+    most = depth // (4 * tile.block_k) if count < chip.multiprocessors else 1
+    return tuple(s for s in _SPLITS if s <= max(most, 1))
 
 
 def output_cycles(
@@ -284,28 +315,42 @@ def output_cycles(
     """Predicted clock cycles of one output launch; `cut`: sequences end inside row tiles."""
     row_tiles = math.ceil(rows / tile.block_n)
     touched = 1 + (min(sequences, rows) - 1) / row_tiles if cut else 1.0
-    steps = math.ceil(pairs / tile.block_k) + touched * math.ceil(slots / tile.block_k)
-    count = row_tiles * math.ceil(width / tile.columns)
+    part = tile.block_k * tile.splits
+    steps = math.ceil(pairs / part) + touched * math.ceil(slots / part)
+    count = row_tiles * math.ceil(width / tile.columns) * tile.splits
     moved = rows * (pairs + slots) + pairs * width + sequences * slots * width + rows * width
-    return _cycles(chip, tile, dtype, precision, tile.columns, count, steps, moved * dtype.itemsize)
+    cycles = _cycles(chip, tile, dtype, precision, tile.columns, count, steps, moved * dtype.itemsize)
+    return cycles + joining_cycles(chip, rows * width, tile.splits)
+
+
+def joining_cycles(chip: Chip, numbers: int, splits: int) -> float:
+    """Cycles to store the parts of a result in float32 and to add them up in a second launch; L2 holds what is so small."""
+    if splits == 1:
+        return 0.0
+    return 4 * numbers * (2 * splits + 1) / (chip.l2 * chip.multiprocessors) + _LAUNCH_SECONDS * chip.clock * 1e9
 
 
 def _cycles(
     chip: Chip, tile: Tile, dtype: torch.dtype, precision: str, wide: int, count: int, steps: float, moved: int
 ) -> float:
-    flops = 2 * tile.block_n * wide * tile.block_k
-    if dtype != torch.float32:
-        rate = chip.tensor * _WIDE_EFFICIENCY[wide]
-    else:
-        rate = chip.tensor / 2 * _WIDE_EFFICIENCY[wide] if precision == "tf32" else chip.cuda
-    delivered = (tile.block_n + wide) * tile.block_k * dtype.itemsize / chip.l2
-    step = max(flops / rate, delivered)
+    step = step_cycles(chip, tile, dtype, precision, wide)
     shared = tile.stages * (tile.block_n + wide) * tile.block_k * dtype.itemsize + _RESERVE
     registers = (tile.block_n * wide // (32 * tile.warps) + 64) * 32 * tile.warps
     resident = max(1, min(chip.shared // shared, _PER_MULTIPROCESSOR_REGISTERS // registers, 4))
     waves = math.ceil(count / (chip.multiprocessors * resident))
     store = tile.block_n * wide * dtype.itemsize / chip.l2
     return max(waves * (_FILL + store + resident * steps * step), moved / chip.memory)
+
+
+def step_cycles(chip: Chip, tile: Tile, dtype: torch.dtype, precision: str, wide: int) -> float:
+    """Predicted clock cycles of one step of a tile's K loop, `wide` accumulated columns: bound by the products or by L2."""
+    flops = 2 * tile.block_n * wide * tile.block_k
+    if dtype != torch.float32:
+        rate = chip.tensor * _WIDE_EFFICIENCY[wide]
+    else:
+        rate = chip.tensor / 2 * _WIDE_EFFICIENCY[wide] if precision == "tf32" else chip.cuda
+    delivered = (tile.block_n + wide) * tile.block_k * dtype.itemsize / chip.l2
+    return max(flops / rate, delivered)
 
 
 def core_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: int, rank: int) -> Tile:
@@ -320,3 +365,8 @@ def core_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: int, rank
 def _bucket(count: int, least: int = 16) -> int:
     """The next power of two."""
     return max(least, 1 << max(count - 1, 0).bit_length())
+
+
+def _sequences(count: int) -> int:
+    """One sequence, as a memory that all rows share looks to the kernels, is its own bucket."""
+    return _bucket(count) if count > 1 else count

@@ -1,0 +1,89 @@
+"""Loops cut into parts for thin waves: the output and dx kernels with few tiles, the sum of the parts, and when the cost model asks for it."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from memvp_kernels import fused_ffn
+from memvp_kernels.backends.triton import backward_tiles, tiles
+from memvp_kernels.backends.triton.parts import add_parts, empty_parts
+from memvp_kernels.backends.triton.tiles import Tile
+from tests import yardstick
+from tests.triton.test_backward import DEVICE, example
+
+run = functools.partial(fused_ffn, backend="triton")
+
+
+@pytest.fixture(params=[2, 3])
+def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Every output and dx kernel in so many parts, of steps that do not divide F or M."""
+    splits = int(request.param)
+    monkeypatch.setattr(tiles, "output_tile", lambda *_, **__: Tile(32, 32, 16, 4, 2, group=2, splits=splits))
+    monkeypatch.setattr(backward_tiles, "dinput_tile", lambda *_, **__: Tile(32, 64, 32, 4, 2, group=2, splits=splits))
+    return splits
+
+
+@pytest.mark.parametrize("form", ["plain", "factored"])
+@pytest.mark.parametrize("packed", [False, True], ids=["uniform", "packed"])
+def test_output_and_every_gradient(form: str, packed: bool, cut: int, operands: str) -> None:
+    lengths = [11, 1, 0, 27] if packed else [13] * 3
+    a = example(torch.bfloat16, lengths=lengths, M=19, form=form, packed=packed, d=45, F=71, biased=True)
+    a["residual"] = torch.randn(a["x"].shape, device=DEVICE).to(torch.bfloat16)
+    yardstick.check(run, a)
+    assert torch.equal(run(**a), run(**a))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_other_dtypes(dtype: torch.dtype, cut: int) -> None:
+    yardstick.check(run, example(dtype, lengths=[37, 37], M=19, form="plain"))
+
+
+def test_fewer_steps_than_parts(cut: int) -> None:
+    """F and M within one step: the other parts add zeros."""
+    yardstick.check(run, example(torch.bfloat16, lengths=[9], M=1, form="plain", F=8))
+
+
+def test_the_parts_are_added_in_order_and_in_float32() -> None:
+    parts = empty_parts(3, torch.empty(5, 300, dtype=torch.bfloat16, device=DEVICE))
+    assert parts is not None
+    assert parts.dtype == torch.float32
+    assert empty_parts(1, parts) is None
+    parts.copy_(torch.randn(parts.shape, generator=torch.Generator().manual_seed(2)))
+    bias, residual = torch.randn(600, device=DEVICE)[::2], torch.randn(300, 5, device=DEVICE).T
+    out = torch.empty(5, 300, dtype=torch.bfloat16, device=DEVICE)
+    expected = ((((parts[0] + parts[1]) + parts[2]) + bias) + residual).bfloat16()
+    assert torch.equal(add_parts(parts, bias, residual, out), expected)
+
+
+def chosen(rows: int, *, width: int = 2048, pairs: int = 5632, length: int | None = None) -> Tile:
+    return tiles.output_tile(
+        tiles.chip_of(90), torch.bfloat16, "ieee", rows=rows, width=width, pairs=pairs, slots=320, sequences=1,
+        length=length or rows, descriptors=True,
+    )  # fmt: skip
+
+
+def test_only_thin_waves_are_cut() -> None:
+    """d = 2048 has 32 tiles of 128x256 at 512 rows, for 132 multiprocessors; at 8192 rows they are 512."""
+    assert chosen(512).splits > 1
+    assert chosen(8192).splits == 1
+    for rows in (16, 64, 128, 256, 512, 1024, 2048, 8192):
+        tile = chosen(rows)
+        whole = -(-rows // tile.block_n) * -(-2048 // tile.columns)
+        assert tile.splits == 1 or whole < 132
+        assert 5632 // tile.block_k // tile.splits >= 4
+
+
+def test_a_cut_pays_for_its_second_launch() -> None:
+    """Never chosen where the model has a whole loop at the same price or less."""
+    chip = tiles.chip_of(90)
+    for rows in (16, 64, 256, 512, 1024):
+        cost = functools.partial(tiles.output_cycles, chip)
+        size = (torch.bfloat16, "ieee", rows, 2048, 5632, 320, 1, False)
+        least = min(cost(t, *size) for t in tiles.candidates(chip, torch.bfloat16, "ieee", descriptors=True))
+        tile = chosen(rows)
+        assert cost(tile, *size) <= least if tile.splits == 1 else cost(tile, *size) < least
+    assert tiles.joining_cycles(chip, 512 * 2048, 1) == 0
+    assert tiles.joining_cycles(chip, 512 * 2048, 2) > tiles._LAUNCH_SECONDS * chip.clock * 1e9
