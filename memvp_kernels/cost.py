@@ -33,13 +33,15 @@ _RATES = {
     100: Rates(2250e12, 80e12, 7.5e12),
     120: Rates(420e12, 105e12, 1.7e12),
 }
-#: Share of the arithmetic peak that large products reach. cuBLAS and pipelined Triton in 16 bits are close to one another; in IEEE
-#: float32 `tl.dot` is a loop of FMAs without cuBLAS's register blocking. The decode kernel is built for bandwidth, not for FLOPs: its
-#: tensor-core work is bound by shared memory (docs/notes/decode-account.md), below the weights' own time up to its 64 tokens.
-_EFFICIENCY = {"torch": 0.80, "triton": 0.76, "cuda": 0.35}
-_EFFICIENCY_FLOAT32 = {"torch": 0.85, "triton": 0.35, "cuda": 0.0}
+#: Share of the arithmetic peak that large products reach, by road. "fused" and "library" are the Triton backend's two: its own pipelined
+#: products, and cuBLAS's between its passes; in IEEE float32 `tl.dot` is a loop of FMAs without cuBLAS's register blocking. The decode
+#: kernel is built for bandwidth, not for FLOPs: its tensor-core work is bound by shared memory (docs/notes/decode-account.md), below the
+#: weights' own time up to its 64 tokens.
+_EFFICIENCY = {"torch": 0.80, "fused": 0.72, "library": 0.80, "cuda": 0.35}
+_EFFICIENCY_FLOAT32 = {"torch": 0.85, "fused": 0.35, "library": 0.85, "cuda": 0.0}
 #: Share of the memory bandwidth while weights stream past a few tokens.
-_STREAMING = {"torch": 0.75, "triton": 0.70, "cuda": 0.90}
+_STREAMING = {"torch": 0.75, "fused": 0.70, "library": 0.75, "cuda": 0.90}
+_ROADS = {"torch": ("torch",), "triton": ("fused", "library"), "cuda": ("cuda",)}
 _LAUNCH = 4e-6
 
 
@@ -50,10 +52,15 @@ def rates_of(capability: tuple[int, int]) -> Rates:
 
 
 def predict(problem: Problem, backend: str, rates: Rates) -> float:
-    """Predicted seconds of one forward of `problem` in "torch", "triton" or "cuda"."""
+    """Predicted seconds of one forward of `problem` in "torch", "triton" (its faster road) or "cuda"."""
+    return min(_predict(problem, road, rates) for road in _ROADS[backend])
+
+
+def _predict(problem: Problem, road: str, rates: Rates) -> float:
     p = problem
     size = p.x.element_size()
     matrices = (2 if p.gated else 1) + 1 if p.key is not None else 0
+    branches = max(matrices - 1, 0)
     weights = matrices * p.pairs * p.width
     if p.factored:
         shared, own = 2 * (p.rank + p.slots) * p.width, 2 * p.memories * p.slots * p.rank
@@ -65,16 +72,22 @@ def predict(problem: Problem, backend: str, rates: Rates) -> float:
     flops = 2.0 * p.rows * per_row
     moved = (weights + shared + own + 2 * p.rows * p.width + 2 * p.rows * p.pairs) * size
     # The decode kernel has three, each begun before the one ahead of it has ended.
-    launches = {"torch": 4 + 5 * p.has_memory + 2 * p.factored, "triton": 2 + 2 * p.has_memory, "cuda": 2}[backend]
-    # PyTorch's products write the pre-activations, and separate passes read them again, write the hidden and read the scores.
-    passes = p.rows * (2 * max(matrices - 1, 0) * p.pairs + 4 * p.slots) * size if backend == "torch" else 0
+    launches = {
+        "torch": 4 + 5 * p.has_memory + 2 * p.factored,
+        "fused": 2 + p.factored,
+        "library": 2 + branches + 2 * p.has_memory + p.factored,
+        "cuda": 2,
+    }[road]
+    # A library's products write the pre-activations and a pass reads them again; PyTorch takes two passes for a gate, and more for the memory.
+    passes = {"torch": 2 * (branches + p.gated) * p.pairs + 4 * p.slots, "library": 2 * branches * p.pairs + p.width}
     half = p.x.dtype in (torch.float16, torch.bfloat16)
     peak = rates.tensor if half else rates.cuda
     if not half and tf32_allowed():
         peak = rates.tensor / 2
         half = True
-    efficiency = (_EFFICIENCY if half else _EFFICIENCY_FLOAT32)[backend]
+    efficiency = (_EFFICIENCY if half else _EFFICIENCY_FLOAT32)[road]
     if efficiency == 0.0:
         return float("inf")
-    bandwidth = rates.memory * _STREAMING[backend]
-    return max(flops / (peak * efficiency), moved / bandwidth) + passes / bandwidth + launches * _LAUNCH
+    bandwidth = rates.memory * _STREAMING[road]
+    between = p.rows * passes.get(road, 0) * size / bandwidth
+    return max(flops / (peak * efficiency), moved / bandwidth) + between + launches * _LAUNCH

@@ -88,19 +88,18 @@ class _Operands:
             "dvalue": per_image(self.visual).transpose(1, 2) @ per_image(self.grad),
         }
 
-    def triton(self, name: str) -> Callable[[], Outputs]:
-        """The launch of a kernel."""
-        from memvp_kernels.backends.triton.dhidden import dhidden_backward
-        from memvp_kernels.backends.triton.dinput import dinput_backward
+    def triton(self, name: str, road: str) -> Callable[[], Outputs]:
+        """The launch of a kernel, or the library's products in its place."""
         from memvp_kernels.backends.triton.dmemory import memory_gradients
-        from memvp_kernels.backends.triton.hidden import Visual, hidden_forward
-        from memvp_kernels.backends.triton.output import output_forward
+        from memvp_kernels.backends.triton.hidden import Visual
+        from memvp_kernels.backends.triton.steps import ON_ROAD
 
+        steps = ON_ROAD[road]
         w, memory, segments = self.weights, self.memory, self.segments
         visual = Visual("silu", memory.scale, None, 0)
 
         def hidden() -> Outputs:
-            made = hidden_forward(
+            made = steps.hidden(
                 self.x,
                 w.key,
                 w.gate,
@@ -116,10 +115,10 @@ class _Operands:
             return {"pre": made.pre, "hidden": made.hidden, "scores": made.scores, "visual": made.visual}  # type: ignore[dict-item]
 
         def output() -> Outputs:
-            return {"y": output_forward(self.hidden, w.value, None, self.visual, memory.value, segments, None, self.x)}
+            return {"y": steps.output(self.hidden, w.value, None, self.visual, memory.value, segments, None, self.x)}
 
         def dhidden() -> Outputs:
-            made = dhidden_backward(
+            made = steps.dhidden(
                 self.grad,
                 w.value,
                 self.pre,
@@ -135,7 +134,7 @@ class _Operands:
             return {"dpre": made.dpre, "dscores": made.dscores}  # type: ignore[dict-item]
 
         def dinput() -> Outputs:
-            return {"dx": dinput_backward(self.dpre, w.key, w.gate, self.dscores, memory.key, segments, self.x)}
+            return {"dx": steps.dinput(self.dpre, w.key, w.gate, self.dscores, memory.key, segments, self.x)}
 
         def dmemory() -> Outputs:
             pairs = [(self.dscores, self.x), (self.visual, self.grad)]
@@ -185,15 +184,21 @@ def candidates(setting: Setting, name: str, *, sequences: int, text_length: int,
         o = operands()
         return held_bytes(o.weights, o.memory, o.x, o.grad, o.pre, o.scores, o.hidden, o.visual, o.dpre, o.dscores)
 
-    def triton() -> tuple[Outputs, Run, int]:
-        call = operands().triton(name)
+    def triton(road: str) -> tuple[Outputs, Run, int]:
+        call = operands().triton(name, road)
         return call(), Run([call]), held()
 
     def products() -> tuple[Outputs, Run, int]:
         return operands().reference(name, setting.dtype), Run([operands().products(name)]), held()
 
-    count = kernel(name, shape)
-    return [
+    count, absent = kernel(name, shape), missing("triton", setting.device)
+    found = [
         Candidate("matmul", products, truth, count, note="the kernel's matrix products alone, one after the other"),
-        Candidate("triton", triton, truth, count, missing=missing("triton", setting.device)),
+        Candidate("triton", functools.partial(triton, "fused"), truth, count, missing=absent),
     ]
+    if name != "dmemory":  # which has one road
+        note = "the shared products by torch.mm, with the backend's passes and memory kernels around them"
+        found.append(
+            Candidate("library", functools.partial(triton, "library"), truth, count, missing=absent, note=note)
+        )
+    return found

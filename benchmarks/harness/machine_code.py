@@ -27,6 +27,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
 from memvp_kernels.backends.triton import launch
+from memvp_kernels.backends.triton.steps import forced
 
 __all__ = ["Compiled", "Loop", "Machine", "inspect", "offline"]
 
@@ -88,7 +89,10 @@ class _NoDevice(DriverBase):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def offline(architecture: int) -> Iterator[list[Compiled]]:
-    """Within it, launches of kernels on CPU tensors compile for `architecture` and are listed; nothing runs."""
+    """Within it, launches of kernels on CPU tensors compile for `architecture` and are listed; nothing runs.
+
+    Every step takes its fused kernel: the library's products would run for real.
+    """
     launched: list[Compiled] = []
     run, known = JITFunction.run, launch.architecture
 
@@ -108,7 +112,8 @@ def offline(architecture: int) -> Iterator[list[Compiled]]:
     JITFunction.run = compile_only
     launch.architecture = lambda device: architecture  # type: ignore[assignment]
     try:
-        yield launched
+        with forced("fused"):
+            yield launched
     finally:
         JITFunction.run = run
         launch.architecture = known

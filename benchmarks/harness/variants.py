@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,6 +224,31 @@ def _ours_factored(backend: str, recompute: bool) -> Step:
     return step
 
 
+def _on_road(step: Step, road: str) -> Step:
+    """The step with the Triton backend's large steps all on one road, forward and backward; otherwise its cost model mixes them."""
+
+    def on_road(x: Tensor, weights: Weights, bound: Any, dropout: float) -> Tensor:
+        from memvp_kernels.backends.triton.steps import forced
+
+        held: list[AbstractContextManager[None]] = []
+
+        def enter(_grads: object) -> None:
+            held.append(forced(road))
+            held[-1].__enter__()
+
+        def leave(_inputs: object, _outputs: object) -> None:
+            held.pop().__exit__(None, None, None)
+
+        with forced(road):
+            y = step(x, weights, bound, dropout)
+        if y.grad_fn is not None:
+            y.grad_fn.register_prehook(enter)
+            y.grad_fn.register_hook(leave)
+        return y
+
+    return on_road
+
+
 def _backend_missing(backend: str) -> Callable[[torch.device], str | None]:
     return lambda device: missing_backend(backend, device)
 
@@ -271,6 +297,13 @@ def variants(device: torch.device, *, compiled: bool, recompute: bool = False) -
                 f"factored-{backend}", "factored", _ours_factored(backend, recompute), lambda parts: parts, **limits
             ),
         ]
+        if backend == "triton":
+            for road in ("fused", "library"):
+                plain, factored = (_on_road(ours(backend, recompute), road) for ours in (_ours_plain, _ours_factored))
+                found += [
+                    Variant(f"plain-triton-{road}", "formed", plain, _formed, **limits),
+                    Variant(f"factored-triton-{road}", "factored", factored, lambda parts: parts, **limits),
+                ]
         if backend == "cuda":
             found.append(
                 Variant("positions-cuda", "positions", _ours_positions(backend, recompute), _official, **limits)

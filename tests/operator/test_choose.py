@@ -43,9 +43,11 @@ def test_prefill_and_training_go_to_triton(rows: int) -> None:
     assert fastest(llama_7b(rows, images=16)) == "triton"
 
 
-def test_ieee_float32_goes_to_pytorch_and_tf32_does_not() -> None:
+def test_ieee_float32_goes_by_the_library_and_tf32_too() -> None:
+    """PyTorch's own products either way, with fewer passes between them; `tl.dot` in IEEE float32 would not pay."""
     problem = llama_7b(4096, torch.float32)
-    assert fastest(problem) == "torch"
+    assert cost._predict(problem, "library", HOPPER) < cost.predict(problem, "torch", HOPPER)
+    assert cost.predict(problem, "torch", HOPPER) < cost._predict(problem, "fused", HOPPER)
     torch.set_float32_matmul_precision("high")
     try:
         assert fastest(problem) == "triton"

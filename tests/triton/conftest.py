@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import triton
 
-from memvp_kernels.backends.triton import launch
+from memvp_kernels.backends.triton import launch, steps
 
 # tests/conftest.py sets TRITON_INTERPRET before anything imports triton; set later it would leave half of triton compiled.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -32,6 +33,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+
+
+@pytest.fixture(autouse=True)
+def fused_road() -> Iterator[None]:
+    """The fused kernels, whatever the cost model would take for problems as small as the tests'; test_library.py has the other road."""
+    with steps.forced("fused"):
+        yield
 
 
 @pytest.fixture(params=["descriptors", "pointers"])

@@ -14,6 +14,7 @@ from torch import Tensor
 from memvp_kernels import reference
 from memvp_kernels.arguments import TENSORS
 from memvp_kernels.backends import triton as backend
+from memvp_kernels.backends.triton.steps import Steps
 from memvp_kernels.ops import normalise
 from memvp_kernels.problem import Problem, Segments
 from tests import cases, yardstick
@@ -120,11 +121,11 @@ def test_an_expanded_gradient_and_nothing_written(form: str) -> None:
 
 #: needs -> the steps that must run for them with a plain memory; the others must not.
 STEPS = {
-    ("x",): {"dhidden_backward", "dinput_backward"},
-    ("visual_value",): {"dhidden_backward", "memory_gradients"},
-    ("key_position",): {"dhidden_backward", "dense_gradients"},
+    ("x",): {"dhidden", "dinput"},
+    ("visual_value",): {"dhidden", "memory_gradients"},
+    ("key_position",): {"dhidden", "dense_gradients"},
     ("value_bias",): set(),
-    ("key",): {"dhidden_backward"},
+    ("key",): {"dhidden"},
     ("value",): set(),
 }
 
@@ -133,9 +134,7 @@ STEPS = {
 def test_nothing_runs_that_nobody_needs(needs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     ran = set()
 
-    def recorded(name: str) -> Any:
-        known = getattr(passes, name)
-
+    def recorded(name: str, known: Any) -> Any:
         @functools.wraps(known)
         def step(*arguments: Any, **options: Any) -> Any:
             ran.add(name)
@@ -145,8 +144,13 @@ def test_nothing_runs_that_nobody_needs(needs: tuple[str, ...], monkeypatch: pyt
 
     p = problem()
     _, pre, scores = backend.forward(p, save_hidden=True, save_scores=True)
-    for name in ("dhidden_backward", "dinput_backward", "memory_gradients", "dense_gradients", "hidden_forward"):
-        monkeypatch.setattr(passes, name, recorded(name))
+    steps = passes.steps_of(p)
+    watched = Steps(
+        **{name: recorded(name, getattr(steps, name)) for name in ("hidden", "output", "dhidden", "dinput")}
+    )
+    monkeypatch.setattr(passes, "steps_of", lambda problem: watched)
+    for name in ("memory_gradients", "dense_gradients"):
+        monkeypatch.setattr(passes, name, recorded(name, getattr(passes, name)))
     backend.backward(p, dy(p), pre, scores, frozenset(needs))
     assert ran == STEPS[needs]
 

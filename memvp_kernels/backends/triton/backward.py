@@ -1,4 +1,4 @@
-"""The backward in Triton: with a frozen FFN two launches and one for the memory's own gradients; a core launch more when it is factored."""
+"""The backward in Triton: with a frozen FFN two steps and a launch for the memory's own gradients; a core launch more when it is factored."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from memvp_kernels.backends.memory_rows import only_readers
 from memvp_kernels.backends.triton import launch
 from memvp_kernels.backends.triton.core import core_forward
 from memvp_kernels.backends.triton.core_backward import CoreGradients, core_backward
-from memvp_kernels.backends.triton.dhidden import HiddenGradients, dhidden_backward
-from memvp_kernels.backends.triton.dinput import dinput_backward
+from memvp_kernels.backends.triton.dhidden import HiddenGradients
 from memvp_kernels.backends.triton.dmemory import Pair, dense_gradients, memory_gradients
 from memvp_kernels.backends.triton.forward import dense_segments, visual_of, without_memory
-from memvp_kernels.backends.triton.hidden import hidden_forward
 from memvp_kernels.backends.triton.memory import form_memory, shared_operand
+from memvp_kernels.backends.triton.steps import steps_of
 from memvp_kernels.backends.triton.weights import weight_gradients
 from memvp_kernels.problem import Problem
 
@@ -82,7 +81,7 @@ def _kept_or_again(
             memory = form_memory(
                 problem.visual_key, problem.key_position, None, problem.x.dtype, descriptors=descriptors
             )
-        made = hidden_forward(
+        made = steps_of(problem).hidden(
             problem.x, problem.key if again_pre else None, problem.gate if again_pre else None, problem.key_bias, problem.gate_bias,
             problem.activation, memory, segments, None, save_hidden=again_pre, save_scores=again_scores, need_hidden=False,
         )  # fmt: skip
@@ -102,7 +101,7 @@ def _plain_backward(
     problem: Problem, grad: Tensor, pre: Tensor | None, scores: Tensor | None, needs: frozenset[str], overwrite: bool
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """dpre, and the gradients of x and of a memory that is d wide; pre and scores are None where nothing behind them is needed."""
-    x, segments, dtype = problem.x, problem.segments, problem.x.dtype
+    x, segments, dtype, steps = problem.x, problem.segments, problem.x.dtype, steps_of(problem)
     descriptors = launch.has_tma(x.device)
     value_memory = None
     if scores is not None and not needs.isdisjoint(_BEHIND_SCORES):
@@ -110,7 +109,7 @@ def _plain_backward(
         value_memory = form_memory(problem.visual_value, problem.value_position, None, dtype, descriptors=descriptors)
     made = HiddenGradients(None, None, None, None)
     if pre is not None or scores is not None:
-        made = dhidden_backward(
+        made = steps.dhidden(
             grad, problem.value if pre is not None else None, pre, problem.activation, value_memory, problem.memories, scores, segments,
             visual_of(problem) if scores is not None else None,
             need_visual=not needs.isdisjoint(_BEHIND_VISUAL), overwrite=overwrite,
@@ -124,7 +123,7 @@ def _plain_backward(
             key_memory = form_memory(
                 problem.visual_key, problem.key_position, segments.lengths, dtype, descriptors=descriptors
             )
-        grads["x"] = dinput_backward(made.dpre, problem.key, problem.gate, made.dscores, key_memory, segments, x)
+        grads["x"] = steps.dinput(made.dpre, problem.key, problem.gate, made.dscores, key_memory, segments, x)
 
     # Each side's left and right operand: dKv = dSᵀ x, dVv = visualᵀ dy.
     sides: dict[str, Pair] = {}
@@ -160,7 +159,7 @@ def _factored_backward(
     x, dtype, rank = problem.x, problem.x.dtype, problem.rank
     basis, key_core, value_core = problem.visual_basis, problem.visual_key, problem.visual_value
     assert scores is not None and basis is not None and key_core is not None and value_core is not None
-    dense = dense_segments(problem.rows)
+    dense, steps = dense_segments(problem.rows), steps_of(problem)
     need_key, need_value = not needs.isdisjoint(_BEHIND_SCORES), not needs.isdisjoint(_BEHIND_VISUAL)
 
     operand = None
@@ -170,7 +169,7 @@ def _factored_backward(
         operand = shared_operand(basis, None, dtype)[None]
     e = dpre = None
     if pre is not None or operand is not None:
-        hidden = dhidden_backward(
+        hidden = steps.dhidden(
             grad, problem.value if pre is not None else None, pre, problem.activation, operand, 1, None, dense, None,
             need_visual=False, overwrite=overwrite,
         )  # fmt: skip
@@ -185,7 +184,7 @@ def _factored_backward(
         assert core.key is not None
         left = core.key if problem.key_position is not None else core.key[:, :rank]
         right = shared_operand(basis, problem.key_position, dtype)[None]
-        grads["x"] = dinput_backward(dpre, problem.key, problem.gate, left, right, dense, x)
+        grads["x"] = steps.dinput(dpre, problem.key, problem.gate, left, right, dense, x)
 
     cores = {}
     if "visual_key" in needs:
@@ -207,7 +206,7 @@ def _through_basis(problem: Problem) -> Tensor:
     """x Wᵀ (N, r), formed again: it is not kept."""
     assert problem.visual_basis is not None
     basis = shared_operand(problem.visual_basis, None, problem.x.dtype)[None]
-    made = hidden_forward(
+    made = steps_of(problem).hidden(
         problem.x, None, None, None, None, problem.activation, basis, dense_segments(problem.rows), None,
         save_hidden=False, save_scores=True,
     )  # fmt: skip

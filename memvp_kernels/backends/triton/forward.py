@@ -1,4 +1,4 @@
-"""The forward in Triton: two launches, or three with a factored memory."""
+"""The forward in Triton: two steps, and the core kernel between them with a factored memory; a step is one launch where it is fused."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from memvp_kernels import philox
 from memvp_kernels.backends import eager
 from memvp_kernels.backends.triton import launch
 from memvp_kernels.backends.triton.core import core_forward
-from memvp_kernels.backends.triton.hidden import Visual, hidden_forward
+from memvp_kernels.backends.triton.hidden import Visual
 from memvp_kernels.backends.triton.memory import form_memory, shared_operand
-from memvp_kernels.backends.triton.output import output_forward
+from memvp_kernels.backends.triton.steps import steps_of
 from memvp_kernels.problem import Problem, Segments
 
 __all__ = ["dense_segments", "forward", "unsupported", "visual_of", "without_memory"]
@@ -75,7 +75,7 @@ def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[
         y, pre, _ = forward(without_memory(problem), save_hidden=save_hidden, save_scores=False)
         return y, pre, x.new_zeros(problem.rows, problem.slots) if save_scores else None
 
-    visual = visual_of(problem)
+    steps, visual = steps_of(problem), visual_of(problem)
     descriptors = launch.has_tma(x.device)
     save_scores = save_scores and problem.has_memory
     key_memory = value_memory = None
@@ -91,7 +91,7 @@ def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[
         )
 
     dense = dense_segments(problem.rows)
-    made = hidden_forward(
+    made = steps.hidden(
         x, problem.key, problem.gate, problem.key_bias, problem.gate_bias, problem.activation,
         key_memory, dense if problem.factored else segments, None if problem.factored else visual,
         save_hidden=save_hidden, save_scores=save_scores or problem.factored,
@@ -103,7 +103,7 @@ def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[
             made.scores, problem.visual_key, problem.visual_value, segments, visual,
             value_position=problem.value_position is not None, save_scores=save_scores,
         )  # fmt: skip
-    y = output_forward(
+    y = steps.output(
         made.hidden,
         problem.value,
         problem.value_bias,

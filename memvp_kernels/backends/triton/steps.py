@@ -1,0 +1,79 @@
+"""The four large steps of one problem, each on the road that the cost model prefers; the forward and the backward run what they are given.
+
+One choice for a problem, whatever is kept or needed of it: pre-activations formed again in the backward are then the forward's, to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from memvp_kernels.backends.triton import launch, library, roads
+from memvp_kernels.backends.triton.dhidden import HiddenGradients, dhidden_backward
+from memvp_kernels.backends.triton.dinput import dinput_backward
+from memvp_kernels.backends.triton.hidden import Products, hidden_forward
+from memvp_kernels.backends.triton.operands import BY_POINTER
+from memvp_kernels.backends.triton.output import output_forward
+from memvp_kernels.problem import Problem
+
+__all__ = ["ON_ROAD", "Steps", "forced", "shape_of", "steps_of"]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The functions that compute the steps: those of :mod:`.library`, or the fused kernels' launchers, which take the same arguments."""
+
+    hidden: Callable[..., Products] = hidden_forward
+    output: Callable[..., Tensor] = output_forward
+    dhidden: Callable[..., HiddenGradients] = dhidden_backward
+    dinput: Callable[..., Tensor] = dinput_backward
+
+
+_LIBRARY = {"hidden": library.hidden, "output": library.output, "dhidden": library.dhidden, "dinput": library.dinput}
+
+#: Every step on one road, by `roads.ROADS`.
+ON_ROAD = {"fused": Steps(), "library": Steps(**_LIBRARY)}  # type: ignore[arg-type]
+
+# Not a context variable: autograd runs a backward on threads of its own, which would not see it.
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def forced(road: str | None) -> Iterator[None]:
+    """Within it every step of every problem takes this road of `roads.ROADS`, for tests and benchmarks that compare them; None: the choice."""
+    global _forced
+    known, _forced = _forced, road
+    try:
+        yield
+    finally:
+        _forced = known
+
+
+def steps_of(problem: Problem) -> Steps:
+    """The steps of this problem."""
+    if _forced is not None:
+        return ON_ROAD[_forced]
+    return _chosen(roads.by_library(launch.chip(problem.x.device), shape_of(problem)))
+
+
+@functools.cache
+def _chosen(by_library: frozenset[str]) -> Steps:
+    return Steps(**{step: _LIBRARY[step] for step in by_library})  # type: ignore[arg-type]
+
+
+def shape_of(problem: Problem) -> roads.Shape:
+    """The problem as the cost model sees it."""
+    p = problem
+    dense = p.factored or p.segments.shared
+    slots = p.rank + (p.slots if p.key_position is not None else 0) if p.factored else p.slots
+    tma = launch.has_tma(p.x.device) and launch.describable(p.x)
+    return roads.Shape(
+        dtype=p.x.dtype, precision=launch.precision(p.x.dtype), rows=p.rows, width=p.width, pairs=p.pairs, slots=slots,
+        sequences=1 if dense else p.segments.sequences, length=p.rows if dense else p.segments.length, gated=p.gated, dense=dense,
+        # One weight speaks for all: they come from one model, and nothing but a prediction hangs on it.
+        descriptors=tma and (p.key is None or launch.form_of(p.key) != BY_POINTER.value),
+    )  # fmt: skip
