@@ -66,7 +66,7 @@ def _predict(problem: Problem, road: str, rates: Rates) -> float:
         shared, own = 2 * (p.rank + p.slots) * p.width, 2 * p.memories * p.slots * p.rank
     else:
         shared, own = 0, 2 * p.memories * p.slots * p.width
-        if backend == "cuda" and p.visual_key is not None and p.visual_key.element_size() > size:
+        if road == "cuda" and p.visual_key is not None and p.visual_key.element_size() > size:
             own *= 4  # twice the bytes, added to the positions in registers and not in a ring: about half the rate
     per_row = weights + 2 * p.slots * p.width if not p.factored else weights + shared + 2 * p.slots * p.rank
     flops = 2.0 * p.rows * per_row
