@@ -111,53 +111,48 @@ class _Memory:
         absent = (row < 0)[:, None]
         return absent if self.valid is None else absent | ~self.valid[row.clamp(min=0)]
 
-    def scores(self, out: Tensor | None = None) -> Tensor:
+    def scores(self) -> Tensor:
         """x Kvᵀ (N, M): (x Wᵀ) Aᵀ + x p^kᵀ when factored."""
-        p = self.p
-        scores = p.x.new_empty(p.rows, p.slots) if out is None else out
+        p, keys = self.p, self.key.transpose(1, 2)
         if not p.factored:
-            scores.zero_()
-            self.rows.add_product(scores, p.x, self.key.transpose(1, 2))
-            return scores
-        if self.key_position is None:
-            scores.zero_()
-        else:
-            torch.mm(p.x, self.key_position.T, out=scores)
-        self.rows.add_product(scores, p.x @ self.basis.T, self.key.transpose(1, 2))
-        return self.mask_(scores)
+            return self.rows.product(p.x, keys)
+        return self._with_position(p.x, p.x @ self.basis.T, keys, self.key_position)
 
-    def _factor(self, scores: Tensor) -> Tensor | float:
-        """s · keep / (1 - p)."""
+    def _with_position(self, d_wide: Tensor, r_wide: Tensor, cores: Tensor, position: Tensor | None) -> Tensor:
+        """r_wide Aᵀ + d_wide pᵀ (N, M)."""
+        if position is None:
+            return self.mask_(self.rows.product(r_wide, cores))
+        out = d_wide @ position.T
+        self.rows.add_product(out, r_wide, cores)
+        return self.mask_(out)
+
+    @functools.cached_property
+    def _factor(self) -> Tensor | float:
+        """s · keep / (1 - p), which a backward needs twice."""
         p = self.p
         if p.seed is None:
             return p.visual_scale
         keep = keep_mask(p.seed, p.rows, p.slots, p.dropout_p)
-        return keep.to(torch.promote_types(scores.dtype, torch.float32)) * (
+        return keep.to(torch.promote_types(p.x.dtype, torch.float32)) * (
             p.visual_scale / (1 - p.dropout_p) if p.dropout_p < 1 else 0.0
         )
 
     def visual(self, scores: Tensor) -> Tensor:
         """s · dropout(vact(scores)), in float32 and rounded once."""
-        factor = self._factor(scores)
+        factor = self._factor
         if isinstance(factor, float) and factor == 1.0:
             return _activate(self.p.visual_activation, scores)
         wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        return (_activate(self.p.visual_activation, wide) * factor).to(scores.dtype)
+        return _activate(self.p.visual_activation, wide).mul_(factor).to(scores.dtype)
 
     def add_output_(self, y: Tensor, visual: Tensor) -> None:
         """y += visual Vv: (visual A) W + visual p^v when factored."""
         if not self.p.factored:
             self.rows.add_product(y, visual, self.value)
             return
-        y.addmm_(self.core_product(visual, self.value), self.basis)
+        y.addmm_(self.rows.product(visual, self.value), self.basis)
         if self.value_position is not None:
             y.addmm_(visual, self.value_position)
-
-    def core_product(self, a: Tensor, core: Tensor) -> Tensor:
-        """a A (N, r) for a (N, M)."""
-        out = a.new_zeros(a.shape[0], core.shape[2])
-        self.rows.add_product(out, a, core)
-        return out
 
     def memory_gradient(self, left: Tensor, right: Tensor) -> Tensor:
         """For each memory row the sum of left[n]ᵀ right[n] (R, M, ·) over the rows that read it; zero in slots that don't exist."""
@@ -167,18 +162,14 @@ class _Memory:
 
     def score_gradient(self, grad: Tensor, scores: Tensor, through_basis: Tensor | None) -> Tensor:
         """dS (N, M) from dy; `through_basis` is dy Wᵀ when factored."""
-        p = self.p
+        values = self.value.transpose(1, 2)
         if through_basis is None:
-            dvisual = grad.new_zeros(p.rows, p.slots)
-            self.rows.add_product(dvisual, grad, self.value.transpose(1, 2))
+            dvisual = self.rows.product(grad, values)
         else:
-            dvisual = grad.new_zeros(p.rows, p.slots) if self.value_position is None else grad @ self.value_position.T
-            self.rows.add_product(dvisual, through_basis, self.value.transpose(1, 2))
-            self.mask_(dvisual)
+            dvisual = self._with_position(grad, through_basis, values, self.value_position)
         wide = torch.promote_types(scores.dtype, torch.float32)
-        return _activation_backward(p.visual_activation, dvisual.to(wide) * self._factor(scores), scores.to(wide)).to(
-            scores.dtype
-        )
+        dvisual = dvisual.to(wide).mul_(self._factor)
+        return _activation_backward(self.p.visual_activation, dvisual, scores.to(wide)).to(scores.dtype)
 
 
 def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -295,7 +286,7 @@ def _factored_backward(
     grads: dict[str, Tensor],
 ) -> None:
     """Every d-wide operand is shared by the batch; only the cores' gradients (R, M, r) are per image."""
-    dx_basis = m.core_product(dscores, m.key) if dscores is not None and wanted & {"x", "visual_basis"} else None
+    dx_basis = m.rows.product(dscores, m.key) if dscores is not None and wanted & {"x", "visual_basis"} else None
     if "x" in wanted:
         assert dscores is not None and dx_basis is not None
         grads["x"] = grads["x"].addmm_(dx_basis, m.basis) if "x" in grads else dx_basis @ m.basis
@@ -311,7 +302,7 @@ def _factored_backward(
     x, dy = (only_readers(t, p.segments, p.memories) if readers else t for t in (p.x, grad))
     if "visual_basis" in wanted:
         assert visual is not None and dx_basis is not None
-        grads["visual_basis"] = (dx_basis.T @ x).addmm_(m.core_product(visual, m.value).T, dy)
+        grads["visual_basis"] = (dx_basis.T @ x).addmm_(m.rows.product(visual, m.value).T, dy)
     if "key_position" in wanted:
         assert dscores is not None
         grads["key_position"] = dscores.T @ x

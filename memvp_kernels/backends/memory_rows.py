@@ -1,7 +1,7 @@
 """Products between rows of x and the memory row that each of them reads, in plain PyTorch, without copying what is shared.
 
-The torch backend is written in two such products: `add_product` (each row of `a` times its own matrix) and `outer` (its gradient:
-for every memory row the sum over the rows that read it). Which form serves depends on how sequences and memory rows meet:
+The torch backend is written in two such products: `product` (each row of `a` times its own matrix; `add_product` adds it to what is
+there) and `outer` (its gradient: for every memory row the sum over the rows that read it). Which form serves depends on how sequences and memory rows meet:
 
     Shared    every row reads memory row 0: one dense product
     Padded    sequence s reads row s: one batched product
@@ -24,6 +24,9 @@ __all__ = ["Blocked", "Grouped", "MemoryRows", "Padded", "Shared", "memory_rows"
 class MemoryRows(Protocol):
     """How rows of x meet rows of memory; a is (N, p), b (N, q), matrices (R, p, q)."""
 
+    def product(self, a: Tensor, matrices: Tensor) -> Tensor:
+        """(N, q), contiguous: a[n] @ matrices[row of n], zero for an n that has none."""
+
     def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:
         """out[n] += a[n] @ matrices[row of n], for every n that has a row; out (N, q) is contiguous."""
 
@@ -32,6 +35,9 @@ class MemoryRows(Protocol):
 
 
 class Shared:
+    def product(self, a: Tensor, matrices: Tensor) -> Tensor:
+        return a @ matrices[0]
+
     def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:
         out.addmm_(a, matrices[0])
 
@@ -45,6 +51,9 @@ class Padded:
 
     def _split(self, a: Tensor) -> Tensor:
         return a.reshape(self.sequences, self.length, a.shape[-1])
+
+    def product(self, a: Tensor, matrices: Tensor) -> Tensor:
+        return torch.bmm(self._split(a), matrices).flatten(0, 1)
 
     def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:
         out.view(self.sequences, self.length, out.shape[-1]).baddbmm_(self._split(a), matrices)
@@ -76,6 +85,11 @@ class Grouped:
     @staticmethod
     def _take(a: Tensor, spans: list[tuple[int, int]]) -> Tensor:
         return a[slice(*spans[0])] if len(spans) == 1 else torch.cat([a[slice(*s)] for s in spans])
+
+    def product(self, a: Tensor, matrices: Tensor) -> Tensor:
+        out = a.new_zeros(a.shape[0], matrices.shape[-1])
+        self.add_product(out, a, matrices)
+        return out
 
     def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:
         for row, spans in self.spans.items():
@@ -126,9 +140,12 @@ class Blocked:
     def _blocks(self, a: Tensor) -> Tensor:
         return a[self.source].masked_fill_(self.empty, 0).view(-1, self.size, a.shape[-1])
 
-    def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:
+    def product(self, a: Tensor, matrices: Tensor) -> Tensor:
         product = torch.bmm(self._blocks(a), matrices[self.memory])
-        out += product.flatten(0, 1)[self.place].masked_fill_((self.row < 0)[:, None], 0)
+        return product.flatten(0, 1)[self.place].masked_fill_((self.row < 0)[:, None], 0)
+
+    def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:
+        out += self.product(a, matrices)
 
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
         parts = torch.bmm(self._blocks(a).transpose(1, 2), self._blocks(b)).flatten(1)

@@ -83,6 +83,7 @@ def test_products(form: str, segments: Segments, memories: int, make: Callable[[
     rows.add_product(out, a, matrices)
     expected = torch.stack([start[n] + (a[n] @ matrices[r] if r >= 0 else 0) for n, r in enumerate(wanted)])
     torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(rows.product(a, matrices), expected - start)
     outer = torch.zeros(memories, 5, 6, dtype=torch.float64, device=DEVICE)
     for n, r in enumerate(wanted):
         if r >= 0:
