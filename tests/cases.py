@@ -102,6 +102,7 @@ _SHARING: dict[str, Callable[[torch.dtype, dict[str, Any]], Arguments]] = {
     "shared_by_all": lambda t, f: memory(ffn(t), R=None, **f),
     "index": lambda t, f: dict(memory(ffn(t, S=4), R=3, **f), visual_index=_index(2, -1, 2, 0)),
     "lengths": lambda t, f: dict(memory(ffn(t), R=3, **f), visual_lengths=_lengths(0, 7, 4)),
+    "shared_lengths": lambda t, f: dict(memory(ffn(t), R=None, **f), visual_lengths=_lengths(4)),
     "packed": lambda t, f: memory(packed(ffn(t), [4, 0, 11, 2]), R=4, **f),
     "packed_index_lengths": lambda t, f: dict(
         memory(packed(ffn(t), [4, 0, 11, 2, 3]), R=3, **f),

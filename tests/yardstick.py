@@ -166,7 +166,9 @@ def gradients(
         leaves.setdefault(id(source), source.detach().clone(memory_format=torch.preserve_format).requires_grad_())
         bound[name] = leaves[id(source)]
     out = function(**bound)
-    found = torch.autograd.grad(out, [bound[n] for n in names], grad.to(out.dtype), allow_unused=True)
+    found: Sequence[Tensor | None] = [None] * len(names)
+    if out.requires_grad:  # a definition in which nothing is read is a constant
+        found = torch.autograd.grad(out, [bound[n] for n in names], grad.to(out.dtype), allow_unused=True)
     return out, {n: torch.zeros_like(bound[n]) if g is None else g for n, g in zip(names, found, strict=True)}
 
 

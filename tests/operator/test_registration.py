@@ -104,25 +104,58 @@ def test_compile_fullgraph(name: str) -> None:
 
 
 def test_compile_once_for_every_length() -> None:
+    """Forward and backward: whatever the first length took, the others take nothing."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fused_ffn, fullgraph=True, dynamic=True, backend=counter)
     frames = set()
     for length in (5, 6, 9, 13):
         a = cases.memory(cases.ffn(torch.float32, T=length), R=3)
-        torch.testing.assert_close(compiled(**a), fused_ffn(**a))
+        names = ["x", "visual_key", "key_position"]
+        found, expected = (yardstick.gradients(f, a, names, torch.ones_like(a["x"])) for f in (compiled, fused_ffn))
+        torch.testing.assert_close(found, expected)
         frames.add(counter.frame_count)
-    assert len(frames) == 1  # whatever the first length took, the others took nothing
+    assert len(frames) == 1
 
 
 def test_inductor() -> None:
     torch._dynamo.reset()
     a = cases.build("index-factored", torch.float32)
 
-    def block(x: Tensor) -> Tensor:
-        return torch.relu(fused_ffn(**{**a, "x": x * 2}) + 1)
+    def block(**b: Any) -> Tensor:
+        return torch.relu(fused_ffn(**{**b, "x": b["x"] * 2}) + 1)
 
-    torch.testing.assert_close(torch.compile(block, fullgraph=True)(a["x"]), block(a["x"]))
+    names = ["x", "visual_key", "visual_basis"]
+    grad = torch.randn_like(a["x"])
+    compiled = torch.compile(block, fullgraph=True)
+    found, expected = (yardstick.gradients(f, a, names, grad) for f in (compiled, block))
+    torch.testing.assert_close(found, expected)
+
+
+def test_compile_with_dropout() -> None:
+    """The seed is drawn in the graph, from the same generator, and the backward replays its mask."""
+    torch._dynamo.reset()
+    a = cases.build("one_each-factored", torch.float32) | {"dropout_p": 0.5}
+    names = ["x", "visual_key"]
+    results = []
+    for f in (torch.compile(fused_ffn, fullgraph=True, backend="aot_eager"), fused_ffn):
+        torch.manual_seed(11)
+        results.append([yardstick.gradients(f, a, names, torch.ones_like(a["x"])) for _ in range(2)])
+    torch.testing.assert_close(results[0], results[1])
+    assert not torch.equal(results[0][0][0], results[0][1][0])
+
+
+def test_compile_under_autocast() -> None:
+    torch._dynamo.reset()
+    a = cases.build("gated_biased_residual-plain", torch.float32)
+    names = ["x", "visual_key", "residual"]
+    grad = torch.randn_like(a["x"])
+    results = []
+    for f in (torch.compile(fused_ffn, fullgraph=True, backend="aot_eager"), fused_ffn):
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(yardstick.gradients(f, a, names, grad))
+    assert results[0][0].dtype == torch.bfloat16
+    torch.testing.assert_close(results[0], results[1])
 
 
 @pytest.mark.parametrize("recompute", [False, True])
