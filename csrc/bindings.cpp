@@ -62,7 +62,7 @@ FfnDecodeParams make_params(const py::tuple& tensors, int32_t type, uintptr_t cu
                             uintptr_t visual_lengths, int32_t tokens, int32_t width, int32_t pairs, int32_t slots,
                             int32_t rank, int32_t memories, int32_t sequences, int32_t length, bool shared_memory,
                             int32_t activation, int32_t visual_activation, float visual_scale, int32_t multiprocessors,
-                            int32_t device) {
+                            int32_t shared_bytes, int32_t device) {
   if (tensors.size() != kTensorCount) {
     throw py::type_error("tensors: wanted " + std::to_string(kTensorCount) + ", got " + std::to_string(tensors.size()));
   }
@@ -85,6 +85,7 @@ FfnDecodeParams make_params(const py::tuple& tensors, int32_t type, uintptr_t cu
   params.visual_activation = static_cast<DecodeActivation>(visual_activation);
   params.visual_scale = visual_scale;
   params.multiprocessors = multiprocessors;
+  params.shared_bytes = shared_bytes;
   params.device = device;
   return params;
 }
@@ -142,7 +143,7 @@ PYBIND11_MODULE(_C, module) {
            py::arg("visual_index"), py::arg("visual_lengths"), py::arg("tokens"), py::arg("width"), py::arg("pairs"),
            py::arg("slots"), py::arg("rank"), py::arg("memories"), py::arg("sequences"), py::arg("length"),
            py::arg("shared_memory"), py::arg("activation"), py::arg("visual_activation"), py::arg("visual_scale"),
-           py::arg("multiprocessors"), py::arg("device"))
+           py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("device"))
       .def("unsupported", &memvp::ffn_decode_unsupported)
       .def("is_fast", &memvp::ffn_decode_is_fast)
       .def("workspace_bytes", &memvp::ffn_decode_workspace_bytes)

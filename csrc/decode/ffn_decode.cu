@@ -67,7 +67,11 @@ cudaError_t prepare(decode::DecodeKernel kernel, int device, bool& early) {
   cudaFuncAttributes code{};
   cudaError_t error = cudaFuncGetAttributes(&code, kernel);
   if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, decode::kMaxSharedBytes);
+  int most = 0;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  most = least(most, decode::kMaxSharedBytes);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   if (error != cudaSuccess) return error;
   // All three ask for the same division of L1 and shared memory: a multiprocessor changes it only when it is idle,
   // and then no launch could begin beside the one ahead of it.

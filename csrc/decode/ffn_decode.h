@@ -59,8 +59,9 @@ struct FfnDecodeParams {
   DecodeActivation activation = DecodeActivation::kSilu;
   DecodeActivation visual_activation = DecodeActivation::kSilu;
   float visual_scale = 1.0f;
-  int32_t multiprocessors = 132;  // of the device: decides how the work is split, so it belongs to the input
-  int32_t device = 0;             // CUDA ordinal that all pointers and the stream belong to
+  int32_t multiprocessors = 132;     // of the device: decides how the work is split, so it belongs to the input
+  int32_t shared_bytes = 100 << 10;  // shared memory of one multiprocessor: decides how far ahead a block reads
+  int32_t device = 0;                // CUDA ordinal that all pointers and the stream belong to
 };
 
 // Why these params can't be taken, as a sentence for the user; nullptr: they can. Looks at no data.

@@ -21,23 +21,20 @@ DecodeKernel hidden_kernel_of(const DecodePlan& plan) {
   }
 }
 
-template <class T, bool kAcross>
-DecodeKernel values_ring_of(const DecodePlan& plan) {
-  switch (plan.token_tiles) {
-    case 1:
-      return values_kernel<T, 1, kAcross>;
-    case 2:
-      return values_kernel<T, 2, kAcross>;
-    case 4:
-      return values_kernel<T, 4, kAcross>;
-    default:
-      return values_kernel<T, 8, kAcross>;
-  }
-}
 template <class T>
 DecodeKernel values_kernel_of(const DecodePlan& plan) {
   if (!plan.fast) return values_kernel<T, 0, false>;
-  return plan.value_across ? values_ring_of<T, true>(plan) : values_ring_of<T, false>(plan);
+  if (plan.value_across) return plan.value_tiles == 1 ? values_kernel<T, 1, true> : values_kernel<T, 8, true>;
+  switch (plan.value_tiles) {
+    case 1:
+      return values_kernel<T, 1, false>;
+    case 2:
+      return values_kernel<T, 2, false>;
+    case 4:
+      return values_kernel<T, 4, false>;
+    default:
+      return values_kernel<T, 8, false>;
+  }
 }
 
 template <class T>

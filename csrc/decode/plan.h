@@ -26,8 +26,8 @@ constexpr int kRingBytes = 96 * 1024;
 struct RingShape {
   int token_tiles;
 
-  MEMVP_HOST_DEVICE constexpr int stages() const { return token_tiles < 4 ? 4 : 3; }
-  MEMVP_HOST_DEVICE constexpr int stage_bytes() const { return kRingBytes / stages(); }
+  MEMVP_HOST_DEVICE constexpr int fewest_stages() const { return token_tiles < 4 ? 4 : 3; }
+  constexpr int stage_bytes() const { return kRingBytes / fewest_stages(); }
   MEMVP_HOST_DEVICE constexpr int token_warps() const { return token_tiles < 4 ? 1 : 2; }
   MEMVP_HOST_DEVICE constexpr int row_warps() const { return kWarps / token_warps(); }
   MEMVP_HOST_DEVICE constexpr int token_tiles_per_warp() const { return token_tiles / token_warps(); }
@@ -43,15 +43,16 @@ struct RingShape {
 constexpr size_t kRowSumsBytes = kWarps * kRowTile * kTokenTile * sizeof(float);
 constexpr size_t kColumnSumsBytes = kWarps * kColumnTile * kTokenTile * sizeof(float);
 constexpr size_t kGroupBytes = (3 * kDecodeMaxTokens + kTokenTile) * sizeof(int32_t);
-// Of any launch: what a kernel is allowed once, before its first.
-constexpr int kMaxSharedBytes = kRingBytes + kGroupBytes;
+// Of any launch: with one stage of many tokens more than that.
+constexpr int kMaxSharedBytes = kRingBytes / 3 * 4 + kGroupBytes;
+constexpr int kReservedBytes = 1024;  // of each block, by the device itself
 static_assert(kRingBytes >= kColumnSumsBytes, "a block that gathers its tokens needs no more without the ring");
 
 // A product of weight rows that run along k with all tokens: `row_blocks` blocks of rows for each of `splits` parts of
 // k.
 struct RingPlan {
   int32_t pairs_per_block = 0, row_blocks = 0, splits = 0;
-  int32_t slices = 0, slices_per_split = 0, slices_per_stage = 0;
+  int32_t slices = 0, slices_per_split = 0, slices_per_stage = 0, stages = 0;
 
   MEMVP_HOST_DEVICE int row_tiles() const { return ceil_div(pairs_per_block, kPairTile); }
   MEMVP_HOST_DEVICE int blocks() const { return row_blocks * splits; }
@@ -72,7 +73,8 @@ struct DecodePlan {
   bool fast = false;          // 16-byte loads and the ring; else element by element
   bool value_across = false;  // value runs along the width and not along the pairs
   bool memory_ring = false;   // memory of width d is read by rings, f apart from the positions that all share
-  int32_t token_tiles = 0;    // tiles of 8 tokens that a ring block computes: 1, 2, 4 or 8
+  int32_t token_tiles = 0;    // tiles of 8 tokens that a block of the first ring computes: 1, 2, 4 or 8
+  int32_t value_tiles = 0;    // and of the second: across, 1 or 8, for fewer kernels
   int32_t token_groups = 0;
   RingPlan hidden, value;
   RingPlan scores, values;      // of one image's f
@@ -97,7 +99,7 @@ using DecodeKernel = void (*)(DecodeArgs);
 
 MEMVP_HOST_DEVICE inline size_t ring_bytes(const RingPlan& ring, int token_tiles) {
   const size_t rows = ring.row_tiles() * kRowTile + token_tiles * kTokenTile;
-  return RingShape{token_tiles}.stages() * rows * ring.slices_per_stage * kSliceBytes;
+  return ring.stages * rows * ring.slices_per_stage * kSliceBytes;
 }
 
 // Matrices whose rows one ring shares out; a block takes rows of one of them.
@@ -113,6 +115,7 @@ struct RowCounts {
 
 // As many slices in a stage as there is room for.
 inline void fill_stages(RingPlan& ring, int token_tiles) {
+  ring.stages = RingShape{token_tiles}.fewest_stages();
   const int slice_bytes = kSliceBytes * (ring.row_tiles() * kRowTile + token_tiles * kTokenTile);
   ring.slices_per_stage =
       least(greatest(RingShape{token_tiles}.stage_bytes() / slice_bytes, 1), greatest(ring.slices_per_split, 1));
@@ -171,6 +174,21 @@ inline RingPlan plan_images(int rows, int k, int groups, int unit, int multiproc
   return ring;
 }
 
+// Dynamic shared memory of the three launches.
+inline size_t hidden_shared_bytes(const DecodePlan& plan) {
+  const size_t ring = plan.fast && plan.hidden_blocks > 0 ? ring_bytes(plan.hidden, plan.token_tiles) : 0;
+  const size_t memory = plan.memory_ring ? ring_bytes(plan.scores, 1) : kRowSumsBytes;
+  return greatest(ring, memory + kGroupBytes);
+}
+inline size_t values_shared_bytes(const DecodePlan& plan) {
+  const size_t ring = plan.fast && plan.value_blocks > 0 ? ring_bytes(plan.value, plan.value_tiles) : 0;
+  const size_t memory = plan.memory_ring ? ring_bytes(plan.values, 1) : kColumnSumsBytes;
+  return greatest(ring, memory + kGroupBytes);
+}
+inline size_t finish_shared_bytes() {
+  return kColumnSumsBytes;
+}
+
 inline size_t take(size_t& bytes, size_t wanted) {
   const size_t at = bytes;
   bytes = round_up<size_t>(bytes + wanted, 256);
@@ -209,11 +227,13 @@ inline DecodePlan make_plan(const FfnDecodeParams& p) {
   } else if (ffn) {
     plan.hidden_blocks = ceil_div(ffn_pairs, kPairTile) * plan.token_groups;
   }
+  plan.value_tiles = plan.token_tiles;
   if (ffn) {
     plan.value_across = !value_along_pairs(p);
+    if (plan.value_across && plan.token_tiles > 1) plan.value_tiles = 8;
     if (plan.fast) {
       const RowCounts rows{{ceil_div(p.width, 2), 0, 0}};
-      plan.value = plan_ring(rows, p.pairs, p.tokens, plan.token_tiles, p.multiprocessors, kMaxSplits,
+      plan.value = plan_ring(rows, p.pairs, p.tokens, plan.value_tiles, p.multiprocessors, kMaxSplits,
                              plan.value_across ? kColumnTile / 2 : 1);
       plan.value_blocks = plan.value.blocks();
     } else {
@@ -246,6 +266,12 @@ inline DecodePlan make_plan(const FfnDecodeParams& p) {
     plan.parts += 1;
   }
   plan.finish_blocks = width_blocks * plan.token_groups;
+  // A stage more for the first launch, if a block of the second fits beside it all the same.
+  if (plan.fast && plan.hidden_blocks > 0 && plan.score_blocks == 0 && plan.hidden.stages == 3) {
+    plan.hidden.stages = 4;
+    const size_t both = hidden_shared_bytes(plan) + values_shared_bytes(plan) + 2 * kReservedBytes;
+    if (both > static_cast<size_t>(p.shared_bytes)) plan.hidden.stages = 3;
+  }
 
   const size_t tokens = p.tokens;
   plan.at.hidden = take(plan.at.bytes, 2 * tokens * plan.hidden_stride);
@@ -255,21 +281,6 @@ inline DecodePlan make_plan(const FfnDecodeParams& p) {
   plan.at.image_scores = take(plan.at.bytes, plan.memory_ring ? 4 * tokens * plan.slot_stride : 0);
   plan.at.parts = take(plan.at.bytes, 4 * tokens * p.width * plan.parts);
   return plan;
-}
-
-// Dynamic shared memory of the three launches.
-inline size_t hidden_shared_bytes(const DecodePlan& plan) {
-  const size_t ring = plan.fast && plan.hidden_blocks > 0 ? ring_bytes(plan.hidden, plan.token_tiles) : 0;
-  const size_t memory = plan.memory_ring ? ring_bytes(plan.scores, 1) : kRowSumsBytes;
-  return greatest(ring, memory + kGroupBytes);
-}
-inline size_t values_shared_bytes(const DecodePlan& plan) {
-  const size_t ring = plan.fast && plan.value_blocks > 0 ? ring_bytes(plan.value, plan.token_tiles) : 0;
-  const size_t memory = plan.memory_ring ? ring_bytes(plan.values, 1) : kColumnSumsBytes;
-  return greatest(ring, memory + kGroupBytes);
-}
-inline size_t finish_shared_bytes() {
-  return kColumnSumsBytes;
 }
 
 }  // namespace memvp::decode

@@ -72,7 +72,7 @@ struct RingSums {
 template <class T, int kTokenTiles, class Rows, class Tokens>
 class Ring {
   static constexpr RingShape kShape{kTokenTiles};
-  static constexpr int kStages = kShape.stages(), kRowTilesPerWarp = kShape.row_tiles_per_warp();
+  static constexpr int kRowTilesPerWarp = kShape.row_tiles_per_warp();
   static constexpr int kTokenTilesPerWarp = kShape.token_tiles_per_warp();
 
  public:
@@ -84,22 +84,23 @@ class Ring {
         first_pair_(first_pair),
         pairs_(plan.pairs_per_block),
         row_tiles_(plan.row_tiles()),
-        slices_(plan.slices_per_stage) {
+        slices_(plan.slices_per_stage),
+        stages_(plan.stages) {
     const int64_t part = static_cast<int64_t>(plan.slices_per_split) * kSlice;
     k_begin_ = split * part;
     k_end_ = least(k_end, k_begin_ + part);
     steps_ = static_cast<int>(ceil_div<int64_t>(greatest<int64_t>(k_end_ - k_begin_, 0), slices_ * kSlice));
     row_pieces_ = row_tiles_ * kRowTile * 8;
     token_pieces_ = kTokenTiles * kTokenTile * 8;
-    const size_t row_bytes = static_cast<size_t>(kStages) * slices_ * row_pieces_ * 16;
+    const size_t row_bytes = static_cast<size_t>(stages()) * slices_ * row_pieces_ * 16;
     shared_rows_ = shared_at<uint4>(0, row_bytes / 16);
-    shared_tokens_ = shared_at<uint4>(row_bytes, static_cast<size_t>(kStages) * slices_ * token_pieces_);
+    shared_tokens_ = shared_at<uint4>(row_bytes, static_cast<size_t>(stages()) * slices_ * token_pieces_);
   }
 
   // Starts the copies of the first stages' weights, which are inputs of the call, so that they are under way before the
   // launch ahead, which makes the tokens, has ended. Then wait for it, and run.
   __device__ void start_rows() {
-    rows_started_ = kStages - 1;
+    rows_started_ = stages() - 1;
 #pragma unroll 1
     for (int step = 0; step < least(rows_started_, steps_); ++step) copy_rows(rows_, step);
   }
@@ -113,12 +114,15 @@ class Ring {
 #pragma unroll
         for (int j = 0; j < 4; ++j) sums.c[i][b][j] = 0.0f;
 #pragma unroll 1
-    for (int step = 1 - kStages; step < steps_; ++step) {  // before step 0 all stages but one are filled
+    for (int step = 1 - stages(); step < steps_; ++step) {  // before step 0 all stages but one are filled
       if (step >= 0) {
-        wait_copies<kStages - 2>();
+        if (stages() == 4)
+          wait_copies<2>();
+        else
+          wait_copies<1>();
         __syncthreads();  // all copies of this step have landed, and nobody reads the slot that is filled next
       }
-      const int ahead = step + kStages - 1;
+      const int ahead = step + stages() - 1;
       if (ahead < steps_) {
         if (ahead >= rows_started_) copy_rows(rows_, ahead);
         bring_tokens(ahead);
@@ -127,7 +131,7 @@ class Ring {
       }
       commit_copies();
       if (step < 0) continue;
-      for (int slice = 0; slice < slices_; ++slice) multiply(sums, (step % kStages) * slices_ + slice);
+      for (int slice = 0; slice < slices_; ++slice) multiply(sums, (step % stages()) * slices_ + slice);
     }
     wait_copies<0>();
   }
@@ -170,6 +174,9 @@ class Ring {
     return static_cast<int>(threadIdx.x) / 32 / kShape.row_warps() * kTokenTilesPerWarp;
   }
 
+  // With many tokens there are three, or four where the chip has room for them beside the next launch.
+  __device__ int stages() const { return kShape.fewest_stages() == 4 ? 4 : stages_; }
+
   __device__ int64_t first_k(int step, int slice) const {
     return k_begin_ + (static_cast<int64_t>(step) * slices_ + slice) * kSlice;
   }
@@ -177,7 +184,7 @@ class Ring {
   // Thread i copies piece i % 8 of every kRowsAtOnce-th row from i / 8 on: a warp reads four whole lines. Those rows
   // are a multiple of the tile apart, so their places in shared memory are at equal steps, swizzle included.
   __device__ void copy_rows(const RowPairs<T>& rows, int step) {
-    uint4* stage = shared_rows_ + static_cast<size_t>(step % kStages) * slices_ * row_pieces_;
+    uint4* stage = shared_rows_ + static_cast<size_t>(step % stages()) * slices_ * row_pieces_;
     const int piece = threadIdx.x % 8, first = threadIdx.x / 8;
     for (int slice = 0; slice < slices_; ++slice, stage += row_pieces_) {
       const int64_t k = first_k(step, slice) + piece * 8;
@@ -199,7 +206,7 @@ class Ring {
   // The same of a matrix that runs along its rows: 64 of them at one k are a line, and a slice has 64 such lines of
   // every four row tiles.
   __device__ void copy_rows(const RowsAcross<T>& rows, int step) {
-    uint4* stage = shared_rows_ + static_cast<size_t>(step % kStages) * slices_ * row_pieces_;
+    uint4* stage = shared_rows_ + static_cast<size_t>(step % stages()) * slices_ * row_pieces_;
     const int piece = threadIdx.x % 8, first = threadIdx.x / 8;
     for (int slice = 0; slice < slices_; ++slice, stage += row_pieces_) {
       const int64_t k = first_k(step, slice) + first;
@@ -215,7 +222,7 @@ class Ring {
   }
 
   __device__ void bring_tokens(int step) {
-    uint4* stage = shared_tokens_ + static_cast<size_t>(step % kStages) * slices_ * token_pieces_;
+    uint4* stage = shared_tokens_ + static_cast<size_t>(step % stages()) * slices_ * token_pieces_;
     for (int slice = 0; slice < slices_; ++slice, stage += token_pieces_)
       tokens_.bring(stage, first_k(step, slice), k_end_);
   }
@@ -264,7 +271,7 @@ class Ring {
 
   Rows rows_;
   Tokens tokens_;
-  int first_pair_, pairs_, row_tiles_, slices_, steps_, row_pieces_, token_pieces_;
+  int first_pair_, pairs_, row_tiles_, slices_, stages_, steps_, row_pieces_, token_pieces_;
   int rows_started_ = 0;  // steps
   int64_t k_begin_, k_end_;
   uint4 *shared_rows_, *shared_tokens_;

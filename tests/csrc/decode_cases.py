@@ -110,15 +110,15 @@ SMALL: dict[str, dict[str, Any]] = {
     "images_without_positions": {"tokens": 10, "width": 264, "pairs": None, "slots": 37, "images": 1, "lengths": [36]},
     "tokens_64": {"tokens": 64, "width": 136, "pairs": 72, "slots": 18, "images": 5, "rank": 16, "positions": True},
     "split_k": {"tokens": 33, "width": 136, "pairs": 520, "multiprocessors": 12},
-    "tokens_30": {"tokens": 30, "width": 136, "pairs": 264, "slots": 18, "images": 30, "rank": 16, "positions": True},
+    "tokens_30": {"tokens": 30, "width": 136, "pairs": 264, "slots": 18, "images": 30, "rank": 16, "positions": True, "shared_bytes": 100 << 10},
 }  # fmt: skip
 
 
 def small(name: str) -> Case:
-    """The case of that name; made for a device of three multiprocessors where it does not say how many."""
+    """The case of that name; made for a large chip's three multiprocessors where it does not say otherwise."""
     sizes = dict(SMALL[name])
-    multiprocessors = sizes.pop("multiprocessors", 3)
-    return Case(make(**sizes), multiprocessors=multiprocessors)
+    chip = {"multiprocessors": 3} | {n: sizes.pop(n) for n in ("multiprocessors", "shared_bytes") if n in sizes}
+    return Case(make(**sizes), **chip)
 
 
 # The product of the sizes that decide tails: everything once more, run under `slow`.

@@ -41,7 +41,7 @@ class Machine:
 
     Attributes:
         extension: memvp_kernels._C, or None where it was not built.
-        capability, multiprocessors: of the GPU.
+        capability, multiprocessors, shared_bytes: of the GPU; the shared memory is a multiprocessor's.
         stream: the current stream's handle.
         allocated: what torch.empty gave, poisoned: NaN, or all bits set.
     """
@@ -49,6 +49,7 @@ class Machine:
     extension: types.ModuleType | None
     capability: tuple[int, int] = (9, 0)
     multiprocessors: int = 132
+    shared_bytes: int = 228 << 10
     stream: int = 77
     allocated: list[OnGPU] = field(default_factory=list)
 
@@ -67,7 +68,9 @@ class Machine:
             return types.SimpleNamespace(cuda_stream=self.stream)
 
         def properties(_: int) -> types.SimpleNamespace:
-            return types.SimpleNamespace(multi_processor_count=self.multiprocessors)
+            return types.SimpleNamespace(
+                multi_processor_count=self.multiprocessors, shared_memory_per_multiprocessor=self.shared_bytes
+            )
 
         for module in (decode, extension):
             monkeypatch.setattr(module, "load", lambda: self.extension)
@@ -83,7 +86,7 @@ class Machine:
 def forget() -> None:
     """Clears what the package remembers of the extension and the GPU."""
     decode._latest = None
-    remembered = (decode._type_codes, decode._tensors, decode._multiprocessors)
+    remembered = (decode._type_codes, decode._tensors, decode._chip)
     for function in (*remembered, _LOAD, extension.device_limit, extension._machine_limit, choose._missing_on_gpu):
         function.cache_clear()
 

@@ -58,6 +58,7 @@ class Params(ctypes.Structure):
         ("visual_activation", ctypes.c_int32),
         ("visual_scale", ctypes.c_float),
         ("multiprocessors", ctypes.c_int32),
+        ("shared_bytes", ctypes.c_int32),
         ("device", ctypes.c_int32),
     )
 
@@ -94,7 +95,14 @@ def compile_host(source: Path, output: Path, *flags: str, include: Path = SOURCE
 class Case:
     """Arguments of `reference.ffn` as the launcher takes them; owns every tensor that the struct points to."""
 
-    def __init__(self, arguments: dict[str, Any], *, multiprocessors: int = 3, y: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        arguments: dict[str, Any],
+        *,
+        multiprocessors: int = 3,
+        shared_bytes: int = 228 << 10,
+        y: Tensor | None = None,
+    ) -> None:
         self.arguments = arguments
         x: Tensor = arguments["x"]
         rows = x.reshape(-1, x.shape[-1])
@@ -146,7 +154,7 @@ class Case:
         p.activation = ACTIVATIONS[arguments.get("activation", "silu")]
         p.visual_activation = ACTIVATIONS[arguments.get("visual_activation") or arguments.get("activation", "silu")]
         p.visual_scale = arguments.get("visual_scale", 1.0)
-        p.multiprocessors = multiprocessors
+        p.multiprocessors, p.shared_bytes = multiprocessors, shared_bytes
 
     def inputs(self) -> list[tuple[int, int]]:
         """(address, bytes) of what the kernels may read."""

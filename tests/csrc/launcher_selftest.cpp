@@ -97,6 +97,18 @@ void threads_with_different_plans() {
   for (const int count : failed) check(count == 0, "a launch had less shared memory than its plan");
 }
 
+void a_larger_chip_is_read_further_ahead() {
+  fake::machine.launches.clear();
+  fake::machine.shared_bytes = 227 << 10;
+  FfnDecodeParams p = a_step(64, 8);
+  p.shared_bytes = 228 << 10;
+  check(ffn_decode_launch(p, nullptr) == 0, "a launch failed");
+  const std::vector<fake::Launch>& all = fake::machine.launches;
+  check(all.size() == 3 && all[0].shared_bytes + all[1].shared_bytes + 2048 <= 228 << 10, "two launches fit beside");
+  p.shared_bytes = 164 << 10;
+  check(ffn_decode_launch(p, nullptr) == 0 && all[3].shared_bytes < all[0].shared_bytes, "one stage more");
+}
+
 void leaves_the_devices_as_they_were() {
   fake::current_device = 0;
   fake::machine.contexts = {0};
@@ -114,6 +126,7 @@ int main() {
   begins_early_where_the_kernel_waits();
   prepares_a_kernel_once();
   threads_with_different_plans();
+  a_larger_chip_is_read_further_ahead();
   leaves_the_devices_as_they_were();
   return failures == 0 ? 0 : 1;
 }

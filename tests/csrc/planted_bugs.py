@@ -47,9 +47,10 @@ SYNC = "  __syncthreads();\n"
 BUGS: dict[str, Bug] = {
     # the ring
     "no barrier between stages": Bug(RING, "__syncthreads();  // all copies", "// all copies"),
-    "one copy group too many in flight": Bug(RING, "wait_copies<kStages - 2>", "wait_copies<kStages - 1>"),
+    "one copy group too many in flight": Bug(RING, "wait_copies<2>();", "wait_copies<3>();"),
+    "one copy group too many in flight, of three stages": Bug(RING, "wait_copies<1>();", "wait_copies<2>();"),
     "copies left in flight": Bug(RING, "wait_copies<0>();", ""),
-    "stage filled while it is read": Bug(RING, "const int ahead = step + kStages - 1;", "const int ahead = step + kStages;"),
+    "stage filled while it is read": Bug(RING, "const int ahead = step + stages() - 1;", "const int ahead = step + stages();"),
     "k past the end": Bug(RING, "k_end_ = least(k_end, k_begin_ + part);", "k_end_ = greatest(k_end, k_begin_ + part);"),
     "rows past the last one": Bug(RING, "least(pairs_, rows.count[half] - first_pair_)", "pairs_", build="address"),
     "wrong half of a row tile": Bug(RING, "swizzled(lane % 16, k / 8", "swizzled(lane % 8, k / 8"),
@@ -60,7 +61,7 @@ BUGS: dict[str, Bug] = {
     "weights that were started copied to another stage": Bug(RING, "if (ahead >= rows_started_)", "if (ahead > rows_started_)"),
     "tokens of the other half of a slice": Bug(RING, "half * 4 + lane / 8)", "4 - half * 4 + lane / 8)"),
     "k part of another block": Bug(RING, "k_begin_ = split * part;", "k_begin_ = split / 2 * part;"),
-    "ring cut short": Bug(PLAN, "return RingShape{token_tiles}.stages() * rows", "return (RingShape{token_tiles}.stages() - 1) * rows"),
+    "ring cut short": Bug(PLAN, "return ring.stages * rows", "return (ring.stages - 1) * rows"),
     # fragments
     "row fragments swapped": Bug(MMA, "row.x, row8.x, row.y, row8.y", "row.x, row.y, row8.x, row8.y"),
     "k in another order": Bug(MMA, "token.z, token.w);", "token.w, token.z);"),
@@ -95,7 +96,7 @@ BUGS: dict[str, Bug] = {
     "positions of an image's scores forgotten": Bug(VALUES, "image.x + position.x", "image.x"),
     "visual not kept for the positions": Bug(VALUES, "strip == 0 &&", "strip < 0 &&"),
     # the third
-    "a part that nobody wrote": Bug(FINISH, "mine && formed && memory_of_token(p, n).row == kNoMemory", "false"),
+    "a part that nobody wrote": Bug(FINISH, "memory_of_token(p, n).row == kNoMemory;", "false;"),
     "a split forgotten": Bug(FINISH, "if (j < parts[i]) v", "if (j > 0 && j < parts[i]) v"),
     # the plan
     "workspace too small": Bug(PLAN, "take(plan.at.bytes, 4 * tokens * p.width * plan.parts)", "take(plan.at.bytes, 2 * tokens * p.width * plan.parts)", build="address"),

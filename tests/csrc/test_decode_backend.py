@@ -111,7 +111,7 @@ def test_sizes_and_scalars() -> None:
     assert (fields["memories"], fields["slots"], fields["rank"]) == (3, 7, 9)
     assert (fields["sequences"], fields["length"], fields["shared_memory"]) == (4, 5, False)
     assert (fields["activation"], fields["visual_activation"], fields["visual_scale"]) == (2, 0, 0.25)
-    assert (fields["multiprocessors"], fields["device"]) == (132, 0)
+    assert (fields["multiprocessors"], fields["shared_bytes"], fields["device"]) == (132, 228 << 10, 0)
     assert (fields["cu_seqlens"], fields["visual_lengths"]) == (0, 0)
     assert fields["visual_index"] == problem.segments.index.data_ptr()
 

@@ -95,7 +95,7 @@ def test_a_launch_past_the_limits_says_which() -> None:
 def test_bindings_refuse_what_is_no_tensor(host_extension: types.ModuleType) -> None:
     fields = dict.fromkeys(
         ("type", "cu_seqlens", "visual_index", "visual_lengths", "tokens", "width", "pairs", "slots", "rank", "memories",
-         "sequences", "length", "activation", "visual_activation", "multiprocessors", "device"), 0
+         "sequences", "length", "activation", "visual_activation", "multiprocessors", "shared_bytes", "device"), 0
     )  # fmt: skip
     fields |= {"shared_memory": False, "visual_scale": 1.0}
     absent = [None] * len(host_extension.tensor_names)

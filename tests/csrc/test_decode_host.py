@@ -293,8 +293,15 @@ def test_plan_keeps_every_multiprocessor_busy(
     library: HostLibrary, width: int, pairs: int, multiprocessors: int
 ) -> None:
     for tokens in (1, 4, 16, 64):
-        plan = library.plan(llama(tokens, width, pairs, multiprocessors))
-        assert plan["first_shared"] <= 98 * 1024 and plan["second_shared"] <= 98 * 1024
+        params = llama(tokens, width, pairs, multiprocessors)
+        params.shared_bytes = 100 << 10  # the smallest chip
+        least = library.plan(params)["first_shared"]
+        assert least <= 98 << 10
+        params.shared_bytes = 228 << 10
+        plan = library.plan(params)
+        assert plan["second_shared"] <= 98 << 10
+        assert plan["first_shared"] + plan["second_shared"] + 2048 <= 228 << 10, "one block of each does not fit"
+        assert (plan["first_shared"] > least) == (tokens == 64), "room for one more stage"
         for ring, row_pairs, k in (("hidden", pairs, width), ("value", width // 2, pairs)):
             each, blocks, splits, slices = (
                 plan[f"{ring}_{part}"] for part in ("pairs_per_block", "row_blocks", "splits", "slices_per_split")
@@ -315,7 +322,7 @@ def test_plan_of_formed_images(library: HostLibrary, width: int, tokens: int) ->
     for name in ("visual_key", "visual_value"):
         getattr(p, name).strides[0], getattr(p, name).strides[1] = 320 * width, width
     plan = library.plan(p)
-    assert plan["first_shared"] <= 98 * 1024 and plan["second_shared"] <= 98 * 1024
+    assert plan["first_shared"] <= 98 << 10 and plan["second_shared"] <= 98 << 10
     for ring, rows, k in (("scores", 320, width), ("values", width, 320)):
         blocks, tall, each = (plan[f"{ring}_{part}"] for part in ("row_blocks", "pairs_per_block", "slices_per_split"))
         assert 2 * tall * blocks >= rows > 2 * tall * (blocks - 1) and each * 64 >= k

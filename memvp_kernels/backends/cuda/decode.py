@@ -42,8 +42,10 @@ def _tensors() -> Callable[[Problem], tuple[Tensor | None, ...]]:
 
 
 @functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _chip(index: int) -> tuple[int, int]:
+    """(multiprocessors, bytes of shared memory of each)."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.shared_memory_per_multiprocessor
 
 
 def _extension() -> Any:
@@ -124,6 +126,7 @@ def _params(problem: Problem, cu_seqlens: Tensor | None, index: Tensor | None, l
     """The struct, without outputs."""
     extension, codes, segments = _extension(), _type_codes(), problem.segments
     device = problem.x.device.index
+    multiprocessors, shared_bytes = _chip(device)
     tensors = [None if t is None else (t.data_ptr(), codes[t.dtype], *t.stride()) for t in _tensors()(problem)]
     return extension.FfnDecodeParams(
         tuple(tensors),
@@ -143,7 +146,8 @@ def _params(problem: Problem, cu_seqlens: Tensor | None, index: Tensor | None, l
         activation=extension.activation_codes[problem.activation],
         visual_activation=extension.activation_codes[problem.visual_activation],
         visual_scale=problem.visual_scale,
-        multiprocessors=_multiprocessors(device),
+        multiprocessors=multiprocessors,
+        shared_bytes=shared_bytes,
         device=device,
     )
 

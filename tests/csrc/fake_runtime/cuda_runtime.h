@@ -23,6 +23,7 @@ enum cudaFuncAttribute {
   cudaFuncAttributePreferredSharedMemoryCarveout = 9
 };
 constexpr int cudaSharedmemCarveoutMaxShared = 100;
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -52,6 +53,7 @@ struct Launch {
 struct Machine {
   std::mutex mutex;
   int ptx_version = 90, binary_version = 90;  // of every kernel
+  int shared_bytes = 99 << 10;                // that a block may have
   std::set<int> contexts{0};
   std::map<std::pair<const void*, int>, size_t> allowed;  // dynamic shared memory
   int attribute_calls = 0;
@@ -82,6 +84,10 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function
   *function = reinterpret_cast<void*>(&fake::context_state);
   return cudaSuccess;
 }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = fake::machine.shared_bytes;
+  return cudaSuccess;
+}
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
   *attributes = {fake::machine.ptx_version, fake::machine.binary_version};
@@ -91,6 +97,8 @@ template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute attribute, int value) {
   const std::lock_guard<std::mutex> lock(fake::machine.mutex);
   fake::machine.attribute_calls++;
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && value > fake::machine.shared_bytes)
+    return cudaErrorInvalidValue;
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize)
     fake::machine.allowed[{reinterpret_cast<const void*>(kernel), fake::current_device}] = value;
   return cudaSuccess;
