@@ -125,10 +125,14 @@ def fused_ffn_restored(
     Returns:
         Like x.
     """
+    differentiable = (x, visual_core, visual_basis, key_position, value_position)
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)):
+        return ops.run_forward(
+            _operator_tensors(restore, visual_index, seed, differentiable), scalars, 0, False, backend
+        )[0]
     y: Tensor = _Restored.apply(  # type: ignore[no-untyped-call]
-        restore, scalars, recompute, backend, visual_index, seed,
-        x, visual_core, visual_basis, key_position, value_position,
-    )  # fmt: skip
+        restore, scalars, recompute, backend, visual_index, seed, *differentiable
+    )
     return y
 
 
@@ -146,10 +150,9 @@ class _Restored(torch.autograd.Function):
         seed: Tensor | None,
         *differentiable: Tensor,
     ) -> Tensor:
-        training = any(ctx.needs_input_grad)
-        keep = 0 if recompute or not training else ops.KEEP_HIDDEN | ops.KEEP_SCORES
+        keep = 0 if recompute else ops.KEEP_HIDDEN | ops.KEEP_SCORES
         tensors = _operator_tensors(restore, visual_index, seed, differentiable)
-        y, pre, scores = ops.run_forward(tensors, scalars, keep, training, backend)
+        y, pre, scores = ops.run_forward(tensors, scalars, keep, True, backend)
         ctx.save_for_backward(visual_index, seed, pre, scores, *differentiable)
         ctx.restore, ctx.scalars, ctx.backend = restore, scalars, backend
         return y

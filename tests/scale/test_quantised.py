@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from memvp_kernels import ops
 from memvp_kernels.models import site
 from memvp_kernels.models.quantised import Quantised, read_quantised
 from memvp_kernels.models.weights import Opaque, Packed
 from tests.scale.processes import Group
-from tests.scale.tiny import adapter_gradients, batch, difference, language_model, memvp_model
+from tests.scale.tiny import CONFIG, adapter_gradients, batch, difference, language_model, memvp_model, reference
 
 EXTRA = "needs the `quantized` extra: pip install memvp_kernels[quantized]"
 
@@ -87,6 +89,17 @@ OPAQUE: dict[str, Callable[[], Any]] = {"bitsandbytes int8": lambda: _bnb8(langu
 LONG = 20  # 4 × 20 tokens: more than a handful
 
 
+def _unpacked(packed: Any, **changes: Any) -> Any:
+    """A plain language model with the matrices that `packed` restores."""
+    base = language_model(**changes)
+    for name, module in packed.named_modules():
+        found = read_quantised(module)
+        if isinstance(found, Quantised):
+            with torch.no_grad():
+                base.get_submodule(name).weight.copy_(found.restore(torch.float32))
+    return base
+
+
 def _run(model: Any, monkeypatch: pytest.MonkeyPatch, few: int) -> tuple[Tensor, dict[str, Tensor]]:
     monkeypatch.setattr(site, "_FEW_TOKENS", few)
     model.zero_grad()
@@ -103,13 +116,14 @@ def test_restored_matrices_train_like_the_modules(name: str, monkeypatch: pytest
     assert all(isinstance(found, Packed) for found in weights), weights
     runs: list[bool] = []
     monkeypatch.setattr(site, "_restored", _counting(site._restored, runs))
-    loss, gradients = _run(model, monkeypatch, few=10**6)
+    changes = {"mlp_bias": True} if "biases" in name else {}
+    wanted = reference(batch(length=LONG, without=(1,)), base=lambda: _unpacked(BASES[name](), **changes))
+    by_modules = _run(model, monkeypatch, few=10**6)
     assert not runs
-    again, restored = _run(model, monkeypatch, few=0)
+    restored = _run(model, monkeypatch, few=0)
     assert runs == [True, True]
-    assert difference(again, loss) < 1e-6
-    for parameter, wanted in gradients.items():
-        assert difference(restored[parameter], wanted) < 1e-5, parameter
+    for errors in (wanted.errors(*by_modules), wanted.errors(*restored)):
+        assert max(errors.values()) < 1, errors
 
 
 def _counting(function: Any, runs: list[bool]) -> Any:
@@ -129,7 +143,10 @@ def test_a_restored_matrix_is_the_one_that_the_module_uses(name: str) -> None:
     restored = found.restore(torch.float32)
     module = linear(torch.eye(linear.in_features)).T - (0 if linear.bias is None else linear.bias[:, None])
     assert restored.shape == (linear.out_features, linear.in_features)
-    assert difference(restored, module) < 1e-6
+    bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
+    # a row of ones and zeros sums to the weight itself; adding the bias and taking it away rounds once each
+    rounding = torch.finfo(torch.float32).eps * (module.abs() + bias.abs()[:, None])
+    assert ((restored - module).abs() <= rounding).all()
 
 
 @pytest.mark.parametrize("name", list(OPAQUE))
@@ -164,31 +181,62 @@ def test_a_base_repacked_for_inference_is_refused_in_training() -> None:
         model.train()(**batch(length=LONG))
 
 
-@pytest.mark.parametrize("name", ["bitsandbytes nf4", "torchao int8"])
+WIDE_FFN: dict[str, Callable[[], Any]] = {  # whose matrices are larger than anything else is
+    "bitsandbytes nf4": lambda: _nf4(language_model(intermediate_size=200)),
+    "torchao int8": lambda: _torchao(language_model(intermediate_size=200), "int8"),
+}
+
+
+@pytest.mark.parametrize("name", list(WIDE_FFN))
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_no_restored_matrix_outlives_its_call(name: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(site, "_FEW_TOKENS", 0)
-    base = BASES[name]()
-    for layer in base.model.layers:  # a number of elements that nothing else has
-        assert layer.mlp.up_proj.out_features * layer.mlp.up_proj.in_features == 64 * 32
-    model = memvp_model(base)
+    model = memvp_model(WIDE_FFN[name]())
     if checkpointing:
         model.gradient_checkpointing_enable()
-    gc.collect()
-    before = _tensors_of(64 * 32)
-    loss = model(**batch(length=LONG)).loss
-    assert _tensors_of(64 * 32) == before
+    inputs = batch(samples=2)
+    assert _matrices(200 * 32) == 0
+    loss = model(**inputs).loss
+    assert _matrices(200 * 32) == 0
     loss.backward()
     del loss
+    assert _matrices(200 * 32) == 0
+
+
+def _matrices(elements: int) -> int:
+    """Floating-point tensors that hold as much as a matrix, or more: one, or several in a row."""
     gc.collect()
-    assert _tensors_of(64 * 32) == before
+    tensors = (t for t in gc.get_objects() if isinstance(t, Tensor) and type(t) in (Tensor, nn.Parameter))
+    return sum(t.is_floating_point() and t.untyped_storage().nbytes() >= elements * t.element_size() for t in tensors)
 
 
-def _tensors_of(elements: int) -> int:
-    return sum(
-        isinstance(t, Tensor) and type(t) in (Tensor, nn.Parameter) and t.is_floating_point() and t.numel() == elements
-        for t in gc.get_objects()
-    )
+def test_inference_keeps_nothing_for_a_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 the positions reach the operator as the parameters they are, and still ask for gradients."""
+    runs: list[tuple[int, bool]] = []
+    run = ops.run_forward
+
+    def recorded(tensors: Any, scalars: Any, keep: int, training: bool, backend: str) -> Any:
+        runs.append((keep, training))
+        return run(tensors, scalars, keep, training, backend)
+
+    monkeypatch.setattr(ops, "run_forward", recorded)
+    model = memvp_model(BASES["torchao int8"]())
+    with torch.no_grad():
+        model(**batch(length=LONG))
+    assert runs == [(0, False)] * 2
+    runs.clear()
+    model(**batch(length=LONG)).loss.backward()
+    assert runs == [(ops.KEEP_HIDDEN | ops.KEEP_SCORES, True)] * 2
+
+
+def test_the_road_of_a_few_tokens_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    site.say_opaque.cache_clear()
+    model = memvp_model(BASES["torchao int8"]())
+    assert not caplog.messages
+    for _ in range(2):
+        model(**batch())
+    assert len(caplog.messages) == 1
+    assert "packed in fewer bits" in caplog.messages[0]
 
 
 WIDER: dict[str, Callable[[], Any]] = {  # bitsandbytes packs 64 at a time for some CPUs
@@ -212,23 +260,24 @@ def test_generation(name: str) -> None:
         whole = model.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=False)
         again = model(**inputs).logits
     assert torch.equal(out, whole)
-    assert difference(again, before) < 1e-2  # the repacked kernels compute in bfloat16
+    sizes = {"hidden_size": 64, "intermediate_size": 128} if name.startswith("bitsandbytes") else {}
+    plain, half = (memvp_model(_unpacked(WIDER[name](), **sizes).to(t)).eval() for t in (torch.float32, torch.bfloat16))
+    with torch.no_grad():  # the repacked kernels compute in bfloat16
+        limit = 2 * difference(half(**inputs).logits, plain(**inputs).logits)
+    assert difference(again, before) <= limit
 
 
 def test_dropout_draws_one_mask_for_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the module road under the same seed: the masks are functions of the seed alone."""
-    from dataclasses import replace
-
-    from tests.scale.tiny import CONFIG
-
-    model = memvp_model(BASES["torchao int8"](), replace(CONFIG, dropout=0.4))
-    torch.manual_seed(7)
-    loss, gradients = _run(model, monkeypatch, few=10**6)
-    torch.manual_seed(7)
-    again, restored = _run(model, monkeypatch, few=0)
-    assert difference(again, loss) < 1e-6
-    for parameter, wanted in gradients.items():
-        assert difference(restored[parameter], wanted) < 1e-5, parameter
+    """Masks are functions of the seed alone, so that a plain base in float64 drops the same."""
+    config = replace(CONFIG, dropout=0.4)
+    inputs = batch(length=LONG, without=(1,))
+    wanted = reference(inputs, config=config, base=lambda: _unpacked(BASES["torchao int8"]()), seed=7)
+    model = memvp_model(BASES["torchao int8"](), config)
+    for few in (10**6, 0):
+        torch.manual_seed(7)
+        errors = wanted.errors(*_run(model, monkeypatch, few=few))
+        assert max(errors.values()) < 1, errors
+    assert max(wanted.errors(*_run(model, monkeypatch, few=0)).values()) > 10, "another seed drops the same"
 
 
 def test_lora_beside_the_memory_on_a_4_bit_base(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,17 +300,15 @@ def _sharded_nf4(storage: torch.dtype) -> dict[str, float]:
     from torch.nn.parallel import DistributedDataParallel
 
     site._FEW_TOKENS = 0
-    found = []
-    for shard in (False, True):
-        model: Any = memvp_model(_nf4(language_model(), storage=storage))
-        if shard:
-            for layer in model.language_model.model.layers:
-                fully_shard(layer)
-            fully_shard(model.language_model)
-            model.memory = DistributedDataParallel(model.memory)
-        model(**batch(length=LONG)).loss.backward()
-        found.append(adapter_gradients(model))
-    return {name: difference(found[1][name], wanted) for name, wanted in found[0].items()}
+    wanted = reference(batch(length=LONG), base=lambda: _unpacked(_nf4(language_model(), storage=storage)))
+    model: Any = memvp_model(_nf4(language_model(), storage=storage))
+    for layer in model.language_model.model.layers:
+        fully_shard(layer)
+    fully_shard(model.language_model)
+    model.memory = DistributedDataParallel(model.memory)
+    loss = model(**batch(length=LONG)).loss
+    loss.backward()
+    return wanted.errors(loss.detach(), adapter_gradients(model))
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.float32], ids=["uint8", "float32"])
@@ -269,24 +316,24 @@ def test_a_sharded_4_bit_base(two: Group, storage: torch.dtype) -> None:
     """FSDP2 gathers into a plain parameter without a quantisation state: it is read from the module."""
     pytest.importorskip("bitsandbytes", reason=EXTRA)
     for errors in two.run(_sharded_nf4, storage):
-        assert all(error < 1e-5 for error in errors.values()), errors
+        assert max(errors.values()) < 1, errors
 
 
 def _data_parallel(name: str, entire: bool) -> dict[str, float]:
     from torch.nn.parallel import DistributedDataParallel
 
-    from tests.scale.test_data_parallel import part
+    from tests.scale.test_data_parallel import averaged, part
 
-    whole = memvp_model(BASES[name]())
-    whole(**batch(length=LONG, without=(2, 3))).loss.backward()
+    inputs = batch(length=LONG, without=(2, 3))
+    wanted = reference(inputs, base=lambda: _unpacked(BASES[name]()))
     model: Any = memvp_model(BASES[name]())
     if entire:
         entry = DistributedDataParallel(model)
     else:
         entry, model.memory = model, DistributedDataParallel(model.memory)
-    entry(**part(batch(length=LONG, without=(2, 3)))).loss.backward()
-    wanted = adapter_gradients(whole)
-    return {name: difference(gradient, wanted[name]) for name, gradient in adapter_gradients(model).items()}
+    loss = entry(**part(inputs)).loss
+    loss.backward()
+    return wanted.errors(averaged(loss), adapter_gradients(model))
 
 
 @pytest.mark.parametrize(
@@ -296,4 +343,4 @@ def test_ddp_over_a_quantised_base(two: Group, name: str, entire: bool) -> None:
     """torchao's tensors do not take DDP's first broadcast: there the memory alone is wrapped, as the recipe does anyway."""
     pytest.importorskip(name.split()[0], reason=EXTRA)
     for errors in two.run(_data_parallel, name, entire):
-        assert all(error < 1e-5 for error in errors.values()), errors
+        assert max(errors.values()) < 1, errors
