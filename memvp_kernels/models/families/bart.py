@@ -23,6 +23,7 @@ class BiasedLayer(MemoryLayer, MemoryFFN):
     """In front of an encoder or decoder layer."""
 
     _ffn_input: Tensor | None = None
+    _ffn_weights: Matrices | Opaque | None = None
 
     def memory_ffn(self) -> MemoryFFN:
         """The layer itself."""
@@ -41,13 +42,26 @@ class BiasedLayer(MemoryLayer, MemoryFFN):
         """activation_fn."""
         return self._modules["activation_fn"]  # type: ignore[return-value]
 
+    def _weights(self) -> Matrices | Opaque:
+        """:meth:`ffn_matrices`, looked up by the first of the three names that this forward asks for."""
+        if self._ffn_weights is None:
+            self._ffn_weights = self.ffn_matrices()
+        return self._ffn_weights
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own, after which nothing of it is kept."""
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._ffn_weights = None
+
     @property
     def fc1(self) -> Callable[[Tensor], Tensor]:
         """x to the hidden activations; fused, x itself."""
         own: Any = self._modules["fc1"]
         if self.memory is None:
             return own
-        if not isinstance(self.ffn_matrices(), Opaque):
+        if not isinstance(self._weights(), Opaque):
             return _same
 
         def remember(x: Tensor) -> Tensor:
@@ -59,7 +73,7 @@ class BiasedLayer(MemoryLayer, MemoryFFN):
     @property
     def activation_fn(self) -> Callable[[Tensor], Tensor]:
         """The activation; fused, nothing."""
-        if self.memory is None or isinstance(self.ffn_matrices(), Opaque):
+        if self.memory is None or isinstance(self._weights(), Opaque):
             return self.ffn_activation()
         return _same
 
@@ -69,7 +83,7 @@ class BiasedLayer(MemoryLayer, MemoryFFN):
         own: Any = self._modules["fc2"]
         if self.memory is None:
             return own
-        weights = self.ffn_matrices()
+        weights = self._weights()
 
         def with_memory(h: Tensor) -> Tensor:
             remembered, self._ffn_input = self._ffn_input, None
