@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from science_questions import data, evaluation, score, setup, training
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -33,9 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and do it."""
     given = _parser().parse_args(arguments)
     parts = setup.Parts(given.language_model, given.vision_model, DTYPES[given.dtype], given.limit)
-    # a batch without any image gives the CLIP adapters no gradient
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(cpu=given.cpu, kwargs_handlers=[unused])
+    accelerator = Accelerator(cpu=given.cpu)
     if given.command == "train":
         _train(given, parts, accelerator)
     else:
@@ -45,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(given: argparse.Namespace, parts: setup.Parts, accelerator: Accelerator) -> None:
     problems = data.load_split(given.data, given.split, captions=given.captions)
-    if accelerator.is_main_process:
-        setup.write_settings(given.out, captions=given.captions, num_slots=given.slots)
+    setup.agree_on_settings(accelerator, given.out, captions=given.captions, num_slots=given.slots)
     torch.manual_seed(given.seed)
     model, reader = setup.new_adapter(parts, num_slots=given.slots, dropout=given.dropout)
     if accelerator.is_main_process:

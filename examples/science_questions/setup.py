@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 
 from memvp_kernels import MemVPConfig, MemVPModel
 from memvp_kernels.models import vision
 from science_questions.batches import Reader
 
-__all__ = ["Parts", "adapter_of", "new_adapter", "read_settings", "write_settings"]
+__all__ = ["Parts", "adapter_of", "agree_on_settings", "new_adapter", "read_settings"]
 
 SETTINGS = "settings.json"
 
@@ -61,19 +63,31 @@ def adapter_of(parts: Parts, adapter: Path) -> tuple[MemVPModel, Reader, dict[st
     return model, reader, {"captions": report.settings.get("use_caption"), "report": str(report)}
 
 
-def write_settings(folder: Path, **settings: Any) -> None:
+def agree_on_settings(accelerator: Accelerator, folder: Path, **settings: Any) -> None:
     """Note what evaluation has to do alike; a run that goes on must not change it.
+
+    The main process alone sees the folder, and its verdict is every process's: one that raised alone would leave the others
+    waiting for it.
 
     Raises:
         ValueError: the folder has other settings.
     """
+    verdict: list[str | None] = [_note(folder, settings) if accelerator.is_main_process else None]
+    broadcast_object_list(verdict)
+    if verdict[0] is not None:
+        raise ValueError(verdict[0])
+
+
+def _note(folder: Path, settings: dict[str, Any]) -> str | None:
+    """Why the folder cannot be used; None once they are noted."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / SETTINGS).is_file() and (before := read_settings(folder)) != settings:
-        raise ValueError(f"{folder} was trained with {before}, not {settings}; take another folder")
+        return f"{folder} was trained with {before}, not {settings}; take another folder"
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return None
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What :func:`write_settings` noted."""
+    """What :func:`agree_on_settings` noted."""
     settings: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     return settings

@@ -68,7 +68,7 @@ def train(
         until: stop after this epoch; the learning rate still is that of all of them.
 
     Returns:
-        The mean loss of each epoch run, over this process's steps.
+        The mean loss of each epoch run, over all processes' steps.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     loader, sampler = training_batches(
@@ -99,7 +99,8 @@ def train(
                 adam.zero_grad()
             total += loss.item()
             bar.set_postfix(loss=f"{total / (step + 1):.4f}", lr=f"{rate:.2e}", refresh=False)
-        losses.append(total / len(loader))
+        mean = torch.tensor(total / len(loader), device=accelerator.device)
+        losses.append(float(accelerator.reduce(mean, "mean")))
         if accelerator.is_main_process:
             _save(folder, model, adam, epoch, losses[-1])
         accelerator.wait_for_everyone()

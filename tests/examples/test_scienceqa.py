@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tests.examples.conftest import EXAMPLES
 from tests.examples.tiny_scienceqa import write_data, write_models
 from tests.models.clip import official_state, save_official
+from tests.scale.processes import Group, free_port
 
 
 @pytest.fixture(scope="module")
@@ -113,23 +114,78 @@ def test_bfloat16_models_train_a_float32_adapter(parts: list[str], tmp_path: Pat
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
-def test_two_processes_have_the_gradient_of_one(parts: list[str], tmp_path: Path) -> None:
-    """Half the rows each; dropout is off, whose draws depend on the process. Adam's first moment is the gradient's tenth."""
-    options = ["--slots", "8", "--stop-after", "1", "--workers", "0", "--dropout", "0"]
-    assert scienceqa.main(["train", *parts, "--out", str(tmp_path / "one"), "--rows", "8", *options]) == 0
-    two = ["train", *parts, "--out", str(tmp_path / "two"), "--rows", "4", *options]
+def launch(*arguments: str) -> None:
+    """The program in two processes, as it is launched."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
     done = subprocess.run(
-        [*launcher, str(EXAMPLES / "scienceqa.py"), *two], env=environment, capture_output=True, text=True, check=False
-    )
+        [*launcher, str(EXAMPLES / "scienceqa.py"), *arguments],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    moments = [
-        torch.load(tmp_path / run / "last.pt", weights_only=True)["optimizer"]["state"] for run in ("one", "two")
-    ]
-    assert moments[0].keys() == moments[1].keys()
-    largest = max(float(state["exp_avg"].norm()) for state in moments[0].values())
-    assert largest > 0
-    for index, state in moments[0].items():
-        difference = float((moments[1][index]["exp_avg"] - state["exp_avg"]).norm())
-        assert difference <= 1e-5 * largest, index  # float32 sums in another order
+
+
+def moments(out: Path) -> dict[int, torch.Tensor]:
+    """Adam's first moments by parameter: the gradients of the steps, added up."""
+    states = torch.load(out / "last.pt", weights_only=True)["optimizer"]["state"]
+    return {index: state["exp_avg"].double() for index, state in states.items()}
+
+
+def test_two_processes_train_like_one(parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps of eight rows; dropout is off, whose draws depend on the process. Losses and every parameter's gradients.
+
+    How far float32 may be from float64 is what one process shows that splits the eight rows in other ways.
+    """
+    options = ["--slots", "8", "--epochs", "3", "--warmup", "1", "--workers", "0", "--dropout", "0"]
+
+    def alone(name: str, rows: int, *more: str) -> tuple[list[float], dict[int, torch.Tensor]]:
+        split = ["--rows", str(rows), "--accumulate", str(8 // rows)]
+        assert scienceqa.main(["train", *parts, "--out", str(tmp_path / name), *split, *options, *more]) == 0
+        return losses(tmp_path / name), moments(tmp_path / name)
+
+    monkeypatch.setitem(scienceqa.DTYPES, "float64", torch.float64)
+    exact_losses, exact = alone("exact", 8, "--dtype", "float64")
+    splits = [alone(f"by {rows}", rows) for rows in (8, 4, 2)]
+    together = ["train", *parts, "--out", str(tmp_path / "two"), "--rows", "4", *options]
+    launch(*together)
+    found = moments(tmp_path / "two")
+    assert found.keys() == exact.keys()
+    for index, wanted in exact.items():
+        limit = 2 * max(float((moment[index] - wanted).norm()) for _, moment in splits)
+        assert float(wanted.norm()) > 0
+        assert float((found[index] - wanted).norm()) <= limit, index
+    for step, wanted_loss in enumerate(exact_losses):
+        limit = 2 * max(abs(run[step] - wanted_loss) for run, _ in splits)
+        assert abs(losses(tmp_path / "two")[step] - wanted_loss) <= limit, step
+
+    resumed = ["train", *parts, "--out", str(tmp_path / "resumed"), "--rows", "4", *options]
+    launch(*resumed, "--stop-after", "1")
+    launch(*resumed)
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "two")
+    assert all(torch.equal(moment, found[index]) for index, moment in moments(tmp_path / "resumed").items())
+
+
+def _refused(folder: str, port: int) -> str:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from science_questions import setup
+
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    setup.agree_on_settings(accelerator, Path(folder), captions=True)
+    try:
+        setup.agree_on_settings(accelerator, Path(folder), captions=False)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_other_settings_are_refused_by_every_process(tmp_path: Path) -> None:
+    """A process that went on alone would wait for the first one's gradients."""
+    group = Group(2, meet=False)
+    try:
+        answers = group.run(_refused, str(tmp_path), free_port())
+    finally:
+        group.stop()
+    assert all("take another folder" in answer for answer in answers), answers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
 import subprocess
@@ -134,6 +135,14 @@ def test_pickle_into_a_fresh_process(tmp_path: Path) -> None:
         "    assert torch.equal(model(image_features=images, **inputs).logits, wanted)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pkl")], check=True, timeout=120)
+
+
+def test_a_memory_that_finds_no_room_leaves_the_model_alone() -> None:
+    base = language_model()
+    before = _fingerprint(base)
+    with pytest.raises(RuntimeError):
+        MemVPModel(base, dataclasses.replace(CONFIG, num_slots=2**60))
+    assert _fingerprint(base) == before
 
 
 def test_wrapping_twice_is_refused() -> None:
