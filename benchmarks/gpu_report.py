@@ -2,127 +2,50 @@
 
     python benchmarks/gpu_report.py                       # or: make gpu-report
     python benchmarks/gpu_report.py --only build tests    # some parts
-    python benchmarks/gpu_report.py --out DIR             # everything it writes in one folder, instead of benchmarks/results/
+    python benchmarks/gpu_report.py --out DIR             # rows in DIR/<gpu>/, log and summary in DIR; then copy DIR/<gpu>
+    python benchmarks/gpu_report.py --commit "$(git describe --always --dirty --abbrev=40)"     # said where the tree has git
 
-Every part is a process of its own with a time limit of its own; what a part left behind when its time was up is kept, and
-the next begins. Nothing is installed: parts whose packages are missing say so. Plots and REPORT.md come from `python
-benchmarks/report.py`, here or elsewhere.
+Every part is a process of its own with a time limit of its own, and gets what earlier parts did not use; what a part left behind when
+its time was up is kept, and the next begins. Rows name their commit, so a copy of the tree without git needs --commit (or the
+environment variable MEMVP_COMMIT). Nothing is installed: parts whose packages are missing say so. Plots and REPORT.md come from
+`python benchmarks/report.py`, here or elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib.util
+import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from harness.commit import DIRTY, commit_for_the_record
+from harness.parts import AGAIN, RECORDING, Part, parts
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+#: Seconds between asking a process to stop, so that it can say where it was, and killing it.
+GRACE = 5.0
+#: A part may take this many times its own seconds, where earlier parts left so much.
+STRETCH = 2
+
+Line = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Part:
-    """One step of the run.
-
-    Attributes:
-        name: on the command line and in the summary.
-        seconds: after which it is stopped.
-        command: (results folder, seconds) → arguments.
-        needs: () → why it can't run here, or None.
-        variables: added to its environment.
-    """
-
-    name: str
-    seconds: int
-    command: Callable[[Path, int], list[str]]
-    needs: Callable[[], str | None] = lambda: None
-    variables: dict[str, str] = field(default_factory=dict)
-
-
-def parts(device: str) -> list[Part]:
-    """The whole run, in order; together under nine minutes.
+def run_part(part: Part, results: Path, log: Path, *, seconds: int) -> Line:
+    """Runs one part; what it prints goes to the log as it comes.
 
     Args:
-        device: "cuda"; "cpu" rehearses the run with the smallest sizes.
-    """
-    small = [] if device == "cuda" else ["--quick"]
-    seven_b = ["--preset", "llama-7b", "--visual-tokens", "256"] if device == "cuda" else []
-
-    def program(name: str, *options: str) -> Callable[[Path, int], list[str]]:
-        def command(results: Path, seconds: int) -> list[str]:
-            # The program begins no case that it may not finish.
-            limit = ["--seconds", str(int(seconds * 0.7))]
-            files = ["--json", str(results / f"{name}.json"), "--plot", "none", "--quiet"]
-            return [sys.executable, str(HERE / f"{name}.py"), "--device", device, *small, *options, *limit, *files]
-
-        return command
-
-    def tests(_results: Path, _seconds: int) -> list[str]:
-        # A file whose optional packages are missing must not keep the others from running.
-        options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--maxfail=20"]
-        return [sys.executable, "-m", "pytest", "-m", "gpu and not slow", *options, "tests"]
-
-    def sanitizer(_results: Path, _seconds: int) -> list[str]:
-        run = [_find("compute-sanitizer") or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
-        return [*run, sys.executable, str(HERE / "sanitized.py"), "--device", device]
-
-    def diagnosis(_results: Path, _seconds: int) -> list[str]:
-        return [sys.executable, "-m", "memvp_kernels"]
-
-    def build(_results: Path, _seconds: int) -> list[str]:
-        return [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-
-    build_needs = functools.partial(_lacks, "setuptools", "pybind11", programs=("nvcc",))
-    return [
-        Part("build", 90, build, build_needs, {"MEMVP_CUDA": "require", **_architecture()}),
-        Part("diagnosis", 20, diagnosis),
-        Part("tests", 105, tests, functools.partial(_lacks, "pytest")),
-        Part("sanitizer", 55, sanitizer, functools.partial(_lacks, programs=("compute-sanitizer",))),
-        Part("decode", 45, program("decode")),
-        Part("kernels", 70, program("kernels", *seven_b)),
-        Part("latency", 85, program("latency", *seven_b, *_sizes(device, "16", "1", "64"))),
-        Part("training", 60, program("training", *seven_b, *_sizes(device, "16", "4"))),
-    ]
-
-
-def _architecture() -> dict[str, str]:
-    """What setup.py should compile for: this GPU alone, because minutes count here; all of its targets where that is unclear."""
-    targets = {"8.0": "80", "8.6": "80", "8.9": "80", "9.0": "90a", "10.0": "100a"}
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    target = targets.get(found[0]) if found else None
-    return {} if target is None else {"MEMVP_CUDA_ARCHS": target}
-
-
-def _sizes(device: str, *batch: str) -> list[str]:
-    return ["--batch", *batch, "--text-length", "64"] if device == "cuda" else []
-
-
-def _find(program: str) -> str | None:
-    """On PATH, or in the CUDA toolkit."""
-    return shutil.which(program) or shutil.which(program, path=os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin")
-
-
-def _lacks(*packages: str, programs: tuple[str, ...] = ()) -> str | None:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    missing += [program for program in programs if _find(program) is None]
-    return f"not here: {', '.join(missing)}" if missing else None
-
-
-def run_part(part: Part, results: Path, log: Path, *, seconds: int) -> dict[str, object]:
-    """Runs one part; what it prints goes to the log as it comes, and its last lines to the terminal.
+        part: what.
+        results: folder for its rows.
+        log: to add to.
+        seconds: after which it is stopped.
 
     Returns:
         Its line of the summary.
@@ -131,34 +54,55 @@ def run_part(part: Part, results: Path, log: Path, *, seconds: int) -> dict[str,
     if why_not is not None:
         return {"part": part.name, "status": "skipped", "reason": why_not, "seconds": 0.0}
     begun = time.monotonic()
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
-    variables = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **part.variables}
     with log.open("a") as output:
         output.write(f"\n===== {part.name} =====\n")
         output.flush()
-        # A session of its own, so that stopping it stops the compilers and workers that it started.
-        process = subprocess.Popen(
-            part.command(results, seconds),
-            cwd=ROOT,
-            env=variables,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(timeout=seconds)
-            status = "ok" if code == 0 else f"exit status {code}"
-        except subprocess.TimeoutExpired:
+        place = output.tell()
+        status = _run(part.command(results, seconds), part, output, seconds)
+        while status == f"exit status {AGAIN}" and (left := int(seconds - (time.monotonic() - begun))) > 10:
+            status = _run([*part.command(results, left), "--continue"], part, output, left)
+    line = {"part": part.name, "status": status, "seconds": round(time.monotonic() - begun, 1)}
+    if status.startswith("exit status"):
+        said = log.read_bytes()[place:].decode(errors="replace")
+        found = next((text for text in part.skipped_by if text in said), None)
+        if found is not None:
+            line |= {"status": "skipped", "reason": found}
+    return line
+
+
+def _run(command: list[str], part: Part, output: Any, seconds: int) -> str:
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    variables = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **part.variables}
+    # A session of its own, so that stopping it stops the compilers and workers that it started.
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        code = process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        _stop(process)
+        return f"stopped after {seconds} s"
+    except BaseException:  # this run itself is being stopped
+        _stop(process)
+        raise
+    return "ok" if code == 0 else f"exit status {code}"
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Interrupts a part, so that pytest still tells its failures and Python where it was; then kills what is left."""
+    try:
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(timeout=GRACE)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            status = f"stopped after {seconds} s"
-    return {"part": part.name, "status": status, "seconds": round(time.monotonic() - begun, 1)}
+        process.wait()
 
 
-def _results_folder(out: Path | None, device: str) -> Path:
-    """benchmarks/results/<gpu>, or the folder asked for. torch is imported in a process of its own: it would hold a GPU context."""
-    if out is not None:
-        return out
+def results_folder(out: Path | None, device: str) -> Path:
+    """<out or benchmarks/results>/<gpu>. torch is imported in a process of its own: it would hold a GPU context."""
     code = (
         "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
         "from harness.environment import device_name, slug\n"
@@ -169,50 +113,106 @@ def _results_folder(out: Path | None, device: str) -> Path:
     found = subprocess.run(command, capture_output=True, text=True, env=variables)
     if found.returncode != 0:
         sys.exit(f"no {device} device to measure: {found.stderr.strip().splitlines()[-1]}")
-    return HERE / "results" / found.stdout.strip().splitlines()[-1]
+    return (out or HERE / "results") / found.stdout.strip().splitlines()[-1]
+
+
+def _parser() -> argparse.ArgumentParser:
+    names = [part.name for part in parts("cuda")]
+    parser = argparse.ArgumentParser(description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=names, help="these parts alone")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the log, the summary and <gpu>/ (default: out/, and benchmarks/results/<gpu>/)",
+    )
+    parser.add_argument("--commit", help="what the tree is a copy of, where it has no git (default: $MEMVP_COMMIT)")
+    parser.add_argument("--total", type=int, default=530, help="seconds for the whole run (default: 530)")
+    parser.add_argument(
+        "--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a rehearsal with the smallest sizes"
+    )
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs all parts; the exit status is 1 when one of them failed or was stopped."""
-    names = [part.name for part in parts("cuda")]
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=names, help="these parts alone")
-    parser.add_argument(
-        "--out", type=Path, help="folder for rows, log and summary (default: benchmarks/results/<gpu>, log in out/)"
-    )
-    parser.add_argument("--total", type=int, default=530, help="seconds for the whole run")
-    parser.add_argument(
-        "--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a rehearsal with the smallest sizes"
-    )
-    options = parser.parse_args(arguments)
     begun = time.monotonic()
-    results = _results_folder(options.out, options.device)
+    options = _parser().parse_args(arguments)
+    chosen = [part for part in parts(options.device) if not options.only or part.name in options.only]
+    commit = ""
+    if any(part.name in RECORDING for part in chosen):
+        try:
+            commit = commit_for_the_record(options.commit)
+        except ValueError as error:
+            sys.exit(str(error))
+    results = results_folder(options.out, options.device)
     notes = options.out or ROOT / "out"
     for folder in (results, notes):
         folder.mkdir(parents=True, exist_ok=True)
     log = notes / "gpu-report.log"
     log.unlink(missing_ok=True)
-    summary: list[dict[str, object]] = []
-    for part in parts(options.device):
-        if options.only and part.name not in options.only:
-            continue
-        left = int(options.total - (time.monotonic() - begun))
-        if left < 5:
-            line: dict[str, object] = {
-                "part": part.name,
-                "status": "skipped",
-                "reason": "the run's time is up",
-                "seconds": 0.0,
-            }
-        else:
-            line = run_part(part, results, log, seconds=min(part.seconds, left))
-        summary.append(line)
-        print(f"{part.name:10} {line['status']} {line.get('reason', '')} ({line['seconds']} s)", flush=True)
-        # After every part, so that a run that is cut still says how far it came.
-        (notes / "gpu-report-summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"\nrows: {results}\nlog: {log}\nnow: python benchmarks/report.py")
-    _last_lines(log)
-    return int(any(line["status"] not in ("ok", "skipped") for line in summary))
+    summary = _Summary(notes / "gpu-report-summary.json")
+    print(f"commit {commit or 'of no account: nothing is recorded'}{_dirty(commit)}", flush=True)
+    previous = signal.signal(signal.SIGTERM, _cut)
+    # A shell that runs this in the background ignores SIGINT, and what is ignored here is ignored in every part.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    unspent = 0.0
+    try:
+        for part in chosen:
+            left = options.total - (time.monotonic() - begun)
+            seconds = int(min(STRETCH * part.seconds, part.seconds + unspent, left))
+            if seconds < 5:
+                line: Line = {"part": part.name, "status": "skipped", "reason": "the run's time is up", "seconds": 0.0}
+            else:
+                summary.begin(part.name)
+                line = run_part(part, results, log, seconds=seconds)
+            unspent = max(0.0, unspent + part.seconds - line["seconds"])
+            summary.add(line)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        signal.signal(signal.SIGINT, interrupt)
+        _last_lines(log)
+        print(f"\nrows: {results}{_dirty(commit)}\nlog: {log}\nnow: python benchmarks/report.py", flush=True)
+        summary.show()
+    return int(any(line["status"] not in ("ok", "skipped") for line in summary.lines))
+
+
+class _Summary:
+    """What became of every part, in a file after every one, so that a run that is cut still says how far it came."""
+
+    def __init__(self, path: Path) -> None:
+        self.lines: list[Line] = []
+        self._path = path
+
+    def begin(self, name: str) -> None:
+        self._write([*self.lines, {"part": name, "status": "begun, and then the run was cut", "seconds": 0.0}])
+
+    def add(self, line: Line) -> None:
+        self.lines.append(line)
+        self._write(self.lines)
+        print(_said(line), flush=True)
+
+    def show(self) -> None:
+        """All lines once more: where only the end of the output is kept, it is these."""
+        print("\n".join(["", *(_said(line) for line in self.lines)]), flush=True)
+
+    def _write(self, lines: list[Line]) -> None:
+        self._path.write_text(json.dumps(lines, indent=1) + "\n")
+
+
+def _said(line: Line) -> str:
+    return f"{line['part']:12} {line['status']} {line.get('reason', '')} ({line['seconds']} s)"
+
+
+def _dirty(commit: str) -> str:
+    return (
+        "\nUNCOMMITTED CHANGES: these rows name a commit that is not what was measured"
+        if commit.endswith(DIRTY)
+        else ""
+    )
+
+
+def _cut(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _last_lines(log: Path, *, lines: int = 15) -> None:

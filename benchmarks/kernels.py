@@ -13,7 +13,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from harness import kernel_case, operator_case
+from harness import core_case, kernel_case, operator_case
 from harness.cli import Setting, common_parser, settle
 from harness.measure import Candidate
 from harness.plots import plot_floor
@@ -65,9 +65,9 @@ def jobs(setting: Setting) -> Iterator[Job]:
     for size in setting.sizes():
         yield job("ffn", "training forward", functools.partial(operator_case.forward_candidates, setting), *size)
         yield job("ffn", "training backward", functools.partial(operator_case.backward_candidates, setting), *size)
-        for name in kernel_case.KERNELS:
-            found = functools.partial(kernel_case.candidates, setting, name)
-            yield job("kernel", f"kernel {name}", found, *size)
+        for case in (kernel_case, core_case):
+            for name in case.KERNELS:
+                yield job("kernel", f"kernel {name}", functools.partial(case.candidates, setting, name), *size)
 
 
 def main(arguments: list[str] | None = None) -> int:

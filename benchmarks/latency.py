@@ -13,7 +13,6 @@ import functools
 import sys
 from collections.abc import Iterator, Sequence
 
-import torch
 from harness.cli import Setting, common_parser, settle
 from harness.ffn_case import candidates as ffn_candidates
 from harness.measure import Candidate
@@ -43,14 +42,11 @@ def jobs(setting: Setting) -> Iterator[Job]:
         here = setting.at((batch, length, visual))
 
         def found() -> Sequence[Candidate]:
-            with torch.no_grad():
-                if level == "ffn":
-                    return ffn_candidates(
-                        here, sequences=batch, text_length=tokens, visual_tokens=visual, decode=decode
-                    )
-                return model_candidates(
-                    here, model(), sequences=batch, text_length=length, visual_tokens=visual, decode=decode
-                )
+            if level == "ffn":
+                return ffn_candidates(here, sequences=batch, text_length=tokens, visual_tokens=visual, decode=decode)
+            return model_candidates(
+                here, model(), sequences=batch, text_length=length, visual_tokens=visual, decode=decode
+            )
 
         template = Row(
             case=f"{name} {batch}×{tokens}, image {visual}",
@@ -64,7 +60,7 @@ def jobs(setting: Setting) -> Iterator[Job]:
             text_length=tokens,
             visual_tokens=visual,
         )
-        return Job(template, found, host=level == "ffn")
+        return Job(template, found, host=level == "ffn", gradients=False)
 
     for batch, length, visual in setting.sizes():
         make = functools.partial(job, batch=batch, length=length, visual=visual)
@@ -79,8 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the program; the exit status is 1 when a variant was wrong or broke."""
     parser = common_parser(str(__doc__).splitlines()[0], program="latency")
     setting = settle(parser.parse_args(arguments), cpu=CPU, cuda=CUDA)
-    with torch.no_grad():
-        results, left_out = run("latency", setting, list(jobs(setting)))
+    results, left_out = run("latency", setting, list(jobs(setting)))
     show(results, setting, left_out=left_out)
     if setting.plot is not None:
         plot_speedups([results.document()], setting.plot)

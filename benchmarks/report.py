@@ -26,6 +26,7 @@ _PROGRAMS = {
     "training": "Training step",
     "kernels": "Kernels and operator",
     "decode": "Decode kernel",
+    "sweep": "Over text length and image size",
 }
 _HEADLINE = {
     "case": "case",
@@ -38,17 +39,24 @@ _HEADLINE = {
 _ROW = {
     "variant": "variant",
     "median_ms": "median ms",
-    "p20_ms": "p20",
-    "p80_ms": "p80",
+    "spread": "p20 to p80",
     "speedup_vs_prompt": "× prompt",
     "speedup_vs_text": "× text only",
+    "speedup_vs_matmul": "× matmul",
     "percent_of_floor": "% of floor",
+    "rate": "rate",
     "peak_mb": "peak MB",
     "image_mb": "MB per image",
     "host_us": "host µs",
+    "first_call_s": "first call s",
     "error": "error",
     "verdict": "",
 }
+_LEGEND = (
+    "× prompt, × text only and × matmul are over the fastest of that case's visual tokens in the prompt, text-only and bare "
+    "matrix-product rows, eager or compiled. The rate is TFLOP/s where the floor is arithmetic and GB/s where it is memory. The first "
+    "call is a variant's first in its case; kernels that an earlier case or a cache on disk had compiled are not compiled again."
+)
 
 
 def report(found: Sequence[Machine]) -> str:
@@ -74,11 +82,16 @@ def report(found: Sequence[Machine]) -> str:
 def section(machine: Machine) -> str:
     """What one machine measured."""
     parts = [f"## {machine.environment['device']}", _origins(machine)]
+    if machine.is_dirty:
+        parts.append(
+            "**Measured with uncommitted changes** where the commit says -dirty: nobody else can measure that again."
+        )
     lines = digest.headline(machine)
     if lines:
         parts += [
             "### Whole model, against visual tokens in the prompt",
-            'Ours is what `MemVPModel` runs: factored memory, `backend="auto"`.',
+            'Ours is the row `MemVPModel`: factored memory, `backend="auto"`, all of transformers\' forward around it. The others '
+            "are the faster of eager and torch.compile, on decoder layers without that.",
             table.markdown(lines, _HEADLINE),
         ]
     beside = digest.paper_beside_ours(machine)
@@ -91,7 +104,7 @@ def section(machine: Machine) -> str:
         ]
     pictures = sorted((machine.folder / "plots").glob("*.png"))
     parts += [f"![{picture.stem}](results/{machine.folder.name}/plots/{picture.name})" for picture in pictures]
-    lost = digest.losses([row for program in machine.documents for row in machine.rows(program)])
+    lost = digest.losses(machine.rows(*_PROGRAMS))
     parts.append("### Where ours is not the fastest")
     if lost:
         columns = {
@@ -104,12 +117,45 @@ def section(machine: Machine) -> str:
         parts.append(table.markdown(lost, columns))
     else:
         parts.append("In no case measured.")
-    for program, title in _PROGRAMS.items():
-        if program in machine.documents:
-            parts.append(f"### {title}: all rows")
-            for case, rows in digest.by_case(machine.rows(program)).items():
-                parts.append(f"**{case}**, {rows[0]['dtype']}\n\n" + table.markdown(_cells(rows), _filled(rows)))
+    rows_of = {program: document["rows"] for program, document in machine.documents.items()}
+    if any(rows_of.values()):
+        parts.append(f"### All rows\n\n{_LEGEND}")
+    if not machine.is_gpu:
+        parts.append(
+            "Host time per call is not told apart on a CPU, where a call ends when its work does; `make bench` measures the road to it."
+        )
+    for program in sorted(rows_of, key=lambda name: ([*_PROGRAMS].index(name.split("-")[0]), name)):
+        kind, *switches = program.split("-")
+        parts.append(f"#### {', '.join([_PROGRAMS[kind], *switches])}")
+        roofs = machine.documents[program]["environment"].get("roofs")
+        parts += [_case(case, rows, roofs) for case, rows in digest.by_case(rows_of[program]).items()]
     return "\n\n".join(parts)
+
+
+def _case(case: str, rows: Sequence[Any], roofs: Any) -> str:
+    """One case: what holds for all its rows above the table, what holds for one below it."""
+    methods = list(dict.fromkeys(row["timing"] for row in rows if row.get("timing")))
+    clocks = next((row for row in rows if row.get("sm_clock_mhz")), None)
+    said = [rows[0]["dtype"], *(methods if len(methods) == 1 else ())]
+    if clocks is not None:
+        said.append(f"{clocks['sm_clock_mhz']:.0f} MHz, {clocks['power_w']:.0f} W")
+    cells = _cells(rows, roofs)
+    columns = {key: heading for key, heading in _ROW.items() if any(cell.get(key) not in (None, "") for cell in cells)}
+    lines = [f"**{case}**, {', '.join(said)}", table.markdown(cells, columns)]
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        odd = row["timing"] if len(methods) > 1 and row.get("timing") not in (None, methods[0]) else None
+        for note in (odd, row.get("note") or None):
+            if note is not None and row["status"] == "ok":
+                notes.setdefault(note, []).append(row["variant"])
+    if len(methods) > 1:
+        lines[0] += f", {methods[0]} where not noted"
+    if notes:
+        every = len({row["variant"] for row in rows if row["status"] == "ok"})
+        lines.append(
+            "; ".join(f"{'all' if len(who) == every else ', '.join(who)}: {note}" for note, who in notes.items())
+        )
+    return "\n\n".join(lines)
 
 
 def figures(found: Sequence[Machine]) -> str:
@@ -153,11 +199,14 @@ def draw(machine: Machine) -> None:
             plots.plot_speedups([machine.documents[program]], folder / f"{program}.png")
     documents = [machine.documents[program] for program in ("latency", "training") if program in machine.documents]
     if documents:
-        path = folder / "speedup-visual-tokens.png"
-        plots.plot_sweep(documents, path, against="visual_tokens", label="visual tokens of the image")
-        path = folder / "speedup-text-length.png"
-        plots.plot_sweep(documents, path, against="text_length", label="text tokens")
         plots.plot_memory(documents[:1], folder / "memory-per-image.png")
+    # Where there was no time for the sweep, what the others have of it.
+    swept = [machine.documents["sweep"]] if "sweep" in machine.documents else documents
+    if swept:
+        path = folder / "speedup-visual-tokens.png"
+        plots.plot_sweep(swept, path, against="visual_tokens", label="visual tokens of the image")
+        path = folder / "speedup-text-length.png"
+        plots.plot_sweep(swept, path, against="text_length", label="text tokens")
     floors = [
         document for program, document in machine.documents.items() if program in ("latency", "kernels", "decode")
     ]
@@ -186,7 +235,7 @@ def _origins(machine: Machine) -> str:
 
 
 def _preset(machine: Machine) -> str:
-    found = {row["preset"]: None for program in ("latency", "training") for row in machine.rows(program)}
+    found = {row["preset"]: None for row in machine.rows("latency", "training")}
     return " and ".join(found)
 
 
@@ -207,26 +256,33 @@ def _roofs(roofs: Any) -> str | None:
     return "{} TFLOP/s, copy {} GB/s, read {} GB/s".format(*figures_)
 
 
-def _cells(rows: Sequence[Any]) -> list[dict[str, Any]]:
+def _cells(rows: Sequence[Any], roofs: Any) -> list[dict[str, Any]]:
     cells = []
     for row in rows:
         image = (row.get("memory_per_image_bytes") or 0) + (row.get("cache_per_image_bytes") or 0)
         peak = row.get("peak_memory_bytes")
+        timed = row["status"] == "ok"
         cells.append(
             {
                 **row,
+                "spread": f"{table.number(row['p20_ms'])} to {table.number(row['p80_ms'])}" if timed else None,
+                "rate": _rate(row, roofs) if timed and roofs else None,
                 "peak_mb": None if peak is None else peak / 1e6,
                 "image_mb": image / 1e6 if image else None,
-                "verdict": "" if row["status"] == "ok" else f"{row['status']}: {row['reason']}",
+                "verdict": "" if timed else f"{row['status']}: {row['reason']}",
             }
         )
     return cells
 
 
-def _filled(rows: Sequence[Any]) -> dict[str, str]:
-    """The columns in which at least one row says something."""
-    cells = _cells(rows)
-    return {key: heading for key, heading in _ROW.items() if any(cell.get(key) not in (None, "") for cell in cells)}
+def _rate(row: Any, roofs: Any) -> str | None:
+    """By the roof that is nearer."""
+    if not row.get("tflops") or not row.get("gbs"):
+        return None
+    arithmetic = row["tflops"] / roofs["matmul_tflops"]
+    memory = row["gbs"] / max(roofs["copy_gbs"], roofs["stream_gbs"])
+    figure, unit = (row["tflops"], "TFLOP/s") if arithmetic >= memory else (row["gbs"], "GB/s")
+    return f"{table.number(figure)} {unit}"
 
 
 def main(arguments: list[str] | None = None) -> int:

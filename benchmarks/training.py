@@ -9,9 +9,11 @@ gradients are checked against float64, with nothing dropped, before it is timed.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 
+from harness import quantised_case
 from harness.cli import Setting, common_parser, settle
 from harness.measure import Candidate
 from harness.model_case import Model
@@ -25,7 +27,7 @@ CPU = {"batch": (2,), "text_length": (64,), "visual_tokens": (256,)}
 CUDA = {"batch": (16, 4), "text_length": (64, 512), "visual_tokens": (256,)}
 
 
-def jobs(setting: Setting, *, recompute: bool, checkpointing: bool) -> Iterator[Job]:
+def jobs(setting: Setting, *, recompute: bool, checkpointing: bool, quantized: bool) -> Iterator[Job]:
     """A model's and an FFN's step for every combination of sizes; checkpointing wraps layers, so it leaves the FFN alone."""
     models: list[Model] = []
 
@@ -34,7 +36,8 @@ def jobs(setting: Setting, *, recompute: bool, checkpointing: bool) -> Iterator[
             models.append(Model.of(setting))
         return models[0]
 
-    switches = "".join(f", {name}" for name, on in (("checkpointing", checkpointing), ("recompute", recompute)) if on)
+    chosen = {"checkpointing": checkpointing, "recompute": recompute, "quantized": quantized}
+    switches = "".join(f", {name}" for name, on in chosen.items() if on)
 
     def job(level: str, batch: int, length: int, visual: int) -> Job:
         here = setting.at((batch, length, visual))
@@ -44,7 +47,8 @@ def jobs(setting: Setting, *, recompute: bool, checkpointing: bool) -> Iterator[
                 return ffn_candidates(
                     here, sequences=batch, text_length=length, visual_tokens=visual, recompute=recompute
                 )
-            return model_candidates(
+            candidates = quantised_case.candidates if quantized else model_candidates
+            return candidates(
                 here,
                 model(),
                 sequences=batch,
@@ -70,19 +74,27 @@ def jobs(setting: Setting, *, recompute: bool, checkpointing: bool) -> Iterator[
 
     for size in setting.sizes():
         yield job("model", *size)
-        if not checkpointing:
+        if not checkpointing and not quantized:
             yield job("ffn", *size)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the program; the exit status is 1 when a variant was wrong or broke."""
-    parser = common_parser(str(__doc__).splitlines()[0], program="training")
-    parser.add_argument("--checkpointing", action="store_true", help="every decoder layer runs again in the backward")
-    parser.add_argument("--recompute", action="store_true", help="our FFNs keep x instead of the pre-activations")
-    options = parser.parse_args(arguments)
-    setting = settle(options, cpu=CPU, cuda=CUDA)
-    plan = jobs(setting, recompute=options.recompute, checkpointing=options.checkpointing)
-    results, left_out = run("training", setting, list(plan))
+    switches = argparse.ArgumentParser(add_help=False)
+    switches.add_argument("--checkpointing", action="store_true", help="every decoder layer runs again in the backward")
+    switches.add_argument("--recompute", action="store_true", help="our FFNs keep x instead of the pre-activations")
+    switches.add_argument(
+        "--quantized",
+        action="store_true",
+        help="MemVPModel alone, on its base as it is and on one in 4 bits (bitsandbytes)",
+    )
+    chosen, _ = switches.parse_known_args(arguments)
+    # Files of their own, so that one run does not overwrite the other's rows.
+    program = "-".join(("training", *(name for name, on in vars(chosen).items() if on)))
+    parser = common_parser(str(__doc__).splitlines()[0], program=program, parents=(switches,))
+    setting = settle(parser.parse_args(arguments), cpu=CPU, cuda=CUDA)
+    plan = jobs(setting, **vars(chosen))
+    results, left_out = run(program, setting, list(plan))
     show(results, setting, left_out=left_out)
     if setting.plot is not None:
         plot_speedups([results.document()], setting.plot)

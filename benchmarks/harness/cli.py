@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -18,9 +18,9 @@ __all__ = ["Setting", "common_parser", "settle"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _OUT = Path("out")
-#: Sizes that run in seconds anywhere.
 #: Without arguments a CPU run ends within 90 seconds, on slow machines by beginning no case after these.
 DEFAULT_CPU_SECONDS = 60.0
+#: Sizes that run in seconds anywhere.
 QUICK = {"batch": (2,), "text_length": (8,), "visual_tokens": (16,)}
 
 
@@ -36,7 +36,8 @@ class Setting:
         samples: per variant.
         compiled: whether torch.compile forms take part.
         only: names of variants to run, or None for all.
-        seconds: no case is begun after this many seconds; None: no limit.
+        seconds: no case and no variant is begun after this many seconds; None: no limit.
+        go_on: keep the rows that the result file has, and measure what it lacks.
         json, plot: files to write; None: not.
         quiet: no progress bar.
     """
@@ -53,6 +54,7 @@ class Setting:
     compiled: bool
     only: tuple[str, ...] | None
     seconds: float | None
+    go_on: bool
     json: Path | None
     plot: Path | None
     quiet: bool
@@ -84,9 +86,19 @@ class Setting:
         return self.only is None or variant in self.only or variant == "prompt"
 
 
-def common_parser(description: str, *, program: str) -> argparse.ArgumentParser:
-    """A parser with the shared options."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def common_parser(
+    description: str, *, program: str, parents: Sequence[argparse.ArgumentParser] = ()
+) -> argparse.ArgumentParser:
+    """A parser with the shared options.
+
+    Args:
+        description: of --help.
+        program: names the files that are written by default.
+        parents: parsers of the program's own options.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, parents=list(parents)
+    )
     parser.add_argument(
         "--preset", choices=sorted(PRESETS), help="model shape (default: llama-7b on a GPU, tiny on a CPU)"
     )
@@ -114,7 +126,10 @@ def common_parser(description: str, *, program: str) -> argparse.ArgumentParser:
         help="with torch.compile forms (default on a GPU)",
     )
     compiled.add_argument("--no-compile", dest="compiled", action="store_false", default=None)
-    parser.add_argument("--seconds", type=float, help="begin no case after this many seconds")
+    parser.add_argument("--seconds", type=float, help="begin no case or variant after this many seconds")
+    parser.add_argument(
+        "--continue", dest="go_on", action="store_true", help="keep the rows of --json, and measure what it lacks"
+    )
     parser.add_argument("--json", type=Path, default=_OUT / f"{program}.json", help="result file; 'none' writes none")
     parser.add_argument("--plot", type=Path, default=_OUT / f"{program}.png", help="picture; 'none' draws none")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -161,6 +176,7 @@ def settle(
         compiled=on_gpu and not options.quick if options.compiled is None else options.compiled,
         only=tuple(options.variants) if options.variants else None,
         seconds=DEFAULT_CPU_SECONDS if options.seconds is None and not on_gpu and not asked else options.seconds,
+        go_on=options.go_on,
         json=_path(options.json),
         plot=_path(options.plot),
         quiet=options.quiet,

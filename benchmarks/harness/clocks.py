@@ -1,86 +1,120 @@
-"""The SM clock and the power draw while a measurement runs, read from nvidia-smi where there is one."""
+"""The SM clock, the power draw and the temperature while samples are taken, on a GPU."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
-import tempfile
-from types import TracebackType
-from typing import IO
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from harness.timer import percentile
+from harness.percentile import percentile
 
-__all__ = ["ClockLog"]
+__all__ = ["ClockLog", "summarise"]
 
-_INTERVAL_MS = 200
+_INTERVAL_S = 0.05
+
+#: SM clock in MHz, power in W, temperature in °C.
+Reading = tuple[float, float, float]
 
 
 class ClockLog:
-    """Context manager that logs clocks for as long as it is open; without nvidia-smi it logs nothing.
+    """Reads the clocks within its windows; on a CPU, and where nothing can read them, it stays empty.
 
-    >>> with ClockLog(torch.device("cpu")) as log:
+    >>> log = ClockLog(torch.device("cpu"))
+    >>> with log.window() as readings:
     ...     pass
-    >>> log.summary()
-    {}
+    >>> summarise(readings), log.summary()
+    ({}, {})
+
+    Args:
+        device: whose.
+        read: () → a reading, or None for now; default: NVML through torch, without it nvidia-smi.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._process: subprocess.Popen[str] | None = None
-        self._output: IO[str] | None = None
+    def __init__(self, device: torch.device, read: Callable[[], Reading | None] | None = None) -> None:
+        self._read = read or (_reader(device) if device.type == "cuda" else None)
+        self._all: list[Reading] = []
 
-    def __enter__(self) -> ClockLog:
-        program = shutil.which("nvidia-smi") if self._device.type == "cuda" else None
-        if program is not None:
-            # By UUID: nvidia-smi ignores CUDA_VISIBLE_DEVICES, so an index would name another GPU.
-            identity = f"GPU-{torch.cuda.get_device_properties(self._device).uuid}"
-            self._output = tempfile.TemporaryFile("w+")
-            fields = "clocks.sm,power.draw,temperature.gpu"
-            command = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits", "-i", identity]
-            try:
-                self._process = subprocess.Popen(
-                    [*command, "-lms", str(_INTERVAL_MS)],
-                    stdout=self._output,
-                    stderr=subprocess.DEVNULL,
-                    text=True,
-                )
-            except OSError:
-                self._process = None
-        return self
+    @contextlib.contextmanager
+    def window(self) -> Iterator[list[Reading]]:
+        """A thread reads for as long as it is open; the readings are in the list afterwards."""
+        found: list[Reading] = []
+        if self._read is None:
+            yield found
+            return
+        closed = threading.Event()
+        thread = threading.Thread(target=self._poll, args=(found, closed), daemon=True)
+        thread.start()
+        try:
+            yield found
+        finally:
+            closed.set()
+            thread.join()
+            self._all += found
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait()
+    def _poll(self, found: list[Reading], closed: threading.Event) -> None:
+        assert self._read is not None
+        while True:
+            reading = self._read()
+            if reading is not None:
+                found.append(reading)
+            if closed.wait(_INTERVAL_S):
+                return
 
     def summary(self) -> dict[str, float]:
-        """Median, lowest and highest SM clock in MHz, median power in W, highest temperature in °C; {} when nothing was read."""
-        if self._output is None:
-            return {}
-        self._output.seek(0)
-        return summarise(self._output.read())
+        """Of all windows so far."""
+        return summarise(self._all)
 
 
-def summarise(log: str) -> dict[str, float]:
-    """The figures of an nvidia-smi log with the lines "clock, power, temperature"; lines it cannot read are left out."""
-    readings = []
-    for line in log.splitlines():
-        try:
-            clock, power, temperature = (float(part) for part in line.split(","))
-        except ValueError:
-            continue
-        readings.append((clock, power, temperature))
+def summarise(readings: Sequence[Reading]) -> dict[str, float]:
+    """Median, lowest and highest SM clock in MHz, median power in W, highest temperature in °C; {} without readings."""
     if not readings:
         return {}
-    clocks = [reading[0] for reading in readings]
+    clocks, power, temperature = zip(*readings, strict=True)
     return {
         "sm_clock_mhz": percentile(clocks, 0.5),
         "sm_clock_min_mhz": min(clocks),
         "sm_clock_max_mhz": max(clocks),
-        "power_w": percentile([reading[1] for reading in readings], 0.5),
-        "temperature_c": max(reading[2] for reading in readings),
+        "power_w": percentile(power, 0.5),
+        "temperature_c": max(temperature),
     }
+
+
+def parse(line: str) -> Reading | None:
+    """nvidia-smi's "clock, power, temperature"; None where it says [N/A]."""
+    try:
+        clock, power, temperature = (float(part) for part in line.split(","))
+    except ValueError:
+        return None
+    return clock, power, temperature
+
+
+def _reader(device: torch.device) -> Callable[[], Reading | None] | None:
+    def nvml() -> Reading | None:
+        watts = torch.cuda.power_draw(device) / 1000
+        return float(torch.cuda.clock_rate(device)), watts, float(torch.cuda.temperature(device))
+
+    try:  # needs the package nvidia-ml-py
+        nvml()
+    except Exception:
+        program = shutil.which("nvidia-smi")
+        return None if program is None else _smi(program, device)
+    return nvml
+
+
+def _smi(program: str, device: torch.device) -> Callable[[], Reading | None]:
+    # By UUID: nvidia-smi ignores CUDA_VISIBLE_DEVICES, so an index would name another GPU.
+    identity = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    fields = "clocks.sm,power.draw,temperature.gpu"
+    command = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits", "-i", identity]
+
+    def read() -> Reading | None:
+        try:
+            return parse(subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip())
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    return read

@@ -19,8 +19,8 @@ from memvp_kernels.choose import missing as missing_backend
 
 __all__ = ["IMAGES", "Joined", "candidates", "factored_joined", "join"]
 
-#: How many images the tokens of a step are about.
-IMAGES = ("none", "one", "each")
+#: How many images the tokens of a step are about, the commonest first.
+IMAGES = ("each", "none", "one")
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.environment import UNKNOWN_COMMIT
-from harness.results import load
+from harness.commit import DIRTY, UNKNOWN_COMMIT
+from harness.results import BASELINES, load
 
-__all__ = ["FEWEST_SAMPLES", "PAPER", "Machine", "headline", "losses", "machines", "ours"]
+__all__ = ["FEWEST_SAMPLES", "OURS", "PAPER", "Machine", "fastest", "headline", "losses", "machines", "ours"]
 
 FEWEST_SAMPLES = 20
+
+#: What a user runs, in this order where a case has several.
+OURS = ("MemVPModel", "factored-auto", "factored-torch", "text-auto", "text-torch")
 
 _Row = Mapping[str, Any]
 
@@ -30,7 +33,7 @@ class Machine:
 
     Attributes:
         folder: results/<machine>.
-        documents: by program ("latency", "training", "kernels", "decode").
+        documents: by program ("latency", "training", "training-checkpointing", "kernels", …).
     """
 
     folder: Path
@@ -45,9 +48,19 @@ class Machine:
     def is_gpu(self) -> bool:
         return bool(self.environment["device_type"] == "cuda")
 
-    def rows(self, program: str) -> list[_Row]:
-        """A program's rows, [] where it was not run."""
-        return list(self.documents[program]["rows"]) if program in self.documents else []
+    @property
+    def is_dirty(self) -> bool:
+        """Whether a file was measured with changes that no commit has."""
+        return any(document["environment"]["commit"].endswith(DIRTY) for document in self.documents.values())
+
+    def rows(self, *programs: str) -> list[_Row]:
+        """The rows of these programs, with whatever switches ("training" has the rows of "training-checkpointing"); [] where not run."""
+        return [
+            row
+            for program, document in self.documents.items()
+            if program.split("-")[0] in programs
+            for row in document["rows"]
+        ]
 
 
 def machines(results: Path) -> list[Machine]:
@@ -58,7 +71,8 @@ def machines(results: Path) -> list[Machine]:
     """
     found = []
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        documents = {path.stem: _quotable(load(path), path) for path in sorted(folder.glob("*.json"))}
+        paths = sorted(folder.glob("*.json"), key=lambda path: path.stem)
+        documents = {path.stem: _quotable(load(path), path) for path in paths}
         if documents:
             found.append(Machine(folder, documents))
     return sorted(found, key=lambda machine: (not machine.is_gpu, machine.folder.name))
@@ -67,7 +81,9 @@ def machines(results: Path) -> list[Machine]:
 def _quotable(document: dict[str, Any], path: Path) -> dict[str, Any]:
     environment = document["environment"]
     if environment["commit"] == UNKNOWN_COMMIT:
-        raise ValueError(f"{path}: measured outside a checkout; set MEMVP_COMMIT to the commit and measure again")
+        raise ValueError(
+            f"{path}: measured outside a checkout; set MEMVP_COMMIT to the commit, or pass --commit to gpu_report.py, and measure again"
+        )
     if environment.get("triton_interpreted"):
         raise ValueError(
             f"{path}: measured under Triton's interpreter, whose speed says nothing; unset TRITON_INTERPRET"
@@ -79,9 +95,15 @@ def _quotable(document: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def ours(rows: Iterable[_Row]) -> _Row | None:
-    """The row of what MemVPModel runs: the factored memory with the backend that "auto" takes (on a CPU that is "torch")."""
+    """The row of what a user runs: of a model MemVPModel, of an FFN fused_ffn with the backend that "auto" takes (on a CPU "torch")."""
     by_name = {row["variant"]: row for row in rows if row["status"] == "ok"}
-    return by_name.get("factored-auto") or by_name.get("factored-torch")
+    return next((by_name[name] for name in OURS if name in by_name), None)
+
+
+def fastest(rows: Iterable[_Row], *variants: str) -> _Row | None:
+    """The fastest timed row of these variants."""
+    found = [row for row in rows if row["status"] == "ok" and row["variant"] in variants]
+    return min(found, key=lambda row: row["median_ms"], default=None)
 
 
 def by_case(rows: Iterable[_Row]) -> dict[str, list[_Row]]:
@@ -93,43 +115,42 @@ def by_case(rows: Iterable[_Row]) -> dict[str, list[_Row]]:
 
 
 def headline(machine: Machine) -> list[dict[str, Any]]:
-    """One line per case of the whole model: prompt-length, text only, ours, and what the ratio is."""
+    """One line per case of the whole model: prompt-length, text only and the official form, each eager or compiled, whichever is
+    faster; ours; what the ratio is."""
     lines = []
-    for program in ("latency", "training"):
-        for case, rows in by_case(machine.rows(program)).items():
-            mine = ours(rows)
-            medians = {row["variant"]: row["median_ms"] for row in rows if row["status"] == "ok"}
-            if mine is None or mine["level"] != "model" or "prompt" not in medians:
-                continue
-            lines.append(
-                {
-                    "case": case,
-                    "prompt_ms": medians["prompt"],
-                    "ours_ms": mine["median_ms"],
-                    "text_ms": medians.get("text"),
-                    "official_ms": medians.get("official-eager"),
-                    "speedup_vs_prompt": mine["speedup_vs_prompt"],
-                }
-            )
+    for case, rows in by_case(machine.rows("latency", "training")).items():
+        mine, prompt = ours(rows), fastest(rows, *BASELINES["prompt"])
+        if mine is None or mine["level"] != "model" or prompt is None:
+            continue
+        text = fastest(rows, *BASELINES["text"])
+        official = fastest(rows, "official-eager", "official-compile")
+        lines.append(
+            {
+                "case": case,
+                "prompt_ms": prompt["median_ms"],
+                "ours_ms": mine["median_ms"],
+                "text_ms": text and text["median_ms"],
+                "official_ms": official and official["median_ms"],
+                "speedup_vs_prompt": prompt["median_ms"] / mine["median_ms"],
+            }
+        )
     return lines
 
 
 def paper_beside_ours(machine: Machine) -> list[dict[str, Any]]:
     """The paper's ratios and this machine's for the closest cases: 256 visual tokens, any text length and batch measured."""
     lines: list[dict[str, Any]] = []
-    for kind, text, ratio in PAPER:
+    for kind, what, ratio in PAPER:
         program = "training" if kind == "training" else "latency"
         phases = {"training": ("training",), "inference": ("prefill", "decode"), "prefill": ("prefill",)}[kind]
         for case, rows in by_case(machine.rows(program)).items():
             mine = ours(rows)
             if mine is None or mine["level"] != "model" or mine["phase"] not in phases or mine["visual_tokens"] != 256:
                 continue
-            medians = {row["variant"]: row["median_ms"] for row in rows if row["status"] == "ok"}
-            if kind == "prefill":
-                here = medians["prompt"] / medians["text"] if {"prompt", "text"} <= set(medians) else None
-            else:
-                here = mine["speedup_vs_prompt"]
-            lines.append({"paper": text, "ratio": f"{ratio:.2f}×", "case": case, "here": here})
+            prompt, text = (fastest(rows, *BASELINES[name]) for name in ("prompt", "text"))
+            over = text if kind == "prefill" else mine
+            here = None if prompt is None or over is None else prompt["median_ms"] / over["median_ms"]
+            lines.append({"paper": what, "ratio": f"{ratio:.2f}×", "case": case, "here": here})
     return lines
 
 
@@ -138,28 +159,34 @@ def losses(rows: Sequence[_Row]) -> list[dict[str, Any]]:
     found = []
     for case, group in by_case(rows).items():
         mine = ours(group)
-        if mine is None:
+        if mine is None or mine["variant"].startswith("text"):
             continue
+
+        def ratio(row: _Row, mine: _Row = mine) -> float:
+            """Ours over it, as timed together."""
+            return float((row.get("beside_ms") or mine["median_ms"]) / row["median_ms"])
+
         others = [
             row
             for row in group
             if row["status"] == "ok"
-            and row["variant"] not in ("text", "matmul", "text-compile")
+            and row["variant"] not in (*BASELINES["text"], *BASELINES["matmul"])
             and not _is_ours(row["variant"])
         ]
-        best = min(others, key=lambda row: row["median_ms"], default=None)
-        if best is not None and best["median_ms"] < mine["median_ms"]:
+        best = max(others, key=ratio, default=None)
+        if best is not None and ratio(best) > 1:
             found.append(
                 {
                     "case": case,
                     "ours_ms": mine["median_ms"],
                     "faster": best["variant"],
                     "faster_ms": best["median_ms"],
-                    "ratio": mine["median_ms"] / best["median_ms"],
+                    "ratio": ratio(best),
                 }
             )
     return found
 
 
 def _is_ours(variant: str) -> bool:
-    return variant.split("-")[0] in ("plain", "factored", "positions") and not variant.endswith("-eager")
+    ours = variant == "MemVPModel" or variant.split("-")[0] in ("plain", "factored", "positions")
+    return ours and not variant.endswith(("-eager", "-compile", "-joined"))

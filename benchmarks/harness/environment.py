@@ -7,18 +7,16 @@ import importlib.metadata
 import os
 import platform
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import memvp_kernels
+from harness.commit import commit, first_line
 
-__all__ = ["UNKNOWN_COMMIT", "commit", "device_name", "environment", "slug"]
+__all__ = ["device_name", "environment", "slug"]
 
-UNKNOWN_COMMIT = "unknown"
-_REPOSITORY = Path(__file__).resolve().parents[2]
 _PACKAGES = ("triton", "transformers", "liger-kernel", "peft", "numpy", "scikit-learn")
 
 
@@ -50,35 +48,11 @@ def environment(device: torch.device, program: str) -> dict[str, Any]:
         found["device_memory_bytes"] = properties.total_memory
         found["l2_bytes"] = properties.L2_cache_size
         found["cuda"] = torch.version.cuda
-        found["driver"] = _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+        found["driver"] = first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     else:
         found["threads"] = torch.get_num_threads()
         found["cores"] = os.cpu_count()
     return found
-
-
-def commit() -> str:
-    """The checked-out commit, with "-dirty" when tracked files differ from it; where there is no git, what MEMVP_COMMIT says."""
-    git = ["git", "-C", str(_REPOSITORY)]
-    top = _first_line([*git, "rev-parse", "--show-toplevel"])
-    head = _first_line([*git, "rev-parse", "HEAD"])
-    if head is None or top is None or Path(top).resolve() != _REPOSITORY:
-        return os.environ.get("MEMVP_COMMIT", UNKNOWN_COMMIT)
-    # Results do not count as changes: a run that wrote latency.json may be followed by one that writes training.json.
-    changed = _first_line(
-        [
-            *git,
-            "status",
-            "--porcelain",
-            "--untracked-files=no",
-            "--",
-            ".",
-            ":!benchmarks/results",
-            ":!benchmarks/REPORT.md",
-            ":!README.md",
-        ]
-    )
-    return head + ("-dirty" if changed else "")
 
 
 def device_name(device: torch.device) -> str:
@@ -103,11 +77,3 @@ def _package_version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _first_line(command: list[str]) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None

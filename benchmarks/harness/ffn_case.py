@@ -78,7 +78,7 @@ def candidates(
     def truth(form: str) -> Truth:
         return Truth(plain(yardstick(form)), exact(form if form in ("text", "prompt") else "memory"))
 
-    def build(variant: Variant) -> tuple[dict[str, Tensor], Run, int]:
+    def build(variant: Variant) -> tuple[Callable[[], dict[str, Tensor]], Run, int]:
         first = variant.bind(weights(0), variant.share(parts)) if variant.has_memory else None
         kept = held_bytes(weights(0), first)
         calls: list[Callable[[], object]] = []
@@ -86,7 +86,10 @@ def candidates(
             w = weights(index)
             bound = first if index == 0 or not variant.has_memory else _fresh(variant, w, parts)
             calls.append(functools.partial(variant.step, rows(variant.form), w, bound, 0.0))
-        outputs = {"y": variant.step(rows(variant.form), weights(0), first, 0.0)}
+
+        def outputs() -> dict[str, Tensor]:
+            return {"y": variant.step(rows(variant.form), weights(0), first, 0.0)}
+
         return outputs, Run(calls), kept + held_bytes(rows(variant.form))
 
     found = []

@@ -184,9 +184,9 @@ def candidates(setting: Setting, name: str, *, sequences: int, text_length: int,
         o = operands()
         return held_bytes(o.weights, o.memory, o.x, o.grad, o.pre, o.scores, o.hidden, o.visual, o.dpre, o.dscores)
 
-    def triton(road: str) -> tuple[Outputs, Run, int]:
+    def triton(road: str) -> tuple[Callable[[], Outputs], Run, int]:
         call = operands().triton(name, road)
-        return call(), Run([call]), held()
+        return call, Run([call]), held()
 
     def products() -> tuple[Outputs, Run, int]:
         return operands().reference(name, setting.dtype), Run([operands().products(name)]), held()

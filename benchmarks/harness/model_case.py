@@ -26,6 +26,9 @@ __all__ = ["Model", "candidates"]
 #: The check compares this many layers with float64: enough for every product to take part, little enough for any GPU's memory.
 CHECKED_LAYERS = 2
 
+#: How the outputs are computed, the run, bytes held: of Candidate.build.
+Built = tuple[Callable[[], dict[str, Tensor]], Run, int]
+
 
 @dataclass
 class Model:
@@ -130,10 +133,12 @@ def candidates(
     def truth(form: str) -> Truth:
         return Truth(plain(yardstick(form)), exact(form if form in ("text", "prompt") else PLAIN_PYTORCH))
 
-    def build(variant: Variant) -> tuple[dict[str, Tensor], Run, int]:
-        outputs = {"logits": run(variant, model.head, checked=True)[0]()}
+    def build(variant: Variant) -> Built:
+        def outputs() -> dict[str, Tensor]:
+            return {"logits": run(variant, model.head, checked=True)[0]()}
+
         call, held = run(variant, model.stack, checked=False)
-        return outputs, Run([call]), model.stack.bytes + held
+        return outputs, Run([call], replay_depth=_depth(model)), model.stack.bytes + held
 
     found = []
     for variant in variants(device, compiled=setting.compiled).values():
@@ -156,8 +161,9 @@ def candidates(
                 else "",
             )
         )
-    if not decode and setting.wants(NAME):
-        found.append(_product_candidate(setting, model, adapter, features, tokens, shape, truth))
+    if setting.wants(NAME):
+        kv = functools.partial(cache, False) if decode else None
+        found.append(_product_candidate(setting, model, adapter, features, tokens, shape, truth, kv, start("factored")))
     return found
 
 
@@ -169,23 +175,41 @@ def _product_candidate(
     tokens: Tensor,
     shape: FFNShape,
     truth: Callable[[str], Truth],
+    cache: Callable[[bool], FixedCache] | None,
+    start: int,
 ) -> Candidate:
-    """MemVPModel on the way to the first token."""
+    """MemVPModel on the way to the first token or, with a cache of (checked part of the model) → keys and values, to the next."""
     preset, layers, element = setting.preset, setting.layers, setting.element
 
-    def build() -> tuple[dict[str, Tensor], Run, int]:
-        outputs = {"logits": Product(model.head, adapter).next_token_logits(tokens, features)}
-        product = Product(model.stack, adapter)
-        return outputs, Run([lambda: product.next_token_logits(tokens, features)]), model.stack.bytes
+    def call(stack: Stack, checked: bool) -> tuple[Callable[[], Tensor], int]:
+        product = Product(stack, adapter)
+        if cache is None:
+            return functools.partial(product.next_token_logits, tokens, features), 0
+        kv, core = cache(checked), product.encode(features)
+        return functools.partial(product.next_token_logits, tokens, core=core, cache=kv, start=start), (
+            kv.bytes + held_bytes(core)
+        )
+
+    def build() -> Built:
+        def outputs() -> dict[str, Tensor]:
+            return {"logits": call(model.head, True)[0]()}
+
+        timed, held = call(model.stack, False)
+        return outputs, Run([timed], replay_depth=_depth(model)), model.stack.bytes + held
 
     return Candidate(
         name=NAME,
         build=build,
         truth=functools.partial(truth, "factored"),
-        count=layer("factored", preset, shape) * layers + head(preset, rows=shape.sequences, element=element),
+        count=layer("factored", preset, shape, cached=start) * layers
+        + head(preset, rows=shape.sequences, element=element),
         memory_per_image=memory_per_image("factored", preset, slots=shape.slots, layers=layers, element=element),
         note="with all of transformers' forward around it",
     )
+
+
+def _depth(model: Model) -> float:
+    return len(model.stack.layers) / len(model.head.layers)
 
 
 def _wide(projected: tuple[Parts | None, Tensor | None]) -> tuple[Parts | None, Tensor | None]:

@@ -20,6 +20,8 @@ from harness.variants import Variant, variants, yardstick
 __all__ = ["backward_candidates", "forward_candidates"]
 
 Leaves = dict[str, Tensor]
+#: How the outputs are computed, the run, bytes held: of Candidate.build.
+Built = tuple[Callable[[], dict[str, Tensor]], Run, int]
 
 
 class _Problem:
@@ -36,6 +38,9 @@ class _Problem:
         self.weights = Weights.random(preset, device=device, dtype=dtype, seed=0)
         self.x = hidden_states(sequences, text_length, preset.width, device=device, dtype=dtype)
         self.grad = hidden_states(sequences, text_length, preset.width, device=device, dtype=dtype, offset=5000)
+        # Kept here rather than by functools.cache, which would keep every problem alive, on the GPU, to the end of the run.
+        self._exact: dict[bool, dict[str, Tensor]] = {}
+        self._plain: dict[str, dict[str, Tensor]] = {}
 
     def leaves(self, variant: Variant) -> tuple[Tensor, Parts, Leaves]:
         """x and the memory as leaves, and those of them that the variant's form trains."""
@@ -48,17 +53,21 @@ class _Problem:
     def forward(self, variant: Variant, x: Tensor, bound: object) -> Tensor:
         return variant.step(x, self.weights, bound, 0.0)
 
-    @functools.cache  # noqa: B019 - lives as long as its case
     def exact(self, memory: bool) -> dict[str, Tensor]:
-        x = self.x.double().requires_grad_()
-        parts = self.parts.map(lambda t: t.double().requires_grad_())
-        y = exact_ffn(x, self.weights, parts if memory else None)
-        leaves = {"x": x, **_named(parts)} if memory else {"x": x}
-        return {"y": y.detach(), **_gradients(y, leaves, self.grad.double())}
+        """Output and gradients in float64; made once."""
+        if memory not in self._exact:
+            x = self.x.double().requires_grad_()
+            parts = self.parts.map(lambda t: t.double().requires_grad_())
+            y = exact_ffn(x, self.weights, parts if memory else None)
+            leaves = {"x": x, **_named(parts)} if memory else {"x": x}
+            self._exact[memory] = {"y": y.detach(), **_gradients(y, leaves, self.grad.double())}
+        return self._exact[memory]
 
-    @functools.cache  # noqa: B019
     def plain(self, name: str) -> dict[str, Tensor]:
-        return self.outputs(variants(self.setting.device, compiled=False)[name])
+        """The same of a variant of plain PyTorch; made once."""
+        if name not in self._plain:
+            self._plain[name] = self.outputs(variants(self.setting.device, compiled=False)[name])
+        return self._plain[name]
 
     def outputs(self, variant: Variant) -> dict[str, Tensor]:
         """Output and gradients of a variant, memory formed or bound within."""
@@ -85,11 +94,11 @@ def forward_candidates(setting: Setting, *, sequences: int, text_length: int, vi
     """The forward that keeps what the backward needs."""
     problem = _Problem(setting, sequences=sequences, text_length=text_length, visual_tokens=visual_tokens)
 
-    def build(variant: Variant) -> tuple[dict[str, Tensor], Run, int]:
-        outputs = {"y": problem.outputs(variant)["y"]}
+    def build(variant: Variant) -> Built:
         x, bound, _ = problem.bound_leaves(variant)
         call = functools.partial(problem.forward, variant, x, bound)
-        return outputs, Run([call], graph=False), held_bytes(problem.weights, x, bound)
+        run = Run([call], graph=False)
+        return lambda: {"y": problem.outputs(variant)["y"]}, run, held_bytes(problem.weights, x, bound)
 
     return _candidates(
         problem, build, lambda form: ffn_forward(form, problem.shape, training=True), ["y"], _forward_products
@@ -100,22 +109,22 @@ def backward_candidates(setting: Setting, *, sequences: int, text_length: int, v
     """The backward alone, weights frozen."""
     problem = _Problem(setting, sequences=sequences, text_length=text_length, visual_tokens=visual_tokens)
 
-    def build(variant: Variant) -> tuple[dict[str, Tensor], Run, int]:
-        outputs = problem.outputs(variant)
+    def build(variant: Variant) -> Built:
         x, bound, leaves = problem.bound_leaves(variant)
         y = problem.forward(variant, x, bound)
 
         def call() -> object:
             return torch.autograd.grad(y, leaves, problem.grad, retain_graph=True)
 
-        return outputs, Run([call], graph=False), held_bytes(problem.weights, x, bound, problem.grad)
+        held = held_bytes(problem.weights, x, bound, problem.grad)
+        return functools.partial(problem.outputs, variant), Run([call], graph=False), held
 
     return _candidates(problem, build, lambda form: ffn_backward(form, problem.shape), None, _backward_products)
 
 
 def _candidates(
     problem: _Problem,
-    build: Callable[[Variant], tuple[dict[str, Tensor], Run, int]],
+    build: Callable[[Variant], Built],
     count: Callable[[str], Count],
     names: list[str] | None,
     products: Callable[[_Problem], tuple[dict[str, Tensor], Run, int]],

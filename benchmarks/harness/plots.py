@@ -26,8 +26,8 @@ def colour(variant: str) -> str:
         return _OURS
     if variant.startswith("prompt"):
         return _PROMPT
-    ours = variant.split("-")[0] in ("plain", "factored", "positions") and not variant.endswith("eager")
-    return _OURS if ours else _PEER
+    ours = variant.split("-")[0] in ("plain", "factored", "positions")
+    return _OURS if ours and not variant.endswith(("-eager", "-compile", "-joined")) else _PEER
 
 
 def plot_speedups(documents: Sequence[Document], path: Path) -> bool:
@@ -74,17 +74,23 @@ def plot_speedups(documents: Sequence[Document], path: Path) -> bool:
 def plot_sweep(documents: Sequence[Document], path: Path, *, against: str, label: str) -> bool:
     """Speed-up over the prompt-length form against a size, one panel per phase, one line per variant; 1 is a draw.
 
+    The other sizes are those of each phase's first row.
+
     Args:
         documents: result files.
         path: to write.
         against: the row's field on the horizontal axis.
         label: of that axis.
     """
-    series: dict[str, dict[str, dict[int, list[float]]]] = {}
+    series: dict[str, dict[str, dict[int, float]]] = {}
+    fixed: dict[str, list[int]] = {}
     for row in _timed(documents):
         if row.get("level") == "model" and row["speedup_vs_prompt"] is not None and row["variant"] != "prompt":
-            lines = series.setdefault(row["phase"], {})
-            lines.setdefault(row["variant"], {}).setdefault(row[against], []).append(row["speedup_vs_prompt"])
+            others = [row[size] for size in ("sequences", "text_length", "visual_tokens") if size != against]
+            if fixed.setdefault(row["phase"], others) == others:
+                series.setdefault(row["phase"], {}).setdefault(row["variant"], {})[row[against]] = row[
+                    "speedup_vs_prompt"
+                ]
     series = {phase: lines for phase, lines in series.items() if any(len(points) > 1 for points in lines.values())}
     plt = _matplotlib()
     if plt is None or not series:
@@ -93,9 +99,9 @@ def plot_sweep(documents: Sequence[Document], path: Path, *, against: str, label
     for axis, (phase, lines) in zip(axes.flat, series.items(), strict=True):
         for place, (variant, points) in enumerate(lines.items()):
             sizes = sorted(points)
-            middle = [sorted(points[size])[len(points[size]) // 2] for size in sizes]
+            ratios = [points[size] for size in sizes]
             marker = _MARKERS[place % len(_MARKERS)]
-            axis.plot(sizes, middle, marker=marker, color=colour(variant), label=variant, lw=1.2, ms=5, alpha=0.85)
+            axis.plot(sizes, ratios, marker=marker, color=colour(variant), label=variant, lw=1.2, ms=5, alpha=0.85)
         axis.axhline(1, color=_PROMPT, lw=1, ls="--")
         axis.set_title(phase, loc="left", fontsize=10)
         axis.set_xlabel(label)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from harness.memory import tensor_bytes
 from harness.operands import Adapter
-from harness.stack import Stack
+from harness.stack import FixedCache, Stack
 
 __all__ = ["NAME", "Product"]
 
@@ -29,9 +32,18 @@ class Product:
         stack: the base.
         adapter: copied, so that training one leaves the other alone.
         recompute, checkpointing: of the model.
+        prepare: changes the language model before it gets memory.
     """
 
-    def __init__(self, stack: Stack, adapter: Adapter, *, recompute: bool = False, checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        adapter: Adapter,
+        *,
+        recompute: bool = False,
+        checkpointing: bool = False,
+        prepare: Callable[[nn.Module], None] | None = None,
+    ) -> None:
         from memvp_kernels import MemVPConfig, MemVPModel
 
         config = MemVPConfig(
@@ -41,17 +53,54 @@ class Product:
             feature_scale=1.0,  # the adapter's own scales, see there
             memory_scale=adapter.scale,
         )
-        self.model = MemVPModel(_language_model(stack), config, recompute=recompute)
+        base = _language_model(stack)
+        if prepare is not None:
+            prepare(base)
+        self.model = MemVPModel(base, config, recompute=recompute)
         if checkpointing:
             self.model.activation_checkpointing_enable()
         with torch.no_grad():
             for name, own in _PARAMETERS.items():
                 self.model.memory.get_parameter(own).copy_(adapter.get_parameter(name))
 
-    def next_token_logits(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """(S, vocabulary): prefill of the text, images in the FFNs, keys and values kept."""
+    @property
+    def bytes(self) -> int:
+        """Bytes of the language model's weights, of packed ones with what restores them."""
+        states = [getattr(p, "quant_state", None) for p in self.model.language_model.parameters()]
+        packed = [state.absmax for state in states if state is not None]
+        return tensor_bytes(*(p.data for p in self.model.language_model.parameters()), *packed)
+
+    def encode(self, features: Tensor) -> Tensor:
+        """(S, M, r): the images' cores, to pass as `core`."""
+        return self.model.encode_images(features)
+
+    def next_token_logits(
+        self,
+        tokens: Tensor,
+        features: Tensor | None = None,
+        *,
+        core: Tensor | None = None,
+        cache: FixedCache | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """(S, vocabulary): of a text whose keys and values transformers keeps, or of the next token after a cache.
+
+        Args:
+            tokens: (S, T).
+            features, core: the images, one or the other.
+            cache, start: read up to `start`, written from there.
+        """
         self.model.eval()
-        found: Tensor = self.model(input_ids=tokens, image_features=features, use_cache=True, logits_to_keep=1).logits
+        if cache is not None:
+            cache.start = start
+        found: Tensor = self.model(
+            input_ids=tokens,
+            image_features=features,
+            visual_core=core,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
         return found[:, -1]
 
     def loss(self, tokens: Tensor, features: Tensor, *, dropout: bool) -> tuple[Tensor, Tensor]:

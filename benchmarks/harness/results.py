@@ -27,16 +27,21 @@ class Row:
         reason: why there is no time.
         error, error_allowed: ‖out − reference‖ / ‖reference‖ against float64 (root mean square over output and gradients where
             both are checked), and twice plain PyTorch's own.
-        samples, timing, first_call_s: of the timer.
-        speedup_vs_prompt: time of the prompt-length variant of the same case over this one's; under 1 it loses.
+        samples, timing: of the timer.
+        first_call_s: seconds that the variant's first call in this case took, before anything else ran it; kernels that another
+            case or variant compiled in the same process, or that a cache on disk holds, are not compiled again in it.
+        speedup_vs_prompt: time of the prompt-length form of the same case, the faster of eager and torch.compile, over this
+            one's; under 1 it loses.
         speedup_vs_text: the same against text only, in which no image takes part.
         speedup_vs_matmul: the same against the bare matrix products.
+        beside_ms: median of ours, interleaved with this row, where this row was not timed together with ours' own row.
         level, phase, preset, layers, sequences, text_length, visual_tokens: the case, for programs.
         peak_memory_bytes: operands that this variant keeps, and the most that the call holds besides.
         memory_per_image_bytes, cache_per_image_bytes: kept per image: MemVP's memory, or the KV cache of its prompt tokens.
         flops, bytes, floor_ms, percent_of_floor: of harness.rooflines, and floor over median.
         tflops, gbs: flops and bytes over the median.
-        host_us: host time that issuing the call takes.
+        host_us: host time that issuing the call takes; on a CPU, where a call ends when its work does, None.
+        sm_clock_mhz, power_w: medians while the case's samples were taken.
         note: what the reader should know.
     """
 
@@ -56,6 +61,7 @@ class Row:
     speedup_vs_prompt: float | None = None
     speedup_vs_text: float | None = None
     speedup_vs_matmul: float | None = None
+    beside_ms: float | None = None
     level: str | None = None
     phase: str | None = None
     preset: str | None = None
@@ -73,12 +79,15 @@ class Row:
     tflops: float | None = None
     gbs: float | None = None
     host_us: float | None = None
+    sm_clock_mhz: float | None = None
+    power_w: float | None = None
     note: str = ""
 
     def take(self, timing: Timing) -> None:
         """Fills in the times, and the rates that follow from them."""
         self.median_ms, self.p20_ms, self.p80_ms = timing.median_ms, timing.p20_ms, timing.p80_ms
-        self.samples, self.timing, self.first_call_s = len(timing.samples), timing.method, timing.first_call_s
+        self.samples, self.timing = len(timing.samples), timing.method
+        self.sm_clock_mhz, self.power_w = timing.clocks.get("sm_clock_mhz"), timing.clocks.get("power_w")
         self.note = "; ".join(text for text in (self.note, timing.note) if text)
         if self.floor_ms is not None:
             self.percent_of_floor = 100 * self.floor_ms / timing.median_ms
@@ -106,19 +115,23 @@ class Row:
         self.status, self.reason = status, reason
 
 
+#: What a speedup is over: the fastest of these variants of the case that was timed.
+BASELINES = {"prompt": ("prompt", "prompt-compile"), "text": ("text", "text-compile"), "matmul": ("matmul",)}
+
+
 def speedups(rows: list[Row]) -> None:
-    """Fills in the speedups of every timed row over the variants "prompt", "text" and "matmul" of its case, where it has them."""
-    medians = {(row.case, row.variant): row.median_ms for row in rows}
+    """Fills in the speedups of every timed row over the baselines of its case, where it has them."""
+    medians = {(row.case, row.variant): row.median_ms for row in rows if row.median_ms is not None}
     for row in rows:
         if row.median_ms is None:
             continue
-        for baseline in ("prompt", "text", "matmul"):
-            theirs = medians.get((row.case, baseline))
-            setattr(row, f"speedup_vs_{baseline}", theirs / row.median_ms if theirs else None)
+        for baseline, names in BASELINES.items():
+            theirs = [medians[row.case, name] for name in names if (row.case, name) in medians]
+            setattr(row, f"speedup_vs_{baseline}", min(theirs) / row.median_ms if theirs else None)
 
 
 class Results:
-    """A growing result file; saved after every case, so that what was measured survives a run that is cut short.
+    """A growing result file; saved after every few rows, so that what was measured survives a run that is cut short.
 
     Args:
         environment: of harness.environment.
@@ -130,10 +143,26 @@ class Results:
         self.rows: list[Row] = []
         self._path = path
 
+    @classmethod
+    def go_on(cls, environment: dict[str, Any], path: Path) -> Results:
+        """The results that a file holds, to add to.
+
+        Raises:
+            ValueError: it does not meet the schema, or is of another program, commit, device or torch.
+        """
+        document = load(path)
+        theirs = document["environment"]
+        for name in ("program", "commit", "device", "torch"):
+            if theirs[name] != environment[name]:
+                raise ValueError(f"{path}: cannot go on with it, its {name} is {theirs[name]}, not {environment[name]}")
+        results = cls(theirs, path)
+        results.rows = [Row(**row) for row in document["rows"]]
+        return results
+
     def add(self, rows: list[Row]) -> None:
-        """Adds the rows of a case, speedups filled in, and saves."""
-        speedups(rows)
+        """Adds rows, fills speedups in, and saves."""
         self.rows += rows
+        speedups(self.rows)
         self.save()
 
     def document(self) -> dict[str, Any]:

@@ -183,13 +183,14 @@ def ffn_backward(form: str, shape: FFNShape) -> Count:
 
 
 def kernel(name: str, shape: FFNShape) -> Count:
-    """One of the five launches that make up a gated FFN with formed memory, forward and backward, when training.
+    """One of the five launches that make up a gated FFN with formed memory, forward and backward, when training, or of the two
+    that a factored one has besides.
 
     Args:
-        name: "hidden", "output", "dhidden", "dinput" or "dmemory".
+        name: "hidden", "output", "dhidden", "dinput" or "dmemory"; "core" or "dcore".
         shape: of the FFN.
     """
-    n, d, f, m = shape.rows("formed"), shape.width, shape.pairs, shape.slots
+    n, d, f, m, r = shape.rows("formed"), shape.width, shape.pairs, shape.slots, shape.rank
     memory, p = shape.images * m * d, shape.kept
     flops, numbers = {
         # x against gate, key and Kv; hidden, visual, pre-activations and scores written
@@ -202,6 +203,10 @@ def kernel(name: str, shape: FFNShape) -> Count:
         "dinput": (2 * p * n * d * f + 2 * n * m * d, n * (p * f + m) + p * d * f + memory + n * d),
         # dKv = dS^T x, dVv = visual^T dy
         "dmemory": (4 * n * m * d, 2 * n * m + 2 * n * d + 2 * memory),
+        # c against A, visual against A; [u | visual] and the scores written
+        "core": (4 * n * m * r, shape.images * m * r + 2 * n * (r + m) + n * m),
+        # e against A, dS and visual against A; the scores read, [t | dS] and [u | visual] written
+        "dcore": (6 * n * m * r, shape.images * m * r + 3 * n * (r + m) + n * m),
     }[name]
     return Count(flops, numbers * shape.element)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from itertools import groupby
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from harness import table
 from harness.cli import Setting
+from harness.commit import DIRTY, UNKNOWN_COMMIT
 from harness.results import Results, Row
 
 __all__ = ["COLUMNS", "cells", "show"]
@@ -42,7 +42,7 @@ def show(
     results: Results,
     setting: Setting,
     *,
-    left_out: int = 0,
+    left_out: Sequence[str] = (),
     columns: Mapping[str, str] = COLUMNS,
     cells: Callable[[Row], Mapping[str, Any]] = cells,
 ) -> None:
@@ -51,11 +51,13 @@ def show(
     Args:
         results: measured.
         setting: names the files.
-        left_out: cases that `--seconds` left no time for.
+        left_out: cases that `--seconds` left no time for, in whole or in part.
         columns: of the tables.
         cells: a row's values by column.
     """
     environment = results.environment
+    if environment["commit"].endswith(DIRTY) or environment["commit"] == UNKNOWN_COMMIT:
+        print(f"commit {environment['commit']}: not a state that anyone else can measure again")
     print(
         f"{environment['device']}, {setting.dtype_name}, {setting.preset_name}, torch {environment['torch']}, commit {environment['commit'][:12]}"
     )
@@ -64,10 +66,14 @@ def show(
         f"roofs here: matmul {table.number(roofs['matmul_tflops'])} TFLOP/s, copy {table.number(roofs['copy_gbs'])} GB/s, "
         f"read-only {table.number(roofs['stream_gbs'])} GB/s; times in ms, × = the other variant's time over this one's"
     )
-    for case, rows in groupby(results.rows, key=lambda row: row.case):
+    cases: dict[str, list[Mapping[str, Any]]] = {}
+    for row in results.rows:
+        cases.setdefault(row.case, []).append(cells(row))
+    shown = {key: heading for key, heading in columns.items() if key != "host_us" or setting.device.type == "cuda"}
+    for case, lines in cases.items():
         print(f"\n{case}")
-        print(table.text([cells(row) for row in rows], columns))
+        print(table.text(lines, shown))
     if left_out:
-        print(f"\n{left_out} cases were not begun: --seconds {setting.seconds:g} were over")
+        print(f"\nnot begun, because --seconds {setting.seconds:g} were over:", *left_out, sep="\n  ")
     if setting.json is not None:
         print(f"\nrows: {setting.json}")

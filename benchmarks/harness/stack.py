@@ -47,6 +47,17 @@ class FixedCache:
         values[:, :, self.start : end].copy_(value)
         return keys[:, :, :end], values[:, :, :end]
 
+    # What transformers' models ask a cache besides: how many tokens it has seen, and how long and from where a mask has to be.
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.start
+
+    def get_query_offset(self, *_: Any) -> int:
+        return self.start
+
+    def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
+        return self.keys[0].shape[2], 0
+
     def double(self) -> FixedCache:
         """The same content in float64."""
         twin = copy.copy(self)
@@ -198,12 +209,18 @@ class Stack(nn.Module):
         cut._ffns = self._ffns[:layers]
         return cut
 
+    def twin(self) -> Stack:
+        """A copy with weights of its own."""
+        for ffn in self._ffns:  # of the last forward; with its graph it could not be copied
+            ffn.bound = ffn.shared = None
+        return copy.deepcopy(self)
+
     def double(self) -> Stack:
         """A float64 copy whose FFNs compute the two branches with K and V formed: the reference.
 
         Takes four times the memory of a half-precision stack; check a stack of few layers.
         """
-        twin = copy.deepcopy(self)
+        twin = self.twin()
         nn.Module.double(twin)
         yardstick = variants(torch.device("cpu"), compiled=False)[PLAIN_PYTORCH]
         for ffn in twin._ffns:  # deepcopy kept them the layers' own

@@ -9,34 +9,31 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Run", "Timer", "Timing", "operand_sets", "percentile"]
+from harness.clocks import ClockLog, summarise
+from harness.graphs import Captured, NotCapturableError, capture, check_replay, tensors_of
+from harness.percentile import percentile
+
+__all__ = ["Run", "Timer", "Timing", "operand_sets"]
 
 Call = Callable[[], object]
+_T = TypeVar("_T")
 
 _Event: Any = torch.cuda.Event  # untyped in torch
-_Stream: Any = torch.cuda.Stream
 
 #: A sample shorter than this is mostly clock resolution and launch overhead, so short calls are repeated within one sample.
 SHORTEST_SAMPLE_MS = {"cpu": 1.0, "cuda": 1.0}
 #: Operands are rotated until together they are this many times the last-level cache.
 CACHE_MULTIPLE = {"cpu": 4, "cuda": 10}
+#: The GPU spins this long (about half a millisecond) before a sample, so that its work is queued when the first event passes.
+_QUEUE_CYCLES = 1_000_000
+#: Calls issued between two synchronisations when host time is measured: more could fill the launch queue, and then the host waits.
+_HOST_CALLS = 10
 _L3 = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 MOST_OPERAND_SETS = 64
-
-
-def percentile(samples: Sequence[float], share: float) -> float:
-    """The value below which `share` (0 to 1) of the samples lie, interpolated linearly between neighbours."""
-    if not samples:
-        raise ValueError("percentile: wanted at least one sample, got none")
-    ordered = sorted(samples)
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def operand_sets(set_bytes: int, device: torch.device, *, memory_limit: int | None = None) -> int:
@@ -77,11 +74,16 @@ class Run:
         calls: the same computation on different operands, used in turn.
         graph: may be captured into a CUDA graph (no synchronisation, no host decision on data). Ignored on a CPU.
         before: runs, untimed, before every sample (to clear gradients, say). Forces one call per sample.
+        replay_depth: times the check's allowed error that a CUDA graph's replay may be off the call itself: where a model of
+            more layers is timed than was checked, rounding goes through as many more.
+        replay_error: that limit, relative.
     """
 
     calls: Sequence[Call]
     graph: bool = True
     before: Call | None = None
+    replay_depth: float = 1.0
+    replay_error: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.calls:
@@ -95,16 +97,16 @@ class Timing:
     Attributes:
         samples: one value per sample, in the order taken.
         method: "wall-clock", "cuda-events" or "cuda-graph".
-        first_call_s: seconds that the very first call took (compilation included).
         calls_per_sample: calls that one sample averages over.
         note: why a CUDA graph was not used where one was allowed.
+        clocks: of harness.clocks.summarise, over all samples of the comparison.
     """
 
     samples: tuple[float, ...]
     method: str
-    first_call_s: float
     calls_per_sample: int
     note: str = ""
+    clocks: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def median_ms(self) -> float:
@@ -125,7 +127,6 @@ class _Prepared:
 
     sample: Callable[[], float]
     method: str
-    first_call_s: float
     calls_per_sample: int
     note: str = ""
     samples: list[float] = field(default_factory=list)
@@ -156,9 +157,26 @@ class Timer:
         self.device = device
         self.samples = samples
         self.warmup_ms = warmup_ms
+        self.clocks = ClockLog(device)
         self._clock = clock
 
-    def compare(self, runs: Mapping[str, Run], *, progress: Call | None = None) -> dict[str, Timing]:
+    def first_call(self, run: Run) -> float:
+        """Seconds that a run's first call takes, whatever is compiled or looked up then included."""
+        if run.before is not None:
+            run.before()
+        self._synchronize()
+        start = self._clock()
+        run.calls[0]()
+        self._synchronize()
+        return self._clock() - start
+
+    def compare(
+        self,
+        runs: Mapping[str, Run],
+        *,
+        progress: Call | None = None,
+        failed: Callable[[str, Exception], object] | None = None,
+    ) -> dict[str, Timing]:
         """Times all variants, interleaved: every round takes one sample of each, starting with another variant each time.
 
         A drift of the clock, the temperature or a neighbour's load then meets all variants alike.
@@ -166,61 +184,76 @@ class Timer:
         Args:
             runs: the variants by name.
             progress: called after every round.
+            failed: called with the name and the error of a variant that breaks, which then has no timing; None: it raises.
         """
-        prepared = {name: self._prepare(run) for name, run in runs.items()}
-        names = list(prepared)
-        for turn in range(self.samples):
-            shift = turn % max(1, len(names))
-            for name in names[shift:] + names[:shift]:
-                prepared[name].samples.append(prepared[name].sample())
-            if progress is not None:
-                progress()
+
+        def attempt(name: str, action: Callable[[], _T]) -> _T | None:
+            try:
+                return action()
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed(name, error)
+                return None
+
+        prepared: dict[str, _Prepared] = {}
+        for name, run in runs.items():
+            made = attempt(name, functools.partial(self._prepare, run))
+            if made is not None:
+                prepared[name] = made
+        with self.clocks.window() as readings:
+            for turn in range(self.samples):
+                names = list(prepared)
+                shift = turn % max(1, len(names))
+                for name in names[shift:] + names[:shift]:
+                    sample = attempt(name, prepared[name].sample)
+                    if sample is None:
+                        del prepared[name]
+                    else:
+                        prepared[name].samples.append(sample)
+                if progress is not None:
+                    progress()
+        clocks = summarise(readings)
         return {
-            name: Timing(tuple(p.samples), p.method, p.first_call_s, p.calls_per_sample, p.note)
-            for name, p in prepared.items()
+            name: Timing(tuple(p.samples), p.method, p.calls_per_sample, p.note, clocks) for name, p in prepared.items()
         }
 
-    def host_us(self, call: Call, *, calls: int = 200) -> float:
+    def host_us(self, call: Call, *, rounds: int = 5) -> float:
         """Microseconds of host time that issuing one call takes, outside a CUDA graph; the device may lag behind.
 
         Args:
             call: asynchronous on a GPU, so that returning from it means issued, not done.
-            calls: how many are issued in a row; the median of five such rows is returned.
+            rounds: how often a few calls are issued in a row, to an idle device; the median is returned.
         """
-        rows = []
-        for _ in range(5):
+        found = []
+        for _ in range(rounds):
             self._synchronize()
             start = self._clock()
-            for _ in range(calls):
+            for _ in range(_HOST_CALLS):
                 call()
-            rows.append((self._clock() - start) * 1e6 / calls)
-            self._synchronize()
-        return percentile(rows, 0.5)
+            found.append((self._clock() - start) * 1e6 / _HOST_CALLS)
+        self._synchronize()
+        return percentile(found, 0.5)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def _prepare(self, run: Run) -> _Prepared:
-        start = self._clock()
-        if run.before is not None:
-            run.before()
-        run.calls[0]()
-        self._synchronize()
-        first_call_s = self._clock() - start
         estimate_ms = self._warm_up(run)
         repeat = self._calls_per_sample(run, estimate_ms)
         if self.device.type != "cuda":
-            return _Prepared(self._wall_clock(run, repeat), "wall-clock", first_call_s, repeat)
+            return _Prepared(self._wall_clock(run, repeat), "wall-clock", repeat)
         note = ""
         if run.graph and run.before is None:
+            expected = [tensor.detach().clone() for tensor in tensors_of(run.calls[0]())]
             try:
-                graph = self._capture(run, repeat)
-                return _Prepared(self._replay(graph, repeat), "cuda-graph", first_call_s, repeat)
-            except RuntimeError as error:  # not capturable: say so in the row and time it with events
-                torch.cuda.synchronize(self.device)
-                note = f"no CUDA graph: {str(error).splitlines()[0][:160]}"
-        return _Prepared(self._events(run, repeat), "cuda-events", first_call_s, repeat, note)
+                captured = capture(run.calls, repeat, self.device)
+                check_replay(captured, expected, run.replay_error)
+                return _Prepared(self._replay(captured, repeat), "cuda-graph", repeat)
+            except NotCapturableError as error:  # say so in the row and time it with events
+                note = f"no CUDA graph: {error}"
+        return _Prepared(self._events(run, repeat), "cuda-events", repeat, note)
 
     def _warm_up(self, run: Run) -> float:
         """Runs for warmup_ms, at least once over every operand set; returns milliseconds per call."""
@@ -262,46 +295,29 @@ class Timer:
         return sample
 
     def _events(self, run: Run, repeat: int) -> Callable[[], float]:
-        begin = _Event(enable_timing=True)
-        end = _Event(enable_timing=True)
         turn = 0
 
-        def sample() -> float:
+        def calls() -> None:
             nonlocal turn
-            if run.before is not None:
-                run.before()
-            begin.record()
             for _ in range(repeat):
                 run.calls[turn % len(run.calls)]()
                 turn += 1
-            end.record()
-            end.synchronize()
-            return float(begin.elapsed_time(end)) / repeat
 
-        return sample
+        return self._between_events(calls, repeat, before=run.before)
 
-    def _capture(self, run: Run, repeat: int) -> torch.cuda.CUDAGraph:
-        side = _Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):  # libraries allocate their workspaces for the capturing stream beforehand
-            for call in run.calls:
-                call()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for turn in range(repeat):
-                run.calls[turn % len(run.calls)]()
-        graph.replay()
-        self._synchronize()
-        return graph
+    def _replay(self, captured: Captured, repeat: int) -> Callable[[], float]:
+        return self._between_events(captured.replay, repeat)
 
-    def _replay(self, graph: torch.cuda.CUDAGraph, repeat: int) -> Callable[[], float]:
+    def _between_events(self, work: Call, repeat: int, before: Call | None = None) -> Callable[[], float]:
         begin = _Event(enable_timing=True)
         end = _Event(enable_timing=True)
 
         def sample() -> float:
+            if before is not None:
+                before()
+            torch.cuda._sleep(_QUEUE_CYCLES)
             begin.record()
-            graph.replay()
+            work()
             end.record()
             end.synchronize()
             return float(begin.elapsed_time(end)) / repeat

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,13 @@ from harness.stack import Stack
 from harness.timer import Run
 from harness.variants import PLAIN_PYTORCH, Variant, variants, yardstick
 
-__all__ = ["ffn_candidates", "model_candidates"]
+__all__ = ["Built", "ModelStep", "ffn_candidates", "model_candidates"]
+
+#: How the outputs are computed, the run, bytes held: of Candidate.build.
+Built = tuple[Callable[[], dict[str, Tensor]], Run, int]
+
+#: Changes a language model in place.
+Prepare = Callable[[nn.Module], None]
 
 DROPOUT = 0.1  # on the visual activations, as in the paper
 _LEARNING_RATE = 1.125e-3
@@ -82,8 +89,7 @@ def ffn_candidates(
     def truth(form: str) -> Truth:
         return Truth(plain(yardstick(form)), exact(form if form in ("text", "prompt") else "memory"))
 
-    def build(variant: Variant) -> tuple[dict[str, Tensor], Run, int]:
-        outputs = gradients(variant)
+    def build(variant: Variant) -> Built:
         leaf = x.clone().requires_grad_()
 
         def step() -> None:
@@ -91,7 +97,8 @@ def ffn_candidates(
             _update(optimiser)
             leaf.grad = None
 
-        return outputs, Run([step], graph=False), held_bytes(weights, x, grad) + _trained_bytes(adapter)
+        held = held_bytes(weights, x, grad) + _trained_bytes(adapter)
+        return functools.partial(gradients, variant), Run([step], graph=False), held
 
     return [
         Candidate(
@@ -108,6 +115,82 @@ def ffn_candidates(
     ]
 
 
+class ModelStep:
+    """A whole model's training step: cross entropy of the text, gradients of the adapter, AdamW.
+
+    Args:
+        setting: device, dtype, preset.
+        model: weights.
+        sequences, text_length: S and T; every sequence has its own image.
+        visual_tokens: tokens of an image.
+        recompute, checkpointing: what is formed again in the backward.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        model: Model,
+        *,
+        sequences: int,
+        text_length: int,
+        visual_tokens: int,
+        recompute: bool,
+        checkpointing: bool,
+    ) -> None:
+        device, preset = setting.device, setting.preset
+        self.setting, self.model = setting, model
+        self.recompute, self.checkpointing = recompute, checkpointing
+        self.shape = _shape(setting, sequences, text_length, visual_tokens)
+        self.adapter = Adapter(preset, slots=self.shape.slots, device=device)
+        self.features = self.adapter.batch(sequences, visual_tokens)
+        self.tokens = text_tokens(sequences, text_length, preset.vocabulary, device=device)
+
+    def loss(
+        self, variant: Variant, stack: Stack, adapter: Adapter, dtype: torch.dtype, dropout: float
+    ) -> tuple[Tensor, Tensor]:
+        """The loss and the logits of a variant."""
+        stack.checkpointing = self.checkpointing
+        features = self.features.to(adapter.fc1_weight.dtype)
+        visual = adapter.project(features).to(dtype) if variant.form == "prompt" else None
+        shared = variant.share(adapter.parts(features, dtype=dtype)) if variant.has_memory else None
+        stack.use(variant, shared=shared, dropout=dropout)
+        x = stack.embed(self.tokens, visual)
+        if variant.form == "text":
+            # Nothing is trained, but the backward passes through every layer all the same.
+            x = x.detach().requires_grad_()
+        return stack.loss(x, self.tokens)
+
+    def gradients(self, variant: Variant, stack: Stack, adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Logits and gradients with nothing dropped: for the check."""
+        _clear(adapter)
+        value, logits = self.loss(variant, stack, adapter, dtype, 0.0)
+        torch.autograd.backward(value)
+        # The logits rather than the loss: a single number can be right by luck, and then nobody reaches twice its error.
+        return {"logits": logits.detach(), **_adapter_gradients(adapter)}
+
+    def product(self, stack: Stack, prepare: Prepare | None = None) -> Product:
+        """MemVPModel on the stack's weights; `prepare` changes the language model beforehand."""
+        return Product(stack, self.adapter, recompute=self.recompute, checkpointing=self.checkpointing, prepare=prepare)
+
+    def build_product(self, prepare: Prepare | None = None) -> Built:
+        """A step of MemVPModel."""
+
+        def outputs() -> dict[str, Tensor]:
+            checked = self.product(self.model.head, prepare)
+            value, logits = checked.loss(self.tokens, self.features, dropout=False)
+            torch.autograd.backward(value)
+            return {"logits": logits.detach(), **checked.gradients()}
+
+        product = self.product(self.model.stack, prepare)
+        optimiser = _optimiser(product.model.memory)
+
+        def step() -> None:
+            torch.autograd.backward(product.loss(self.tokens, self.features, dropout=True)[0])
+            _update(optimiser)
+
+        return outputs, Run([step], graph=False), product.bytes + _trained_bytes(self.adapter)
+
+
 def model_candidates(
     setting: Setting,
     model: Model,
@@ -118,73 +201,41 @@ def model_candidates(
     recompute: bool,
     checkpointing: bool,
 ) -> list[Candidate]:
-    """The variants of a whole model's training step: cross entropy of the text, gradients of the adapter, AdamW."""
+    """The variants of a whole model's training step; the arguments are ModelStep's."""
     device, dtype, preset = setting.device, setting.dtype, setting.preset
-    shape = _shape(setting, sequences, text_length, visual_tokens)
-    adapter = Adapter(preset, slots=shape.slots, device=device)
-    features = adapter.batch(sequences, visual_tokens)
-    tokens = text_tokens(sequences, text_length, preset.vocabulary, device=device)
+    step = ModelStep(
+        setting,
+        model,
+        sequences=sequences,
+        text_length=text_length,
+        visual_tokens=visual_tokens,
+        recompute=recompute,
+        checkpointing=checkpointing,
+    )
+    shape, adapter = step.shape, step.adapter
     learner = copy.deepcopy(adapter)  # steps change it; the checks' own stays as it is
     optimiser = _optimiser(learner)
 
-    def loss(
-        variant: Variant, stack: Stack, adapter: Adapter, dtype: torch.dtype, dropout: float
-    ) -> tuple[Tensor, Tensor]:
-        stack.checkpointing = checkpointing
-        features_ = features.to(adapter.fc1_weight.dtype)
-        visual = adapter.project(features_).to(dtype) if variant.form == "prompt" else None
-        shared = variant.share(adapter.parts(features_, dtype=dtype)) if variant.has_memory else None
-        stack.use(variant, shared=shared, dropout=dropout)
-        x = stack.embed(tokens, visual)
-        if variant.form == "text":
-            x = (
-                x.detach().requires_grad_()
-            )  # nothing is trained, but the backward passes through every layer all the same
-        return stack.loss(x, tokens)
-
-    def gradients(variant: Variant, stack: Stack, adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
-        _clear(adapter)
-        value, logits = loss(variant, stack, adapter, dtype, 0.0)
-        torch.autograd.backward(value)
-        # The logits rather than the loss: a single number can be right by luck, and then nobody reaches twice its error.
-        return {"logits": logits.detach(), **_adapter_gradients(adapter)}
-
     @functools.cache
     def plain(name: str) -> dict[str, Tensor]:
-        return gradients(variants(device, compiled=False)[name], model.head, adapter, dtype)
+        return step.gradients(variants(device, compiled=False)[name], model.head, adapter, dtype)
 
     @functools.cache
     def exact(name: str) -> dict[str, Tensor]:
         variant = variants(device, compiled=False)[name]
-        return gradients(variant, model.exact, copy.deepcopy(adapter).double(), torch.float64)
+        return step.gradients(variant, model.exact, copy.deepcopy(adapter).double(), torch.float64)
 
     def truth(form: str) -> Truth:
         return Truth(plain(yardstick(form)), exact(form if form in ("text", "prompt") else PLAIN_PYTORCH))
 
-    def build(variant: Variant) -> tuple[dict[str, Tensor], Run, int]:
-        outputs = gradients(variant, model.head, adapter, dtype)
-
-        def step() -> None:
+    def build(variant: Variant) -> Built:
+        def run() -> None:
             dropout = DROPOUT if variant.has_memory else 0.0
-            torch.autograd.backward(loss(variant, model.stack, learner, dtype, dropout)[0])
+            torch.autograd.backward(step.loss(variant, model.stack, learner, dtype, dropout)[0])
             _update(optimiser)
 
-        return outputs, Run([step], graph=False), model.stack.bytes + _trained_bytes(adapter)
-
-    def build_product() -> tuple[dict[str, Tensor], Run, int]:
-        switches = {"recompute": recompute, "checkpointing": checkpointing}
-        checked = Product(model.head, adapter, **switches)
-        value, logits = checked.loss(tokens, features, dropout=False)
-        torch.autograd.backward(value)
-        outputs = {"logits": logits.detach(), **checked.gradients()}
-        product = Product(model.stack, adapter, **switches)
-        own = _optimiser(product.model.memory)
-
-        def step() -> None:
-            torch.autograd.backward(product.loss(tokens, features, dropout=True)[0])
-            _update(own)
-
-        return outputs, Run([step], graph=False), model.stack.bytes + _trained_bytes(adapter)
+        outputs = functools.partial(step.gradients, variant, model.head, adapter, dtype)
+        return outputs, Run([run], graph=False), model.stack.bytes + _trained_bytes(adapter)
 
     size = {"preset": preset, "shape": shape, "layers": setting.layers}
     note = f"checked on {CHECKED_LAYERS} of {setting.layers} layers" if setting.layers > CHECKED_LAYERS else ""
@@ -207,7 +258,7 @@ def model_candidates(
         found.append(
             Candidate(
                 name=NAME,
-                build=build_product,
+                build=step.build_product,
                 truth=functools.partial(truth, "factored"),
                 count=training_step("factored", **size, checkpointing=checkpointing),  # type: ignore[arg-type]
                 memory_per_image=memory("factored"),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
+from harness import measure as measuring
 from harness.correctness import allowed_error, judge, relative_error
 from harness.ffn_case import exact_ffn
+from harness.graphs import DeviceLostError, WrongReplayError
 from harness.inputs import hidden_states
-from harness.measure import Candidate, Truth, held_bytes, measure
+from harness.measure import BrokenDeviceError, Candidate, Truth, held_bytes, measure
 from harness.operands import Adapter, Parts, Weights
 from harness.presets import PRESETS
 from harness.results import Row
@@ -117,13 +122,84 @@ def test_a_wrong_variant_is_never_timed_and_a_broken_one_costs_only_its_row() ->
     assert {name: row.status for name, row in rows.items()} == {
         "prompt": "ok", "wrong": "wrong", "nan": "wrong", "broken": "failed", "absent": "skipped",
     }  # fmt: skip
-    assert set(log) == {"prompt"}
+    assert [log.count(name) for name in ("wrong", "nan")] == [1, 1]  # the first call, before the check
     assert all(rows[name].median_ms is None for name in ("wrong", "nan", "broken", "absent"))
     assert rows["broken"].reason == "RuntimeError: out of something"
     assert "allowed" in rows["wrong"].reason
     assert rows["prompt"].percent_of_floor == pytest.approx(100 * rows["prompt"].floor_ms / rows["prompt"].median_ms)  # type: ignore[operator]
     assert rows["prompt"].peak_memory_bytes is not None
     assert rows["prompt"].peak_memory_bytes >= 40
+
+
+def measured(candidates: list[Candidate], **options: Any) -> list[Row]:
+    template = Row(case="case", variant="", dtype="float32")
+    timer = Timer(CPU, samples=3, warmup_ms=0)
+    return measure(template, candidates, timer=timer, roofs=Roofs(1, 1, 1), **options)
+
+
+def breaking(name: str, at: int, error: Exception) -> Candidate:
+    """Right, until its run is called for the at-th time: the first call, the peak memory's, then the timer's."""
+    sound = candidate(name, 1.0, [])
+    calls = itertools.count(1)
+
+    def call() -> None:
+        if next(calls) >= at:
+            raise error
+
+    def build() -> tuple[dict[str, torch.Tensor], Run, int]:
+        return {"y": sound.truth().plain["y"]}, Run([call]), 40
+
+    return dataclasses.replace(sound, build=build)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5])
+def test_a_variant_that_breaks_when_it_is_timed_costs_only_its_row(at: int) -> None:
+    rows = measured([breaking("broken", at, torch.OutOfMemoryError("no room")), candidate("sound", 1.0, [])])
+    found = {row.variant: (row.status, row.reason) for row in rows}
+    assert found == {"broken": ("failed", "OutOfMemoryError: no room"), "sound": ("ok", "")}
+    assert rows[0].median_ms is None
+    assert rows[1].median_ms is not None
+
+
+def test_a_wrong_replay_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = measured([breaking("graph", 3, WrongReplayError("0.5 off"))])
+    assert (row.status, row.median_ms) == ("wrong", None)
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_a_lost_device_ends_the_case_with_what_is_known(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "_release", lambda device: False)
+    never = candidate("after", 1.0, [], missing="not on this machine")
+    with pytest.raises(BrokenDeviceError, match="after 'broken'") as caught:
+        measured([never, breaking("broken", at, RuntimeError("illegal memory access")), candidate("sound", 1.0, [])])
+    assert caught.value.variant == "broken"
+    assert [(row.variant, row.status) for row in caught.value.rows] == [("after", "skipped"), ("broken", "failed")]
+
+
+def test_a_lost_device_is_taken_at_its_word() -> None:
+    with pytest.raises(BrokenDeviceError):
+        measured([breaking("broken", 3, DeviceLostError("no capture works"))])
+
+
+def test_the_first_call_comes_before_the_check() -> None:
+    order: list[str] = []
+    sound = candidate("sound", 1.0, [])
+
+    def build() -> tuple[Any, Run, int]:
+        order.append("build")
+        return (lambda: order.append("check") or sound.truth().plain), Run([lambda: order.append("call")]), 0  # type: ignore[func-returns-value]
+
+    (row,) = measured([dataclasses.replace(sound, build=build)])
+    assert order[:3] == ["build", "call", "check"]
+    assert row.first_call_s is not None
+
+
+def test_what_is_late_is_not_begun() -> None:
+    begun: list[str] = []
+    first, second = candidate("first", 1.0, begun), candidate("second", 1.0, begun)
+    rows = measured([first, second], late=lambda: "first" in begun)
+    assert [row.variant for row in rows] == ["first"]
+    assert rows[0].status == "ok"
 
 
 def test_held_bytes_counts_each_tensor_once() -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any, NoReturn
 
 import kernels
 import latency
 import pytest
 import record
+import sweep
 import training
-from harness.cli import common_parser, settle
+from harness import operator_case
+from harness.cli import Setting, common_parser, settle
 from harness.results import load
 
 from tests.benchmarks.conftest import BENCHMARKS
@@ -40,13 +46,15 @@ def test_latency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(found) == {*VARIANTS, "MemVPModel"}
     assert {name for name, status in found.items() if status != {"ok"}} == {"liger"}
     rows = load(tmp_path / "rows.json")["rows"]
+    assert {row["phase"] for row in rows if row["variant"] == "MemVPModel"} == {"prefill", "decode"}
+    assert all(row["first_call_s"] > 0 for row in rows if row["status"] == "ok")
     assert {(row["level"], row["phase"]) for row in rows} == {
         (a, b) for a in ("ffn", "model") for b in ("prefill", "decode")
     }
     assert all(
         row["cache_per_image_bytes"] > 0 for row in rows if row["variant"] == "prompt" and row["level"] == "model"
     )
-    assert all(row["speedup_vs_prompt"] == 1 for row in rows if row["variant"] == "prompt")
+    assert all(row["speedup_vs_prompt"] == 1 for row in rows if row["variant"] == "prompt")  # nothing is compiled here
     assert all(row["peak_memory_bytes"] > 0 and row["floor_ms"] > 0 for row in rows if row["status"] == "ok")
     printed = capsys.readouterr().out
     assert "model, first token 2×8, image 16" in printed
@@ -63,6 +71,75 @@ def test_training(tmp_path: Path, switches: tuple[str, ...]) -> None:
     cases = {row["case"] for row in load(tmp_path / "rows.json")["rows"]}
     assert any(case.startswith("ffn") for case in cases) is not bool(switches)  # checkpointing wraps layers
     assert all(("checkpointing, recompute" in case) is bool(switches) for case in cases)
+
+
+def test_sweep(tmp_path: Path) -> None:
+    sizes = ("--text-length", "8", "4", "--visual-tokens", "16", "8", "--layers", "1")
+    assert sweep.main(options(tmp_path, *sizes)) == 0
+    rows = load(tmp_path / "rows.json")["rows"]
+    assert {row["status"] for row in rows} == {"ok"}
+    assert {row["variant"] for row in rows} == {
+        "prompt", "text", "official-eager", "formed-eager", "factored-torch", "MemVPModel",
+    }  # fmt: skip
+    for phase in ("prefill", "decode", "training"):
+        found = {(row["text_length"], row["visual_tokens"]) for row in rows if row["phase"] == phase}
+        assert found == {(8, 16), (4, 16), (8, 8)}  # one size at a time
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_a_quantized_base(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    assert training.main(options(tmp_path, "--quantized", "--preset", "tiny", "--layers", "1", samples=1)) == 0
+    rows = {row["variant"]: row for row in load(tmp_path / "rows.json")["rows"]}
+    assert {name: row["status"] for name, row in rows.items()} == {"MemVPModel": "ok", "MemVPModel-nf4": "ok"}
+    assert rows["MemVPModel-nf4"]["peak_memory_bytes"] < rows["MemVPModel"]["peak_memory_bytes"]
+
+
+def test_without_bitsandbytes_its_row_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    assert training.main(options(tmp_path, "--quantized", samples=1)) == 0
+    rows = {row["variant"]: row["reason"] for row in load(tmp_path / "rows.json")["rows"]}
+    assert rows == {"MemVPModel": "", "MemVPModel-nf4": "bitsandbytes is not installed"}
+
+
+def test_switches_do_not_overwrite_the_plain_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    files: list[tuple[str, str]] = []
+
+    def run(program: str, setting: Setting, jobs: object) -> NoReturn:
+        files.append((program, str(setting.json)))
+        raise InterruptedError
+
+    monkeypatch.setattr(training, "run", run)
+    for switches in ((), ("--checkpointing",), ("--checkpointing", "--recompute"), ("--quantized",)):
+        with pytest.raises(InterruptedError):
+            training.main(["--device", "cpu", "--quick", *switches])
+    assert files == [
+        (name, f"out/{name}.json")
+        for name in ("training", "training-checkpointing", "training-checkpointing-recompute", "training-quantized")
+    ]
+
+
+def test_an_operator_case_dies_with_its_turn() -> None:
+    """On a GPU every case that stays alive keeps its gigabytes."""
+    parsed = common_parser("", program="kernels").parse_args(["--device", "cpu", "--quick"])
+    setting = settle(parsed, cpu=kernels.CPU, cuda=kernels.CUDA)
+    made: list[weakref.ref[object]] = []
+
+    class Problem(operator_case._Problem):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            made.append(weakref.ref(self))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operator_case, "_Problem", Problem)
+        found = operator_case.backward_candidates(setting, sequences=2, text_length=4, visual_tokens=8)
+    candidate = next(candidate for candidate in found if candidate.name == "factored-torch")
+    outputs, run, _ = candidate.build()
+    candidate.truth()
+    del found, candidate, outputs, run
+    gc.collect()
+    assert [reference() for reference in made] == [None]
 
 
 def test_checkpointing_is_less_memory(tmp_path: Path) -> None:
@@ -88,7 +165,7 @@ def test_kernels(tmp_path: Path) -> None:
     assert cases == {
         "training forward",
         "training backward",
-        *(f"kernel {name}" for name in ("hidden", "output", "dhidden", "dinput", "dmemory")),
+        *(f"kernel {name}" for name in ("hidden", "output", "dhidden", "dinput", "dmemory", "core", "dcore")),
     }
 
 
@@ -104,7 +181,8 @@ def test_host_overhead() -> None:
 
 def test_a_time_limit_leaves_cases_out_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert latency.main(options(tmp_path, "--seconds", "0", samples=1)) == 0
-    assert "4 cases were not begun" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "not begun, because --seconds 0 were over:\n  model, first token 2×8, image 16\n" in printed
 
 
 def test_only_the_variants_asked_for(tmp_path: Path) -> None:

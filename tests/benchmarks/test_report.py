@@ -26,7 +26,7 @@ def rows(
             case=case, variant=variant, level=level, phase=phase, preset="llama-7b", layers=32, sequences=16, text_length=64,
             visual_tokens=visual_tokens, memory_per_image_bytes=10**6, cache_per_image_bytes=0, peak_memory_bytes=10**9,
         )  # fmt: skip
-        row.take(Timing(tuple(median * (1 + i / 1000) for i in range(-10, 11)), "cuda-graph", 0.5, 4))
+        row.take(Timing(tuple(median * (1 + i / 1000) for i in range(-10, 11)), "cuda-graph", 4))
         row.speedup_vs_prompt = medians["prompt"] / median if "prompt" in medians else None
         found.append(vars(row))
     return found
@@ -106,6 +106,110 @@ def test_the_papers_ratios_stand_beside_ours(results: Path) -> None:
     assert found[("4.80×", "first token")] == pytest.approx(5.0)
 
 
+def test_ours_is_what_a_user_runs_and_the_prompt_the_faster_of_eager_and_compiled(tmp_path: Path) -> None:
+    case = rows(
+        "model, per token 16×1, image 256",
+        "decode",
+        {
+            "prompt": 50.0,
+            "prompt-compile": 40.0,
+            "text": 9.0,
+            "text-compile": 8.0,
+            "factored-auto": 10.0,
+            "MemVPModel": 20.0,
+        },
+    )
+    write(tmp_path / "gpu", "latency", case)
+    (line,) = digest.headline(digest.machines(tmp_path)[0])
+    assert (line["ours_ms"], line["prompt_ms"], line["text_ms"]) == pytest.approx((20.0, 40.0, 8.0))
+    assert line["speedup_vs_prompt"] == pytest.approx(2.0)
+
+
+def test_losses_compare_what_was_timed_together(tmp_path: Path) -> None:
+    """The clock fell between the two: over ours as it was beside it, the compiled form wins, over ours' own row it would lose."""
+    case = rows("ffn, prefill", "prefill", {"factored-auto": 10.0, "official-compile": 11.0}, level="ffn")
+    case[1]["beside_ms"] = 12.0
+    (line,) = digest.losses(case)
+    assert line["faster"] == "official-compile"
+    assert line["ratio"] == pytest.approx(12 / 11)
+    case[1]["beside_ms"] = None
+    assert digest.losses(case) == []
+
+
+def test_what_a_row_knows_is_in_its_table(tmp_path: Path) -> None:
+    case = rows("kernel core", "kernel core", {"matmul": 2.0, "triton": 1.0, "torch": 3.0}, level="kernel")
+    case[0] |= {"note": "the products alone"}
+    case[1] |= {
+        "speedup_vs_matmul": 2.0,
+        "tflops": 70.0,
+        "gbs": 100.0,
+        "first_call_s": 1.5,
+        "sm_clock_mhz": 1700.0,
+        "power_w": 500.0,
+    }
+    case[1] |= {"timing": "cuda-events", "note": "no CUDA graph: it synchronises"}
+    case[2] |= {"tflops": 1.0, "gbs": 900.0}
+    write(tmp_path / "gpu", "kernels", case)
+    text = report.report(digest.machines(tmp_path))
+    heading = next(line for line in text.splitlines() if line.startswith("| variant"))
+    assert all(name in heading for name in ("× matmul", "rate", "first call s"))
+    assert "× prompt" not in heading  # no row says anything about it
+    (triton,) = (line for line in text.splitlines() if line.startswith("| triton"))
+    assert "70.0 TFLOP/s" in triton
+    assert "1.50" in triton
+    assert "900 GB/s" in next(line for line in text.splitlines() if line.startswith("| torch"))
+    assert "**kernel core**, float32, 1700 MHz, 500 W, cuda-graph where not noted" in text
+    assert "matmul: the products alone; triton: cuda-events; triton: no CUDA graph: it synchronises" in text
+
+
+def test_uncommitted_changes_are_said_aloud(tmp_path: Path) -> None:
+    write(tmp_path / "gpu", "latency", rows("c", "prefill", {"prompt": 1.0}), commit="a" * 40 + "-dirty")
+    text = report.report(digest.machines(tmp_path))
+    assert "**Measured with uncommitted changes**" in text
+    assert "`aaaaaaaaaaaa-dirty`" in text
+
+
+def test_a_switch_has_a_file_and_a_section_of_its_own(results: Path) -> None:
+    step = rows(
+        "model, training step 16×64, image 256, checkpointing", "training", {"prompt": 600.0, "factored-auto": 150.0}
+    )
+    write(results / "imaginary-gpu", "training-checkpointing", step)
+    machine = digest.machines(results)[0]
+    text = report.report([machine])
+    assert "#### Training step, checkpointing" in text
+    assert text.index("#### Training step\n") < text.index("#### Training step, checkpointing")
+    assert [line["case"] for line in digest.headline(machine)][-1].endswith("checkpointing")
+
+
+def sizes(found: list[dict[str, Any]], **sizes: int) -> list[dict[str, Any]]:
+    return [row | sizes for row in found]
+
+
+def test_the_sweep_draws_the_curves(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    drawn: list[tuple[str, list[float], list[float]]] = []
+    medians = {"prompt": 8.0, "factored-auto": 2.0}
+    swept = rows("a", "prefill", medians)
+    swept += sizes(rows("b", "prefill", {**medians, "prompt": 12.0}, visual_tokens=576))
+    swept += sizes(rows("c", "prefill", {**medians, "prompt": 4.0}), text_length=256)
+    swept += sizes(
+        rows("d", "prefill", {**medians, "prompt": 99.0}, visual_tokens=576), text_length=256
+    )  # neither curve's
+    write(results / "imaginary-gpu", "sweep", swept)
+    from matplotlib.axes import Axes
+
+    original = Axes.plot
+
+    def plot(self: Any, x: Any, y: Any, **options: Any) -> Any:
+        drawn.append((options["label"], list(x), list(y)))
+        return original(self, x, y, **options)
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    report.draw(digest.machines(results)[0])
+    assert ("factored-auto", [256, 576], [4.0, 6.0]) in drawn
+    assert ("factored-auto", [64, 256], [4.0, 2.0]) in drawn
+
+
 def test_losing_shapes_are_named(results: Path) -> None:
     machine = digest.machines(results)[0]
     lost = digest.losses(machine.rows("latency"))
@@ -134,7 +238,7 @@ def test_check_notices_what_was_edited(results: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"commit": "unknown"}, "outside a checkout"), ({"triton_interpreted": True}, "interpreter")],
+    [({"commit": "unknown"}, "outside a checkout.*--commit"), ({"triton_interpreted": True}, "interpreter")],
 )
 def test_unquotable_files_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     write(tmp_path / "gpu", "latency", rows("c", "prefill", {"prompt": 1.0}), **changes)

@@ -22,7 +22,7 @@ from tests.benchmarks.conftest import BENCHMARKS
 def good_row(**fields: Any) -> Row:
     row = Row(case="model, first token", variant="prompt", dtype="float32", floor_ms=1.0, flops=10**9, bytes=10**6)
     assert row.judge(1e-7, 2e-7)
-    row.take(Timing(tuple(2.0 + i / 100 for i in range(20)), "wall-clock", 0.1, 1))
+    row.take(Timing(tuple(2.0 + i / 100 for i in range(20)), "wall-clock", 1))
     for name, value in fields.items():
         setattr(row, name, value)
     return row
@@ -141,12 +141,12 @@ def test_reading_a_bad_file_names_it(tmp_path: Path) -> None:
 
 def test_environment_names_machine_versions_and_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
-    from harness import environment as module
+    from harness import commit as module
 
     found = environment(torch.device("cpu"), "latency")
     assert set(SCHEMA["properties"]["environment"]["required"]) <= set(found)
     assert found["torch"] == torch.__version__
-    monkeypatch.setattr(module, "_first_line", lambda command: None)  # a copy of the tree without git
+    monkeypatch.setattr(module, "first_line", lambda command: None)  # a copy of the tree without git
     monkeypatch.delenv("MEMVP_COMMIT", raising=False)
     assert module.commit() == module.UNKNOWN_COMMIT
     monkeypatch.setenv("MEMVP_COMMIT", "0123456789abcdef")
