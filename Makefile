@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h)
+KEPT := --benchmark-storage=file://./out/bench
 CXX_FILES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cu')
 
-.PHONY: help latency test test-slow test-triton-3.6 lint format bench report gpu-report digits clean
+.PHONY: help latency test test-slow test-triton-3.6 lint format bench bench-compare report gpu-report digits clean
 
 help:
 	@echo "make latency     install, then time visual memory against visual tokens in the prompt"
@@ -13,7 +14,8 @@ help:
 	@echo "make test-slow   the exhaustive sweeps as well"
 	@echo "make test-triton-3.6  the kernels' machine code as the oldest supported Triton compiles it"
 	@echo "make lint        ruff, mypy, clang-format"
-	@echo "make bench       host overhead and CPU paths, with pytest-benchmark"
+	@echo "make bench       host overhead and CPU paths, with pytest-benchmark; kept under out/bench"
+	@echo "make bench-compare  the same against the last of those; fails where a median is 25 % slower"
 	@echo "make report      measure this machine and write benchmarks/REPORT.md"
 	@echo "make gpu-report  on a GPU machine: build, gpu tests, sanitizer, benchmarks, in under 9 minutes"
 	@echo "make digits      train and question the handwritten-digits example"
@@ -55,7 +57,11 @@ format: $(VENV)/.installed-dev
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m pytest benchmarks/host_overhead.py --benchmark-only $(ARGS)
+	$(BIN)/python -m pytest benchmarks/host_overhead.py --benchmark-only $(KEPT) --benchmark-autosave $(ARGS)
+
+bench-compare: $(VENV)/.installed-test
+	@test -d out/bench || { echo "nothing to compare with: run make bench on the state before the change"; exit 1; }
+	$(BIN)/python -m pytest benchmarks/host_overhead.py --benchmark-only $(KEPT) --benchmark-compare --benchmark-compare-fail=median:25% $(ARGS)
 
 report: $(VENV)/.installed-benchmarks
 	$(BIN)/python benchmarks/record.py $(ARGS)

@@ -1,7 +1,10 @@
 """Host time of one call, and the CPU paths, under pytest-benchmark, so that a regression shows.
 
-    make bench                                            # or: python -m pytest benchmarks/host_overhead.py --benchmark-only
-    … --benchmark-save=before        … --benchmark-compare=before --benchmark-compare-fail=median:10%
+    make bench                                            # on the state before a change; keeps its figures under out/bench
+    make bench-compare                                    # on the state after it; fails where a median is 25 % slower
+    python -m pytest benchmarks/host_overhead.py --benchmark-only                            # what both run, but for --benchmark-…
+
+Compare on one quiet machine: microseconds of another say nothing, which is why no figures are committed.
 
 The operands of the overhead tests are so small that the arithmetic takes next to nothing: what is left is the road through
 checks, dispatcher and autograd. The same two branches in plain PyTorch stand beside them.

@@ -39,7 +39,7 @@ def jobs(setting: Setting) -> Iterator[Job]:
     def job(level: str, phase: str, name: str, batch: int, length: int, visual: int) -> Job:
         decode = phase == "decode"
         tokens = 1 if decode and level == "ffn" else length
-        here = setting.at((batch, length, visual))
+        here = setting.at((batch, length, visual), level=level)
 
         def found() -> Sequence[Candidate]:
             if level == "ffn":

@@ -26,12 +26,12 @@ from harness.show import show
 CPU = {"batch": (4,), "text_length": (64, 16), "visual_tokens": (256, 64)}
 CUDA = {"batch": (16,), "text_length": (64, 16, 256), "visual_tokens": (256, 64, 576)}
 LAYERS = {"cpu": 2, "cuda": 4}
-VARIANTS = ("text", "official-eager", "formed-eager", "factored-auto", "factored-torch", "MemVPModel")
-_PHASES = {"prefill": "first token", "decode": "per token", "training": "training step"}
+VARIANTS = ("text", "official-eager", "factored-auto", "factored-torch", "MemVPModel")
+_PHASES = {"prefill": "first token", "training": "training step", "decode": "per token"}
 
 
 def jobs(setting: Setting) -> Iterator[Job]:
-    """The three phases at every size."""
+    """Every size, in one phase after the other."""
     models: list[Model] = []
 
     def model() -> Model:
@@ -46,11 +46,9 @@ def jobs(setting: Setting) -> Iterator[Job]:
         return model_case.candidates(setting, model(), **size, decode=phase == "decode")
 
     first = setting.sizes()[0]
-    for size in setting.sizes():
-        if sum(n != m for n, m in zip(size, first, strict=True)) > 1:
-            continue
-        batch, length, visual = size
-        for phase, name in _PHASES.items():
+    sizes = [size for size in setting.sizes() if sum(n != m for n, m in zip(size, first, strict=True)) <= 1]
+    for phase, name in _PHASES.items():
+        for batch, length, visual in sizes:
             template = Row(
                 case=f"{setting.layers} layers, {name} {batch}×{length}, image {visual}",
                 variant="",
@@ -63,7 +61,8 @@ def jobs(setting: Setting) -> Iterator[Job]:
                 text_length=length,
                 visual_tokens=visual,
             )
-            yield Job(template, functools.partial(found, phase, *size), gradients=phase == "training")
+            found_here = functools.partial(found, phase, batch, length, visual)
+            yield Job(template, found_here, gradients=phase == "training")
 
 
 def main(arguments: list[str] | None = None) -> int:

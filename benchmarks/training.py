@@ -40,7 +40,7 @@ def jobs(setting: Setting, *, recompute: bool, checkpointing: bool, quantized: b
     switches = "".join(f", {name}" for name, on in chosen.items() if on)
 
     def job(level: str, batch: int, length: int, visual: int) -> Job:
-        here = setting.at((batch, length, visual))
+        here = setting.at((batch, length, visual), level=level)
 
         def found() -> Sequence[Candidate]:
             if level == "ffn":

@@ -75,9 +75,10 @@ class Setting:
             product(*lists), key=lambda size: sum(n != first[0] for n, first in zip(size, lists, strict=True))
         )
 
-    def at(self, size: tuple[int, int, int]) -> Setting:
-        """The setting for one of `sizes`: on a CPU, where a compilation takes many seconds, compiled forms only run at the first."""
-        if self.device.type == "cuda" or size == self.sizes()[0]:
+    def at(self, size: tuple[int, int, int], *, level: str) -> Setting:
+        """The setting for one of `sizes`: on a CPU, where a compilation takes many seconds, compiled forms run at the first alone,
+        and there in the whole model (`level` "model"), whose FFN is what is compiled."""
+        if self.device.type == "cuda" or (size == self.sizes()[0] and level == "model"):
             return self
         return dataclasses.replace(self, compiled=False)
 

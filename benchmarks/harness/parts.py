@@ -61,7 +61,7 @@ def parts(device: str) -> list[Part]:
     def program(name: str, *sizes: str, switch: str = "") -> Callable[[Path, int], list[str]]:
         def command(results: Path, seconds: int) -> list[str]:
             # The program begins nothing that it may not finish.
-            limit = ["--seconds", str(int(seconds * 0.7))]
+            limit = ["--seconds", str(max(seconds // 2, seconds - 15))]
             stem = f"{name}-{switch}" if switch else name
             files = ["--json", str(results / f"{stem}.json"), "--plot", "none", "--quiet"]
             options = [*(sizes if cuda else ("--quick",)), *([f"--{switch}"] if switch else [])]
@@ -98,7 +98,7 @@ def parts(device: str) -> list[Part]:
 
         return Part(
             tool,
-            {"memcheck": 35, "racecheck": 25}[tool],
+            {"memcheck": 30, "racecheck": 25}[tool],
             command,
             functools.partial(_lacks, programs=("compute-sanitizer",)),
             # torch's cache hands out parts of large blocks, in which an overrun stays unseen.
@@ -120,15 +120,15 @@ def parts(device: str) -> list[Part]:
     quantized_needs = functools.partial(_lacks, "bitsandbytes", "transformers")
     found = [
         Part("build", 65, build, build_needs, {"MEMVP_CUDA": "require", **_architecture()}),
-        Part("diagnosis", 15, diagnosis),
-        Part("tests-cuda", 45, tests("tests/csrc"), pytest_needs, built),
+        Part("diagnosis", 10, diagnosis),
+        Part("tests-cuda", 40, tests("tests/csrc"), pytest_needs, built),
         Part("tests-triton", 45, tests("tests/triton"), pytest_needs),
         Part("decode", 50, program("decode")),
         Part("latency", 70, program("latency", *large, "--batch", "16", "1", "64", "--text-length", "64")),
         Part("training", 70, program("training", *large, "--batch", "16", "4", "--text-length", "64")),
         Part("kernels", 35, program("kernels", *large, "--batch", "16", "1", "--text-length", "512")),
         sanitizer("memcheck"),
-        Part("sweep", 30, program("sweep", "--preset", "llama-7b")),
+        Part("sweep", 45, program("sweep", "--preset", "llama-7b")),
         sanitizer("racecheck"),
         Part("tests", 15, tests("tests", "--ignore=tests/csrc", "--ignore=tests/triton"), pytest_needs),
         Part(

@@ -46,8 +46,9 @@ def test_sizes_begin_with_the_first_of_each_and_change_one_at_a_time() -> None:
 def test_compiled_forms_run_at_the_first_size_alone_on_a_cpu() -> None:
     found = setting("--compile", "--text-length", "64", "16")
     first, *others = found.sizes()
-    assert found.at(first).compiled
-    assert not any(found.at(size).compiled for size in others)
+    assert found.at(first, level="model").compiled
+    assert not found.at(first, level="ffn").compiled
+    assert not any(found.at(size, level="model").compiled for size in others)
 
 
 def test_a_selection_keeps_the_baseline() -> None:

@@ -17,6 +17,7 @@ import pytest
 import record
 import sweep
 import training
+from harness import commit as commits
 from harness import operator_case
 from harness.cli import Setting, common_parser, settle
 from harness.results import load
@@ -79,7 +80,7 @@ def test_sweep(tmp_path: Path) -> None:
     rows = load(tmp_path / "rows.json")["rows"]
     assert {row["status"] for row in rows} == {"ok"}
     assert {row["variant"] for row in rows} == {
-        "prompt", "text", "official-eager", "formed-eager", "factored-torch", "MemVPModel",
+        "prompt", "text", "official-eager", "factored-torch", "MemVPModel",
     }  # fmt: skip
     for phase in ("prefill", "decode", "training"):
         found = {(row["text_length"], row["visual_tokens"]) for row in rows if row["phase"] == phase}
@@ -225,8 +226,10 @@ def test_the_record_runs_every_program_and_then_the_report(monkeypatch: pytest.M
         return subprocess.CompletedProcess(command, returncode=int("kernels.py" in command[1]))
 
     monkeypatch.setattr(record.subprocess, "run", pretend)
+    monkeypatch.setattr(record, "commit_for_the_record", lambda: "a" * 40)
     assert record.main(["--device", "cpu"]) == 1  # one of them failed; the others and the report ran all the same
-    assert [Path(command[1]).stem for command in commands] == ["latency", "training", "kernels", "decode", "report"]
+    programs = ["latency", "training", "sweep", "kernels", "decode"]
+    assert [Path(command[1]).stem for command in commands] == [*programs, "report"]
     for command in commands[:-1]:
         place = Path(command[command.index("--json") + 1])
         assert place.parent.parent == BENCHMARKS / "results"
@@ -234,3 +237,11 @@ def test_the_record_runs_every_program_and_then_the_report(monkeypatch: pytest.M
         parser = common_parser("x", program=place.stem)
         setting = settle(parser.parse_args(command[2:]), cpu=latency.CPU, cuda=latency.CUDA)
         assert setting.samples >= 20  # or the report would refuse them
+        assert setting.seconds is None  # nothing is left out
+
+
+def test_the_record_needs_a_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commits, "first_line", lambda command: None)
+    monkeypatch.delenv("MEMVP_COMMIT", raising=False)
+    with pytest.raises(SystemExit, match="MEMVP_COMMIT"):
+        record.main(["--device", "cpu"])
