@@ -227,6 +227,7 @@ def test_the_record_runs_every_program_and_then_the_report(monkeypatch: pytest.M
 
     monkeypatch.setattr(record.subprocess, "run", pretend)
     monkeypatch.setattr(record, "commit_for_the_record", lambda: "a" * 40)
+    monkeypatch.setattr(record, "device_name", lambda device: "Some CPU")
     assert record.main(["--device", "cpu"]) == 1  # one of them failed; the others and the report ran all the same
     programs = ["latency", "training", "sweep", "kernels", "decode"]
     assert [Path(command[1]).stem for command in commands] == [*programs, "report"]
