@@ -286,6 +286,7 @@ def test_the_kernels_part_runs_interpreted(tmp_path: Path, monkeypatch: pytest.M
     assert gpu_report.main(["--device", "cpu", "--only", "kernels", "--out", str(tmp_path)]) == 0
     document = load(tmp_path / "a-gpu" / "kernels.json")
     assert [row["status"] for row in document["rows"] if row["variant"] == "triton"] == ["ok"] * 7
+    assert [row["status"] for row in document["rows"] if row["variant"] == "library"] == ["ok"] * 4
     assert document["environment"]["triton_interpreted"] is True
 
 

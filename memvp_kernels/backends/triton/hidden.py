@@ -4,12 +4,16 @@ Tiles over F come first, then tiles over the slots of each (row tile, sequence) 
 costs as much. Gate and up share a tile, so that the activation happens in the epilogue: in one wide accumulator where one
 descriptor can span both weights, in two otherwise. With a factored memory the same tiles over slots, one sequence wide and
 without an activation, are the shared extra columns x [W; p^k]ᵀ.
+
+By descriptors hidden and the pre-activations leave through shared memory, asynchronously; then, where tiles are more than one wave, a
+program may own several and start the next one's loads while the last one's stores are under way (`tiles.persists`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,6 +34,8 @@ from memvp_kernels.backends.triton.segments import memory_row, sequence_bounds, 
 from memvp_kernels.problem import Segments
 
 __all__ = ["Products", "Visual", "hidden_forward", "hidden_fwd_kernel", "store_visual"]
+
+STORED_COLUMNS = tl.constexpr(tiles.STORED_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -126,11 +132,27 @@ def hidden_forward(
     row_tiles = triton.cdiv(rows, tile.block_n)
     ffn_tiles = row_tiles * triton.cdiv(pairs, tile.columns)
     memory_tiles = (row_tiles + segments.sequences) * triton.cdiv(slots, wide)
+    programs = ffn_tiles + memory_tiles
+    stored = (
+        tma
+        and x.dtype != torch.float32
+        and all(launch.describable(t) for t in (made.hidden, made.pre) if t is not None)
+    )
+    form_store = (BY_ROW if stored else BY_POINTER).value
+    block_store = (tile.block_n, min(tile.columns, tiles.STORED_COLUMNS))
+    # Beside dropout and a second activation in the same loop the registers would not do.
+    persistent = (
+        stored
+        and visual is None
+        and tiles.persists(launch.chip(x.device), tile, x.dtype, tile.columns * (1 + gated), programs)
+    )
     with launch.on_device(x):
-        hidden_fwd_kernel[(ffn_tiles + memory_tiles,)](
+        hidden_fwd_kernel[(min(programs, launch.chip(x.device).multiprocessors) if persistent else programs,)](
             launch.describe(x, (tile.block_n, tile.block_k), form), gate_operand, key_operand, gate_bias, key_bias,
             launch.describe(memory, block_memory, form) if memory is not None else None,
-            made.hidden, made.pre, made.visual, made.scores,
+            launch.describe(made.hidden, block_store, form_store) if made.hidden is not None else None,
+            launch.describe(made.pre, (1, *block_store), form_store) if made.pre is not None else None,
+            made.visual, made.scores,
             visual.seed if visual is not None else None, segments.cu_seqlens, segments.index, segments.lengths,
             *x.stride(), *_strides(gate, 2), *_strides(key, 2), *_strides(memory, 3), _stride(gate_bias), _stride(key_bias),
             *_strides(made.hidden, 1), *_strides(made.visual, 1),
@@ -138,7 +160,7 @@ def hidden_forward(
             visual.scale if visual is not None else 1.0, visual.threshold if visual is not None else 0,
             F=pairs, d=width, M=slots, BLOCK_N=tile.block_n, BLOCK_F=tile.columns, BLOCK_K=tile.block_k, GROUP=tile.group,
             ACTIVATION=activation, VISUAL_ACTIVATION=visual.activation if visual is not None else "none",
-            FORM=form, FORM_GATE=form_gate, FORM_KEY=form_key,
+            FORM=form, FORM_GATE=form_gate, FORM_KEY=form_key, FORM_STORE=form_store, PERSISTENT=persistent,
             PRECISION=launch.precision(x.dtype), DTYPE=launch.element_type(x.dtype),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -167,19 +189,57 @@ def hidden_fwd_kernel(
     F: tl.constexpr, d: tl.constexpr, M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr, VISUAL_ACTIVATION: tl.constexpr,
-    FORM: tl.constexpr, FORM_GATE: tl.constexpr, FORM_KEY: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    FORM: tl.constexpr, FORM_GATE: tl.constexpr, FORM_KEY: tl.constexpr, FORM_STORE: tl.constexpr, PERSISTENT: tl.constexpr,
+    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile: first cdiv(N, BLOCK_N) · cdiv(F, BLOCK_F) of the FFN, then the memory's, which are fewer and end the wave."""
+    """Tiles: first cdiv(N, BLOCK_N) · cdiv(F, BLOCK_F) of the FFN, then the memory's, which are fewer and end the last wave.
+
+    One program each, or with PERSISTENT every num_programs-th.
+    """
+    if PERSISTENT:
+        count = tl.cdiv(N, BLOCK_N) * tl.cdiv(F, BLOCK_F)
+        if memory is not None:
+            BLOCK_M: tl.constexpr = 2 * BLOCK_F if FORM_KEY == BY_PAIR else BLOCK_F
+            count += (tl.cdiv(N, BLOCK_N) + S) * tl.cdiv(M, BLOCK_M)
+        for tile in tl.range(tl.program_id(0), count, tl.num_programs(0)):
+            _tile(
+                tile, x, gate, key, gate_bias, key_bias, memory, hidden, pre, visual, scores, seed, cu_seqlens, index, lengths,
+                stride_x_n, stride_x_d, stride_gate_f, stride_gate_d, stride_key_f, stride_key_d, stride_memory_r, stride_memory_m,
+                stride_memory_d, stride_gate_bias, stride_key_bias, stride_hidden_n, stride_visual_n, N, T, S, R, gate_first, scale,
+                threshold, F, d, M, BLOCK_N, BLOCK_F, BLOCK_K, GROUP, ACTIVATION, VISUAL_ACTIVATION, FORM, FORM_GATE, FORM_KEY,
+                FORM_STORE, PRECISION, DTYPE,
+            )  # fmt: skip
+    else:
+        _tile(
+            tl.program_id(0), x, gate, key, gate_bias, key_bias, memory, hidden, pre, visual, scores, seed, cu_seqlens, index, lengths,
+            stride_x_n, stride_x_d, stride_gate_f, stride_gate_d, stride_key_f, stride_key_d, stride_memory_r, stride_memory_m,
+            stride_memory_d, stride_gate_bias, stride_key_bias, stride_hidden_n, stride_visual_n, N, T, S, R, gate_first, scale,
+            threshold, F, d, M, BLOCK_N, BLOCK_F, BLOCK_K, GROUP, ACTIVATION, VISUAL_ACTIVATION, FORM, FORM_GATE, FORM_KEY,
+            FORM_STORE, PRECISION, DTYPE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tile(
+    tile, x, gate, key, gate_bias, key_bias, memory, hidden, pre, visual, scores, seed, cu_seqlens, index, lengths,
+    stride_x_n, stride_x_d, stride_gate_f, stride_gate_d, stride_key_f, stride_key_d,
+    stride_memory_r, stride_memory_m, stride_memory_d, stride_gate_bias, stride_key_bias, stride_hidden_n, stride_visual_n,
+    N, T, S, R, gate_first, scale, threshold,
+    F: tl.constexpr, d: tl.constexpr, M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr, VISUAL_ACTIVATION: tl.constexpr,
+    FORM: tl.constexpr, FORM_GATE: tl.constexpr, FORM_KEY: tl.constexpr, FORM_STORE: tl.constexpr,
+    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     # One accumulator's width; a memory tile spans all of it.
     BLOCK_M: tl.constexpr = 2 * BLOCK_F if FORM_KEY == BY_PAIR else BLOCK_F
     row_tiles = tl.cdiv(N, BLOCK_N)
     ffn_tiles = row_tiles * tl.cdiv(F, BLOCK_F)
-    tile = tl.program_id(0)
     if memory is None:
         _ffn_tile(
             tile, row_tiles, x, gate, key, gate_bias, key_bias, hidden, pre, stride_x_n, stride_x_d, stride_gate_f, stride_gate_d,
             stride_key_f, stride_key_d, stride_gate_bias, stride_key_bias, stride_hidden_n, N, gate_first, F, d,
-            BLOCK_N, BLOCK_F, BLOCK_K, GROUP, ACTIVATION, FORM, FORM_GATE, FORM_KEY, PRECISION, DTYPE,
+            BLOCK_N, BLOCK_F, BLOCK_K, GROUP, ACTIVATION, FORM, FORM_GATE, FORM_KEY, FORM_STORE, PRECISION, DTYPE,
         )  # fmt: skip
     elif key is None:
         _memory_tile(
@@ -192,7 +252,7 @@ def hidden_fwd_kernel(
             _ffn_tile(
                 tile, row_tiles, x, gate, key, gate_bias, key_bias, hidden, pre, stride_x_n, stride_x_d, stride_gate_f, stride_gate_d,
                 stride_key_f, stride_key_d, stride_gate_bias, stride_key_bias, stride_hidden_n, N, gate_first, F, d,
-                BLOCK_N, BLOCK_F, BLOCK_K, GROUP, ACTIVATION, FORM, FORM_GATE, FORM_KEY, PRECISION, DTYPE,
+                BLOCK_N, BLOCK_F, BLOCK_K, GROUP, ACTIVATION, FORM, FORM_GATE, FORM_KEY, FORM_STORE, PRECISION, DTYPE,
             )  # fmt: skip
         else:
             _memory_tile(
@@ -207,7 +267,7 @@ def _ffn_tile(
     tile, row_tiles, x, gate, key, gate_bias, key_bias, hidden, pre, stride_x_n, stride_x_d, stride_gate_f, stride_gate_d,
     stride_key_f, stride_key_d, stride_gate_bias, stride_key_bias, stride_hidden_n, N, gate_first,
     F: tl.constexpr, d: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    ACTIVATION: tl.constexpr, FORM: tl.constexpr, FORM_GATE: tl.constexpr, FORM_KEY: tl.constexpr,
+    ACTIVATION: tl.constexpr, FORM: tl.constexpr, FORM_GATE: tl.constexpr, FORM_KEY: tl.constexpr, FORM_STORE: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     WHOLE: tl.constexpr = d % BLOCK_K == 0
@@ -251,61 +311,74 @@ def _ffn_tile(
             b_key = tl.dot(b_x, b_weight.T, b_key, input_precision=PRECISION)
 
     _store_hidden(
-        b_gate, b_key, row, column, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias, stride_hidden_n,
-        N, F, BLOCK_N, BLOCK_F, ACTIVATION, DTYPE,
+        b_gate, b_key, row, column, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias,
+        stride_hidden_n, N, F, BLOCK_N, BLOCK_F, ACTIVATION, FORM_STORE, DTYPE,
     )  # fmt: skip
 
 
 @triton.jit
 def _store_hidden(
     b_gate, b_key, row, column, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias, stride_hidden_n,
-    N, F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,
+    N, F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, ACTIVATION: tl.constexpr, FORM_STORE: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Biases, the pre-activations that the backward keeps, and hidden; `gate` says only whether there is one.
 
-    In pieces of 64 columns: biases, addresses and the activation of a whole tile do not fit the registers beside its accumulator.
+    In pieces of STORED_COLUMNS: biases, addresses and the activation of a whole tile do not fit the registers beside its accumulator,
+    nor what a descriptor stores from fit the shared memory beside the stages.
     """
-    if BLOCK_F > 64:
+    if BLOCK_F > STORED_COLUMNS:
         HALF: tl.constexpr = BLOCK_F // 2
-        low, high = tl.split(tl.permute(tl.reshape(b_key, (BLOCK_N, 2, HALF)), (0, 2, 1)))
-        if gate is not None:
-            low_gate, high_gate = tl.split(tl.permute(tl.reshape(b_gate, (BLOCK_N, 2, HALF)), (0, 2, 1)))
-        else:
-            low_gate, high_gate = low, high
+        gate_low, gate_high = tl.split(tl.permute(tl.reshape(b_gate, (BLOCK_N, 2, HALF)), (0, 2, 1)))
+        key_low, key_high = tl.split(tl.permute(tl.reshape(b_key, (BLOCK_N, 2, HALF)), (0, 2, 1)))
         _store_hidden(
-            low_gate, low, row, column, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias, stride_hidden_n,
-            N, F, BLOCK_N, HALF, ACTIVATION, DTYPE,
+            gate_low, key_low, row, column, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias,
+            stride_hidden_n, N, F, BLOCK_N, HALF, ACTIVATION, FORM_STORE, DTYPE,
         )  # fmt: skip
         _store_hidden(
-            high_gate, high, row, column + HALF, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias,
-            stride_hidden_n, N, F, BLOCK_N, HALF, ACTIVATION, DTYPE,
+            gate_high, key_high, row, column + HALF, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias,
+            stride_hidden_n, N, F, BLOCK_N, HALF, ACTIVATION, FORM_STORE, DTYPE,
         )  # fmt: skip
     else:
-        o_row = row + tl.arange(0, BLOCK_N)
         o_column = column + tl.arange(0, BLOCK_F)
-        inside = (o_row[:, None] < N) & (o_column[None, :] < F)
         if key_bias is not None:
-            b_key += tl.load(key_bias + o_column.to(tl.int64) * stride_key_bias, mask=o_column < F, other=0.0).to(
-                tl.float32
-            )[None, :]
-        if pre is not None:
-            o_pre = tile_pointers(pre, row, column, F, BLOCK_N, BLOCK_F)
+            b_key += _load_bias(key_bias, stride_key_bias, o_column, F)[None, :]
         if gate is not None:
             if gate_bias is not None:
-                b_gate += tl.load(
-                    gate_bias + o_column.to(tl.int64) * stride_gate_bias, mask=o_column < F, other=0.0
-                ).to(tl.float32)[None, :]
+                b_gate += _load_bias(gate_bias, stride_gate_bias, o_column, F)[None, :]
             if pre is not None:
-                tl.store(o_pre, b_gate.to(DTYPE), mask=inside)
-                tl.store(o_pre + tl.cast(N, tl.int64) * F, b_key.to(DTYPE), mask=inside)
+                _store_pre(b_gate, pre, 0, row, column, N, F, BLOCK_N, BLOCK_F, FORM_STORE, DTYPE)
+                _store_pre(b_key, pre, 1, row, column, N, F, BLOCK_N, BLOCK_F, FORM_STORE, DTYPE)
             b_hidden = activate(b_gate, ACTIVATION) * b_key
         else:
             if pre is not None:
-                tl.store(o_pre, b_key.to(DTYPE), mask=inside)
+                _store_pre(b_key, pre, 0, row, column, N, F, BLOCK_N, BLOCK_F, FORM_STORE, DTYPE)
             b_hidden = activate(b_key, ACTIVATION)
         if hidden is not None:
-            o_hidden = tile_pointers(hidden, row, column, stride_hidden_n, BLOCK_N, BLOCK_F)
-            tl.store(o_hidden, b_hidden.to(DTYPE), mask=inside)
+            if FORM_STORE == BY_ROW:
+                hidden.store([row, column], b_hidden.to(DTYPE))
+            else:
+                inside = (row + tl.arange(0, BLOCK_N)[:, None] < N) & (o_column[None, :] < F)
+                o_hidden = tile_pointers(hidden, row, column, stride_hidden_n, BLOCK_N, BLOCK_F)
+                tl.store(o_hidden, b_hidden.to(DTYPE), mask=inside)
+
+
+@triton.jit
+def _load_bias(bias, stride, o_column, F: tl.constexpr):
+    return tl.load(bias + o_column.to(tl.int64) * stride, mask=o_column < F, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_pre(
+    b_pre, pre, branch: tl.constexpr, row, column, N, F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+    FORM_STORE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    if FORM_STORE == BY_ROW:
+        pre.store([branch, row, column], b_pre.to(DTYPE).reshape(1, BLOCK_N, BLOCK_F))
+    else:
+        inside = (row + tl.arange(0, BLOCK_N)[:, None] < N) & (column + tl.arange(0, BLOCK_F)[None, :] < F)
+        o_pre = tile_pointers(pre, row, column, F, BLOCK_N, BLOCK_F) + branch * tl.cast(N, tl.int64) * F
+        tl.store(o_pre, b_pre.to(DTYPE), mask=inside)
 
 
 @triton.jit
@@ -343,8 +416,8 @@ def _store_pieces(
     b_scores, visual, scores, seed, stride_visual_n, row, slot, first, end, slots, scale, threshold,
     M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, VISUAL_ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`store_visual` in pieces of 32 columns: dropout's generator on a whole tile of 256 needs more registers than a thread has."""
-    if BLOCK_M > 32:
+    """`store_visual` in pieces of 64 columns: dropout's generator on a whole tile of 256 needs more registers than a thread has."""
+    if BLOCK_M > 64:
         low, high = tl.split(tl.permute(tl.reshape(b_scores, (BLOCK_N, 2, BLOCK_M // 2)), (0, 2, 1)))
         _store_pieces(
             low, visual, scores, seed, stride_visual_n, row, slot, first, end, slots, scale, threshold, M,

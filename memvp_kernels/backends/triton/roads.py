@@ -105,9 +105,13 @@ def _fused_cycles(chip: Chip, shape: Shape, step: str) -> float:
     s, tile = shape, fused_tile(chip, shape, step)
     size = (s.dtype, s.precision, s.rows, s.width)
     if step in ("hidden", "dhidden"):
-        cycles = tiles.hidden_cycles(chip, tile, *size, s.pairs, s.slots, s.sequences, s.gated and step == "hidden")
+        hidden = step == "hidden"
+        persistent = hidden and s.descriptors and (s.dense or not s.slots) and s.dtype != torch.float32
+        cycles = tiles.hidden_cycles(
+            chip, tile, *size, s.pairs, s.slots, s.sequences, s.gated and hidden, persistent
+        )  # fmt: skip
         # What an epilogue moves beyond one result per column: hidden beside the pre-activations; those, and the gradient of each but one.
-        beyond = 1 if step == "hidden" else 2 * s.branches - 1
+        beyond = 1 if hidden else 2 * s.branches - 1
         return cycles / _fused_rate(chip, s) + _through_l2(chip, s, beyond * s.rows * s.pairs)
     pairs = s.pairs * (s.branches if step == "dinput" else 1)
     cut = s.slots > 0 and not s.dense and tiles.straddles(s.sequences, s.length, tile.block_n)

@@ -17,6 +17,7 @@ from functools import cache
 import torch
 
 __all__ = [
+    "STORED_COLUMNS",
     "Chip",
     "Tile",
     "candidates",
@@ -27,6 +28,7 @@ __all__ = [
     "joining_cycles",
     "output_cycles",
     "output_tile",
+    "persists",
     "split_choices",
     "step_cycles",
     "straddles",
@@ -128,6 +130,8 @@ _SHAPES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
 }
 _RESERVE = 2 * _KIB  # barriers and the epilogue's scratch beside the stages
 _FILL = 900  # cycles before a tile's first product: launch, first loads
+_REFILL = 500  # of them where the program is there already and only the loads have to arrive; assumed like the other
+STORED_COLUMNS = 64  # of a piece of an epilogue that stores through shared memory
 _WIDE_EFFICIENCY = {256: 1.0, 192: 0.95, 128: 0.9, 64: 0.75, 32: 0.5}  # of the tensor cores' rate, by accumulator width
 _PER_MULTIPROCESSOR_REGISTERS = 65536
 _SPLITS = (1, 2, 3, 4, 6, 8)
@@ -222,8 +226,9 @@ def hidden_cycles(
     slots: int,
     sequences: int,
     gated: bool,
+    persistent: bool = False,
 ) -> float:
-    """Predicted clock cycles of one hidden launch."""
+    """Predicted clock cycles of one hidden launch; `persistent`: where `persists` allows it."""
     wide = tile.columns * (1 + gated)
     row_tiles = math.ceil(rows / tile.block_n)
     memory = (
@@ -233,7 +238,25 @@ def hidden_cycles(
     )
     count = row_tiles * math.ceil(pairs / tile.columns) + memory
     moved = rows * width + pairs * width * (1 + gated) + sequences * slots * width + rows * (pairs + slots)
-    return _cycles(chip, tile, dtype, precision, wide, count, math.ceil(width / tile.block_k), moved * dtype.itemsize)
+    steps = math.ceil(width / tile.block_k)
+    cycles = _cycles(chip, tile, dtype, precision, wide, count, steps, moved * dtype.itemsize)
+    if persistent and persists(chip, tile, dtype, wide, count):
+        between = (math.ceil(count / chip.multiprocessors) - 1) * (_FILL - _REFILL)
+        cycles = max(cycles - between, moved * dtype.itemsize / chip.memory)
+    return cycles
+
+
+def persists(chip: Chip, tile: Tile, dtype: torch.dtype, wide: int, count: int) -> bool:
+    """Whether `count` tiles of `wide` accumulated columns go through programs that stay: one fills a multiprocessor, and waves are several.
+
+    Smaller tiles have neighbours on the multiprocessor that work while one begins or ends.
+    """
+    staged = 2 * tile.block_n * STORED_COLUMNS * dtype.itemsize
+    stages = tile.stages * (tile.block_n + wide) * tile.block_k * dtype.itemsize
+    alone = 2 * stages > chip.shared
+    return (
+        chip.family == "wgmma" and alone and stages + staged + _RESERVE <= chip.shared and count > chip.multiprocessors
+    )
 
 
 def output_tile(

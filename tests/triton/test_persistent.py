@@ -1,0 +1,95 @@
+"""The hidden kernel with programs that own several tiles, and with stores through shared memory: the same bits as one program a tile."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from memvp_kernels import fused_ffn
+from memvp_kernels.backends.triton import hidden, launch, tiles
+from memvp_kernels.backends.triton.tiles import Tile
+from tests import yardstick
+from tests.triton.test_backward import DEVICE, example
+
+run = functools.partial(fused_ffn, backend="triton")
+HOPPER = tiles.chip_of(90)
+
+
+@pytest.fixture(params=[1, 3])
+def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A chip of so few multiprocessors, whose every hidden kernel stays; tiles of two column pieces."""
+    chip = tiles.chip_of(90, int(request.param))
+    monkeypatch.setattr(launch, "chip", lambda device: chip)
+    monkeypatch.setattr(tiles, "persists", lambda *_: True)
+    monkeypatch.setattr(tiles, "STORED_COLUMNS", 16)
+    monkeypatch.setattr(hidden, "STORED_COLUMNS", type(hidden.STORED_COLUMNS)(16))
+    monkeypatch.setattr(tiles, "hidden_tile", lambda *_, gated, **__: Tile(32, 32, 16, 4, 2, group=2))
+    return int(request.param)
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
+@pytest.mark.parametrize("form", ["plain", "factored"])
+def test_output_and_every_gradient(form: str, gated: bool, programs: int) -> None:
+    """Only the factored form stays: the plain one's visual tiles share a loop with nothing. Both store by descriptors."""
+    a = example(torch.bfloat16, lengths=[37] * 2, M=17, form=form, F=72, gated=gated, biased=True)
+    yardstick.check(run, dict(a, activation="gelu"))
+
+
+def test_the_same_bits(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = example(torch.bfloat16, lengths=[45], M=19, form="factored", d=40, F=88, R=1)
+    grad = torch.randn(a["x"].shape, generator=torch.Generator().manual_seed(3)).to(a["x"])
+    names = ["x", "visual_key", "visual_value"]
+    y, grads = yardstick.gradients(lambda **b: run(**b), a, names, grad)
+    monkeypatch.setattr(tiles, "persists", lambda *_: False)
+    expected, wanted = yardstick.gradients(lambda **b: run(**b), a, names, grad)
+    assert torch.equal(y, expected)
+    assert all(torch.equal(grads[n], wanted[n]) for n in names)
+
+
+def test_what_is_launched(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    grids: list[Any] = []
+    known = hidden.hidden_fwd_kernel
+
+    class Recorded:
+        def __getitem__(self, grid: Any) -> Any:
+            def launched(*arguments: Any, **constants: Any) -> Any:
+                grids.append((grid[0], constants["PERSISTENT"], constants["FORM_STORE"]))
+                return known[grid](*arguments, **constants)
+
+            return launched
+
+    monkeypatch.setattr(hidden, "hidden_fwd_kernel", Recorded())
+    with torch.no_grad():
+        run(**example(torch.bfloat16, lengths=[37] * 2, M=17, form="factored"))
+        run(**example(torch.bfloat16, lengths=[37] * 2, M=17, form="plain"))
+        run(**example(torch.float32, lengths=[37] * 2, M=17, form="factored"))
+    assert grids[0] == (programs, True, 1)
+    assert grids[1][0] > programs
+    assert grids[1][1:] == (False, 1)
+    assert grids[2][1:] == (False, 0)
+    assert DEVICE.type in ("cpu", "cuda")
+
+
+def test_which_tiles_stay() -> None:
+    """One that fills a multiprocessor of Hopper, with room for its stores, in more than one wave."""
+    bf16 = torch.bfloat16
+    widest, *_, smallest = tiles.candidates(HOPPER, bf16, "ieee", descriptors=True)
+    assert tiles.persists(HOPPER, widest, bf16, 256, 133)
+    assert not tiles.persists(HOPPER, widest, bf16, 256, 132)
+    assert not tiles.persists(HOPPER, widest, torch.float32, 256, 1000)
+    assert not tiles.persists(tiles.chip_of(80), Tile(128, 128, 32, 8, 4), bf16, 128, 1000)
+    assert not tiles.persists(HOPPER, Tile(64, 32, 128, 4, 4), bf16, 32, 1000)
+    assert smallest.columns == 32
+
+
+def test_staying_is_never_priced_above_leaving() -> None:
+    for rows, width in ((512, 4096), (8192, 1024), (8192, 4096)):
+        tile = tiles.hidden_tile(
+            HOPPER, torch.bfloat16, "ieee", rows=rows, width=width, pairs=11008, slots=456, sequences=1, gated=True, descriptors=True
+        )  # fmt: skip
+        size = (torch.bfloat16, "ieee", rows, width, 11008, 456, 1, True)
+        stays, leaves = (tiles.hidden_cycles(HOPPER, tile, *size, persistent=p) for p in (True, False))
+        assert 0.9 * leaves < stays < leaves
