@@ -6,7 +6,8 @@
 
 Columns: registers per thread; stack and spill instructions (both 0 in a good kernel); shared memory per block; the matrix instructions; for
 each loop with matrix instructions, instructions per turn / matrix instructions / of them waiting for the one before (Hopper: all
-waiting means serialised) / groups left in flight at the wait; programs over multiprocessors. The last column is the cost model's
+waiting means serialised, which the next column says in a word) / groups left in flight at the wait; megabytes of its operands, each
+moved once; programs over multiprocessors. The last column is the cost model's
 prediction for the kernels that it describes; nothing here was timed.
 """
 
@@ -36,6 +37,8 @@ _COLUMNS = {
     "shared": "shared KiB",
     "matrix": "matrix instruction",
     "loops": "loops",
+    "serialised": "serialised",
+    "moved": "MB moved",
     "waves": "waves",
     "predicted": "predicted µs",
 }
@@ -84,6 +87,7 @@ def _cells(row: Row) -> dict[str, object]:
     machine = row.machine
     cells = {n: getattr(row, n) for n in ("kernel", "case", "dtype", "stages", "waves", "predicted")}
     cells["tile"] = f"{row.rows}x{row.columns}x{row.block_k}"
+    cells["moved"] = round(row.moved / 1e6, 1)
     if machine is None:
         return cells
     return {
@@ -95,6 +99,7 @@ def _cells(row: Row) -> dict[str, object]:
             f"{loop.instructions}/{loop.matrix}/{loop.waits}/{'–' if loop.depth is None else loop.depth}"
             for loop in machine.loops
         ),
+        "serialised": "yes" if any(loop.serialised for loop in machine.loops) else "no",
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from harness.machine_code import Compiled, offline
 from memvp_kernels.backends import triton as backend
 from memvp_kernels.backends.triton import tiles
+from memvp_kernels.backends.triton.steps import forced
 from memvp_kernels.backends.triton.tiles import Tile
 from memvp_kernels.problem import Problem, Segments
 
@@ -51,6 +52,7 @@ class Case:
         aligned: False: odd sizes and strides, so that no operand has a descriptor and every tail is masked.
         turned: key and value lie the other way round, so that gate and key can't share a descriptor.
         backward: a key of `_NEEDS`, or "" for the forward.
+        road: of `roads.ROADS`; the library's products run for real, so few rows.
     """
 
     dtype: torch.dtype
@@ -66,6 +68,7 @@ class Case:
     aligned: bool = True
     turned: bool = False
     backward: str = ""
+    road: str = "fused"
 
     @property
     def number(self) -> str:
@@ -76,6 +79,8 @@ class Case:
     def name(self) -> str:
         words = [self.form, "gated" if self.gated else "ungated", "full" if self.full else "bare"]
         words += [word for word in ("packed", "turned") if getattr(self, word)]
+        words += [f"in {self.tile.splits} parts"] if self.tile is not None and self.tile.splits > 1 else []
+        words += [] if self.road == "fused" else [self.road]
         words += [] if self.aligned else ["unaligned"]
         words += [f"rank {self.rank}"] if self.form == "factored" and self.rank != _RANK else []
         return f"{' '.join(words)} {self.sequences}x{self.length}" + (f", {self.backward}" if self.backward else "")
@@ -138,6 +143,12 @@ def _by_form(case: Case, single: list[Tile], double: Tile) -> Iterator[Case]:
         yield _variant(case, tile=tile, gated=False)
     yield _variant(case, tile=widest, gated=False, backward="kept")
     yield _variant(case, form="text", tile=widest, sequences=1, length=16, backward="weights")
+    for backward in ("", "kept"):
+        for tile in single:
+            yield _variant(case, tile=replace(tile, splits=4), backward=backward)
+        yield _variant(case, tile=replace(double, splits=4), packed=True, length=500, backward=backward)
+    for gated in (True, False):
+        yield _variant(case, form="text", gated=gated, sequences=1, length=16, backward="kept", road="library")
     if case.number != "bfloat16":
         return
     yield _variant(case, tile=widest, full=False, gated=False)
@@ -167,6 +178,8 @@ def _some_cases(architecture: int) -> Iterator[Case]:
         yield _variant(case, form="factored", backward=backward)
     yield _variant(case, form="text", tile=widest, sequences=1, length=16, backward="weights")
     yield _variant(case, tile=widest, full=False)
+    yield _variant(case, tile=replace(widest, splits=4), length=32)
+    yield _variant(case, form="text", sequences=1, length=16, backward="kept", road="library")
     if architecture == 90:
         double = next(tiles.candidates(**kind, accumulators=2))  # type: ignore[arg-type]
         yield _variant(case, tile=double, packed=True, length=500)
@@ -179,7 +192,7 @@ def launches(case: Case, architecture: int) -> list[Compiled]:
     known = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
     try:
-        with _forced(case.tile), offline(architecture) as launched:
+        with _forced(case.tile), offline(architecture) as launched, forced(case.road):
             if case.backward:
                 pre = scores = None
                 if case.backward != "again":

@@ -24,6 +24,8 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "core_bwd_kernel": ("dscores", "THROUGH_KEY", "THROUGH_VALUE"),
     "form_memory_kernel": (),
     "form_hidden_kernel": (),
+    "form_dpre_kernel": (),
+    "add_parts_kernel": (),
 }
 _TENSOR_MEMORY = 512  # columns of a multiprocessor
 
@@ -41,6 +43,7 @@ class Row:
         waves: of one program per multiprocessor.
         predicted: the cost model's time in µs, for the kernels that it describes; nobody measured it.
         machine: None when it did not compile, for the reason in `error`.
+        moved: bytes of its operands, each once; what several tiles read again comes from L2.
     """
 
     kernel: str
@@ -58,6 +61,7 @@ class Row:
     predicted: float | None
     machine: Machine | None
     error: str = ""
+    moved: int = 0
 
 
 def rows(case: Case, architecture: int, seen: set[str]) -> Iterator[Row]:
@@ -79,14 +83,14 @@ def _row(case: Case, architecture: int, launched: Compiled) -> Row:
     if launched.kernel is not None:
         warps, stages = launched.kernel.metadata.num_warps, launched.kernel.metadata.num_stages
         machine = inspect(launched.kernel)
-    tile = Tile(height, columns, block_k, warps, stages)
+    tile = Tile(height, columns, block_k, warps, stages, splits=launched.constant("SPLITS") or 1)
     operands = [launched.constants.get(name) for name in KERNELS[launched.name]]
     multiplies = any(operand is not None and operand is not False for operand in operands)
     return Row(
         kernel=launched.name, case=case.name, architecture=architecture, dtype=case.number, rows=height, columns=columns,
         block_k=block_k, stages=stages, multiplies=multiplies,
         descriptors=multiplies and launched.constant("FORM") != BY_POINTER.value, grid=launched.programs, waves=round(launched.programs / chip.multiprocessors, 2),
-        predicted=_predicted(launched, case, chip, tile), machine=machine, error=launched.error,
+        predicted=_predicted(launched, case, chip, tile), machine=machine, error=launched.error, moved=launched.moved,
     )  # fmt: skip
 
 
@@ -99,7 +103,9 @@ def _predicted(launched: Compiled, case: Case, chip: Chip, tile: Tile) -> float 
     size = (case.dtype, case.precision, problem.rows, problem.width)
     if "hidden" in kernel:
         gated = case.gated and kernel.startswith("hidden")
-        cycles = tiles.hidden_cycles(chip, tile, *size, pairs, slots, sequences, gated)
+        cycles = tiles.hidden_cycles(
+            chip, tile, *size, pairs, slots, sequences, gated, bool(launched.constant("PERSISTENT"))
+        )
     else:
         both = 1 + (case.gated and kernel.startswith("dinput"))
         cycles = tiles.output_cycles(chip, tile, *size, both * pairs, slots, sequences, case.packed)

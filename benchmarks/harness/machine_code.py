@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memvp_kernels.backends.triton import launch
 from memvp_kernels.backends.triton.steps import forced
@@ -56,6 +58,19 @@ class Compiled:
     def constant(self, *names: str) -> int:
         """The first of these compile-time arguments that the kernel has, or 0."""
         return next((self.constants[n] for n in names if n in self.constants), 0)
+
+    @property
+    def moved(self) -> int:
+        """Bytes of the tensors among its arguments, of those that share a storage the largest."""
+        sizes: dict[int, int] = {}
+        for argument in self.constants.values():
+            tensor = argument.base if isinstance(argument, TensorDescriptor) else argument
+            if isinstance(tensor, Tensor):
+                # A descriptor over two weights is longer than its base.
+                shape = argument.shape if isinstance(argument, TensorDescriptor) else tensor.shape
+                storage = tensor.untyped_storage().data_ptr()
+                sizes[storage] = max(sizes.get(storage, 0), math.prod(shape) * tensor.element_size())
+        return sum(sizes.values())
 
 
 class _NoDevice(DriverBase):  # type: ignore[misc]
