@@ -104,9 +104,8 @@ def cases(architecture: int, *, exhaustive: bool) -> Iterator[Case]:
     ):
         for aligned in (True, False):
             kind = (chip, dtype, precision)
-            descriptors = aligned and architecture >= 90
-            single = list(tiles.candidates(*kind, descriptors=descriptors))
-            double = list(tiles.candidates(*kind, descriptors=descriptors, accumulators=2))
+            single = list(tiles.candidates(*kind, descriptors=aligned))
+            double = list(tiles.candidates(*kind, descriptors=aligned, accumulators=2))
             case = Case(dtype, precision, aligned=aligned)
             if case.number != "float16" or aligned:
                 yield from _by_tile(case, single, double)
@@ -171,7 +170,7 @@ def _by_form(case: Case, single: list[Tile], double: Tile) -> Iterator[Case]:
 
 def _some_cases(architecture: int) -> Iterator[Case]:
     chip, case = tiles.chip_of(architecture), Case(torch.bfloat16, "ieee")
-    kind = {"chip": chip, "dtype": case.dtype, "precision": case.precision, "descriptors": architecture >= 90}
+    kind = {"chip": chip, "dtype": case.dtype, "precision": case.precision, "descriptors": True}
     widest = next(tiles.candidates(**kind))  # type: ignore[arg-type]
     for backward in ("", "kept"):
         yield _variant(case, tile=widest, backward=backward)

@@ -18,7 +18,7 @@ KINDS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf3
 @pytest.mark.parametrize("descriptors", [True, False])
 def test_everything_it_returns_fits(architecture: int, dtype: torch.dtype, precision: str, descriptors: bool) -> None:
     chip = tiles.chip_of(architecture)
-    common = {"descriptors": descriptors and architecture >= 90}
+    common = {"descriptors": descriptors}
     for rows, width in itertools.product((1, 17, 512, 8192, 10**6), (1, 37, 136, 4096)):
         sizes = {"rows": rows, "width": width, "pairs": 11008, "slots": 320, **common}
         found = [

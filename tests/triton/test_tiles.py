@@ -16,27 +16,45 @@ LLAMA = {"width": 4096, "pairs": 11008, "slots": 320}
 
 
 def hidden(
-    chip: Chip, rows: int, *, dtype: torch.dtype = torch.bfloat16, precision: str = "ieee", **given: int
+    chip: Chip,
+    rows: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    precision: str = "ieee",
+    aligned: bool = True,
+    **given: int,
 ) -> Tile:
     sizes = {**LLAMA, "sequences": max(rows // 512, 1), **given}
-    return tiles.hidden_tile(
-        chip, dtype, precision, rows=rows, gated=True, descriptors=chip.architecture >= 90, **sizes
-    )
+    return tiles.hidden_tile(chip, dtype, precision, rows=rows, gated=True, descriptors=aligned, **sizes)
 
 
 def output(
-    chip: Chip, rows: int, *, dtype: torch.dtype = torch.bfloat16, precision: str = "ieee", **given: int
+    chip: Chip,
+    rows: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    precision: str = "ieee",
+    aligned: bool = True,
+    **given: int,
 ) -> Tile:
     sizes = {**LLAMA, "sequences": max(rows // 512, 1), "length": 512, **given}
-    return tiles.output_tile(chip, dtype, precision, rows=rows, descriptors=chip.architecture >= 90, **sizes)
+    return tiles.output_tile(chip, dtype, precision, rows=rows, descriptors=aligned, **sizes)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=str)
-def test_everything_it_returns_fits(architecture: int, dtype: torch.dtype, precision: str) -> None:
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
+def test_everything_it_returns_fits(architecture: int, dtype: torch.dtype, precision: str, aligned: bool) -> None:
     chip = tiles.chip_of(architecture)
     for rows, width, pairs, slots in itertools.product((1, 17, 512, 8192, 10**6), (1, 37, 4096), (1, 11008), (0, 320)):
-        sizes = {"width": width, "pairs": pairs, "slots": slots, "dtype": dtype, "precision": precision}
+        sizes = {
+            "width": width,
+            "pairs": pairs,
+            "slots": slots,
+            "dtype": dtype,
+            "precision": precision,
+            "aligned": aligned,
+        }
         first, second = hidden(chip, rows, **sizes), output(chip, rows, **sizes)
         cut = output(chip, rows, **sizes, length=511, sequences=4)
         for tile, wide, accumulators in (
@@ -52,6 +70,17 @@ def test_everything_it_returns_fits(architecture: int, dtype: torch.dtype, preci
             assert all(n & (n - 1) == 0 for n in (tile.block_n, tile.columns, tile.block_k, tile.warps))
         core = tiles.core_tile(chip, dtype, precision, rows=rows, rank=136)
         assert core.block_n * (core.columns + core.block_k) // (32 * core.warps) <= 128
+
+
+def test_what_no_vector_can_load_takes_small_tiles() -> None:
+    """An address for each element beside the accumulator: larger tiles spill, on every chip."""
+    for architecture in ARCHITECTURES:
+        chip = tiles.chip_of(architecture)
+        for rows in (16, 512, 8192):
+            tile = output(chip, rows, aligned=False)
+            assert tile.block_n * tile.columns // (32 * tile.warps) <= 32
+            assert (tile.block_n + tile.columns) * tile.block_k // (32 * tile.warps) <= 32
+        assert tiles.core_tile(chip, torch.bfloat16, "ieee", rows=8192, rank=137).columns <= 64
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -19,6 +19,7 @@ _RESERVE = 2 * 1024  # bytes of barriers and descriptors beside the stages
 _OUTER_SHAPES = {
     "descriptors": (64, 256, 64, 4, 4),
     "pointers": (64, 128, 32, 4, 4),
+    "elements": (64, 64, 32, 4, 3),
     "tf32": (64, 128, 32, 4, 3),
     "ieee": (64, 64, 32, 8, 2),
 }
@@ -33,13 +34,13 @@ def dhidden_tile(
         chip, dtype, precision, rows=rows, width=width, pairs=pairs, slots=slots, sequences=sequences, gated=False,
         descriptors=descriptors,
     )  # fmt: skip
-    return _shorter_steps(tile, dtype, descriptors)
+    return _shorter_steps(tile, tiles.loading(chip, dtype, precision, descriptors))
 
 
-def _shorter_steps(tile: Tile, dtype: torch.dtype, descriptors: bool) -> Tile:
+def _shorter_steps(tile: Tile, loading: str) -> Tile:
     """Half the K step where pointers to a step of 64, in only four warps, leave too few registers for accumulator and epilogue."""
     crowded = tile.block_n * tile.columns // (32 * tile.warps) >= 32 and tile.warps == 4 and tile.block_k > 32
-    return replace(tile, block_k=32) if crowded and not descriptors and dtype != torch.float32 else tile
+    return replace(tile, block_k=32) if crowded and loading == "pointers" else tile
 
 
 def dinput_tile(
@@ -50,12 +51,12 @@ def dinput_tile(
     tile = tiles.output_tile(
         chip, dtype, precision, rows=rows, width=width, pairs=pairs, slots=slots, sequences=sequences, length=length, descriptors=descriptors
     )  # fmt: skip
-    return _shorter_steps(tile, dtype, descriptors)
+    return _shorter_steps(tile, tiles.loading(chip, dtype, precision, descriptors))
 
 
 def dmemory_tile(chip: Chip, dtype: torch.dtype, precision: str, *, width: int, descriptors: bool) -> Tile:
     """The tile of dKv and dVv: `block_n` slots by `columns` of the memory, in steps of `block_k` rows of x."""
-    kind = precision if dtype == torch.float32 else "descriptors" if descriptors else "pointers"
+    kind = tiles.loading(chip, dtype, precision, descriptors)
     slots, columns, step, warps, most = _OUTER_SHAPES[kind]
     if kind == "descriptors" and chip.family != "wgmma":
         # tcgen05 wants 128 rows, and its float32 results spill at 256 columns; mma.sync keeps its accumulators in registers.
@@ -83,9 +84,12 @@ def row_splits(multiprocessors: int, outputs: int, steps: int) -> int:
 
 def core_backward_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: int, rank: int) -> Tile:
     """The core backward's tile: `columns` of dS A and of visual A at once, steps of `block_k` slots."""
-    columns = min(128 if dtype != torch.float32 else 64, tiles._bucket(rank))
+    odd = rank % 8 != 0  # then a core is loaded element by element
+    columns = min(64 if odd or dtype == torch.float32 else 128, tiles._bucket(rank))
     if dtype == torch.float32:
         return Tile(16 if precision == "ieee" else 32, columns, 16, 4, 2)
     block_n = 64 if tiles._bucket(rows) >= 32 * chip.multiprocessors else 32 if rows > 256 else 16
+    if odd:
+        return Tile(min(block_n, 32), columns, 16, 4, 2)
     # Steps of 64 slots spill: scores, their slope and dropout's generator are alive beside the accumulators of t and u.
     return Tile(block_n, columns, 32, 8 if block_n == 64 else 4, 2)

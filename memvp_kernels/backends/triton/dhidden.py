@@ -91,12 +91,13 @@ def dhidden_backward(
     )
 
     operands = [t for t in (grad, memory) if t is not None]
-    tma = launch.has_tma(grad.device) and all(launch.describable(t) for t in operands)
-    tma = tma and (value is None or launch.form_of(value) != BY_POINTER.value)
+    aligned = all(launch.describable(t) for t in operands)
+    aligned = aligned and (value is None or launch.form_of(value) != BY_POINTER.value)
+    tma = aligned and launch.has_tma(grad.device)
     precision = launch.precision(grad.dtype)
     tile = backward_tiles.dhidden_tile(
         launch.chip(grad.device), grad.dtype, precision, rows=rows, width=width, pairs=pairs, slots=slots,
-        sequences=segments.sequences, descriptors=tma,
+        sequences=segments.sequences, descriptors=aligned,
     )  # fmt: skip
     form = BY_ROW.value if tma else BY_POINTER.value
     form_value = launch.form_of(value, tma) if value is not None else BY_POINTER.value

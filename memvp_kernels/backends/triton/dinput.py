@@ -48,12 +48,12 @@ def dinput_backward(
 
     lefts = [t for t in (dkey, dgate, dscores, memory) if t is not None]
     weights = [t for t in (key, gate) if t is not None]
-    tma = launch.has_tma(like.device) and all(launch.describable(t) for t in lefts)
-    tma = tma and all(launch.form_of(t) != BY_POINTER.value for t in weights)
+    aligned = all(launch.describable(t) for t in lefts) and all(launch.form_of(t) != BY_POINTER.value for t in weights)
+    tma = aligned and launch.has_tma(like.device)
     precision = launch.precision(like.dtype)
     tile = backward_tiles.dinput_tile(
         launch.chip(like.device), like.dtype, precision, rows=rows, width=width, pairs=pairs * (1 + (gate is not None)), slots=slots,
-        sequences=segments.sequences, length=segments.length, descriptors=tma,
+        sequences=segments.sequences, length=segments.length, descriptors=aligned,
     )  # fmt: skip
     form = BY_ROW.value if tma else BY_POINTER.value
     form_key = launch.form_of(key, tma) if key is not None else BY_POINTER.value

@@ -70,16 +70,19 @@ def dense_gradients(pairs: Sequence[Pair], dtype: torch.dtype) -> list[Tensor]:
 
 
 def _describable(pairs: Sequence[Pair]) -> bool:
-    return launch.has_tma(pairs[0][0].device) and all(launch.describable(t) for pair in pairs for t in pair)
+    return all(launch.describable(t) for pair in pairs for t in pair)
 
 
 def _launch(pairs: Sequence[Pair], segments: Segments, memories: int, dtype: torch.dtype) -> list[Tensor]:
     (left, right), (other_left, other_right) = pairs[0], pairs[-1]
     slots, width = left.shape[1], right.shape[1]
     outs = [torch.empty(memories, slots, width, dtype=dtype, device=right.device) for _ in pairs]
-    tma = _describable(pairs)
+    aligned = _describable(pairs)
+    tma = aligned and launch.has_tma(right.device)
     precision = launch.precision(right.dtype)
-    tile = backward_tiles.dmemory_tile(launch.chip(right.device), right.dtype, precision, width=width, descriptors=tma)
+    tile = backward_tiles.dmemory_tile(
+        launch.chip(right.device), right.dtype, precision, width=width, descriptors=aligned
+    )
     tiles = triton.cdiv(slots, tile.block_n) * triton.cdiv(width, tile.columns)
 
     def run() -> None:

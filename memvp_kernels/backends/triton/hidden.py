@@ -104,14 +104,16 @@ def hidden_forward(
         scores=_scores(rows, slots, x, segments) if memory is not None and save_scores else None,
     )
 
-    tma = launch.has_tma(x.device) and launch.describable(x) and (memory is None or launch.describable(memory))
-    form_key, form_gate = (BY_ROW.value if w is None else launch.form_of(w, tma) for w in (key, gate))
-    if not tma or BY_POINTER.value in (form_key, form_gate):
-        tma, form_key, form_gate = False, BY_POINTER.value, BY_POINTER.value
+    aligned = launch.describable(x) and (memory is None or launch.describable(memory))
+    aligned = aligned and all(w is None or launch.form_of(w) != BY_POINTER.value for w in (key, gate))
+    tma = aligned and launch.has_tma(x.device)
+    form_key, form_gate = (
+        BY_POINTER.value if not tma else BY_ROW.value if w is None else launch.form_of(w) for w in (key, gate)
+    )
     paired = tma and gate is not None and key is not None and launch.pairable(gate, key)
     tile = tiles.hidden_tile(
         launch.chip(x.device), x.dtype, launch.precision(x.dtype), rows=rows, width=width, pairs=pairs, slots=slots,
-        sequences=segments.sequences, gated=gated, descriptors=tma,
+        sequences=segments.sequences, gated=gated, descriptors=aligned,
     )  # fmt: skip
     wide = (1 + paired) * tile.columns  # of one accumulator
     block_weight, block_memory = (tile.columns, tile.block_k), (1, wide, tile.block_k)

@@ -55,12 +55,12 @@ def output_forward(
     y = torch.empty(rows, width, dtype=like.dtype, device=like.device) if into is None else into
 
     lefts = [t for t in (hidden, visual, memory) if t is not None]
-    tma = launch.has_tma(like.device) and all(launch.describable(t) for t in lefts)
+    aligned = all(launch.describable(t) for t in lefts) and (value is None or launch.form_of(value) != BY_POINTER.value)
+    tma = aligned and launch.has_tma(like.device)
     form_value = BY_ROW.value if value is None else launch.form_of(value, tma)
-    tma = tma and form_value != BY_POINTER.value
     tile = tiles.output_tile(
         launch.chip(like.device), like.dtype, launch.precision(like.dtype), rows=rows, width=width, pairs=pairs, slots=slots,
-        sequences=segments.sequences, length=segments.length, descriptors=tma,
+        sequences=segments.sequences, length=segments.length, descriptors=aligned,
     )  # fmt: skip
     form = BY_ROW.value if tma else BY_POINTER.value
     left = (tile.block_n, tile.block_k)

@@ -44,7 +44,7 @@ class Shape:
         length: T, None when packed.
         gated: gate and key, or key alone.
         dense: the memory's products are dense ones over all rows.
-        descriptors: TMA can read x and the weights.
+        descriptors: x and the weights lie as TMA wants them, also on a chip without it, which then loads vectors.
     """
 
     dtype: torch.dtype
@@ -167,7 +167,8 @@ def product_cycles(chip: Chip, dtype: torch.dtype, precision: str, rows: int, co
 @cache
 def _library_tiles(chip: Chip) -> list[Tile]:
     """The wide tiles, in every dtype and on every chip: hand-written kernels keep 128 accumulators a thread where Triton's spill."""
-    return [*tiles.candidates(chip, torch.float16, "ieee", descriptors=True), Tile(128, 192, 64, 8, 2)]
+    hand_written = ((128, 256), (128, 192), (128, 128), (64, 128), (64, 64), (64, 32))
+    return [Tile(rows, columns, 64, 8, 2) for rows, columns in hand_written]
 
 
 def _fused_rate(chip: Chip, shape: Shape) -> float:

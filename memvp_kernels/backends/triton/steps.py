@@ -70,10 +70,9 @@ def shape_of(problem: Problem) -> roads.Shape:
     p = problem
     dense = p.factored or p.segments.shared
     slots = p.rank + (p.slots if p.key_position is not None else 0) if p.factored else p.slots
-    tma = launch.has_tma(p.x.device) and launch.describable(p.x)
     return roads.Shape(
         dtype=p.x.dtype, precision=launch.precision(p.x.dtype), rows=p.rows, width=p.width, pairs=p.pairs, slots=slots,
         sequences=1 if dense else p.segments.sequences, length=p.rows if dense else p.segments.length, gated=p.gated, dense=dense,
         # One weight speaks for all: they come from one model, and nothing but a prediction hangs on it.
-        descriptors=tma and (p.key is None or launch.form_of(p.key) != BY_POINTER.value),
+        descriptors=launch.describable(p.x) and (p.key is None or launch.form_of(p.key) != BY_POINTER.value),
     )  # fmt: skip

@@ -26,6 +26,7 @@ __all__ = [
     "hidden_cycles",
     "hidden_tile",
     "joining_cycles",
+    "loading",
     "output_cycles",
     "output_tile",
     "persists",
@@ -125,6 +126,8 @@ _SHAPES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
         (32, 64, 64, 4, 4),
         (16, 64, 64, 4, 5),
     ),
+    # One load for every element, each with its own address: anything larger spills.
+    "elements": ((64, 64, 32, 4, 3), (32, 64, 32, 4, 3), (16, 64, 32, 4, 3)),
     "tf32": ((128, 128, 32, 8, 4), (64, 64, 32, 4, 4), (32, 64, 32, 4, 4)),
     "ieee": ((64, 64, 16, 8, 3), (32, 64, 32, 4, 3)),
 }
@@ -143,15 +146,18 @@ _LAUNCH_SECONDS = (
 )
 
 
-def _kind(dtype: torch.dtype, precision: str, descriptors: bool) -> str:
+def loading(chip: Chip, dtype: torch.dtype, precision: str, descriptors: bool) -> str:
+    """How tiles come in: "descriptors" through TMA, "pointers" in vectors, "elements" one by one; float32 by its precision alone."""
     if dtype == torch.float32:
         return precision
-    return "descriptors" if descriptors else "pointers"
+    if not descriptors:
+        return "elements"
+    return "descriptors" if chip.architecture >= 90 else "pointers"
 
 
 def _accumulator_limit(kind: str) -> int:
     """Float32 accumulators a thread may hold without spilling, as the compiled kernels show."""
-    return {"descriptors": 128, "pointers": 64, "tf32": 64, "ieee": 32}[kind]
+    return {"descriptors": 128, "pointers": 64, "elements": 32, "tf32": 64, "ieee": 32}[kind]
 
 
 def candidates(
@@ -160,10 +166,11 @@ def candidates(
     """Every tile that fits, widest first.
 
     Args:
+        descriptors: every operand can have one (`launch.describable`), also on a chip without TMA, which then loads vectors.
         accumulators: full-width accumulators alive at once.
         halves: 2 where a tile's columns are two operands side by side (gate and key).
     """
-    kind = _kind(dtype, precision, descriptors)
+    kind = loading(chip, dtype, precision, descriptors)
     for block_n, wide, block_k, warps, most in _SHAPES[kind]:
         stage = (block_n + wide) * block_k * dtype.itemsize
         stages = min(most, (chip.shared - _RESERVE) // stage)
@@ -378,11 +385,12 @@ def step_cycles(chip: Chip, tile: Tile, dtype: torch.dtype, precision: str, wide
 
 def core_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: int, rank: int) -> Tile:
     """The core kernel's tile: `columns` of u at once, steps of `block_k` slots; few rows take short tiles, for more programs."""
-    columns = min(256 if dtype != torch.float32 else 64, _bucket(rank, 16))
+    odd = rank % 8 != 0  # then a core is loaded element by element, each with its own address
+    columns = min(64 if odd or dtype == torch.float32 else 256, _bucket(rank, 16))
     if dtype == torch.float32:
         return Tile(16, columns, 16, 4, 2) if precision == "ieee" else Tile(32, columns, 32, 4, 2)
     block_n = 64 if _bucket(rows) >= 64 * chip.multiprocessors // 2 else 32 if rows > 256 else 16
-    return Tile(block_n, columns, 64, 8 if block_n == 64 else 4, 2)
+    return Tile(block_n, columns, 32 if odd else 64, 8 if block_n == 64 else 4, 2)
 
 
 def _bucket(count: int, least: int = 16) -> int:
