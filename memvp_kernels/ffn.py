@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from memvp_kernels.arguments import check_scalars, check_tensors
 from memvp_kernels.choose import require
 from memvp_kernels.philox import draw_seed
 
-__all__ = ["fused_ffn"]
+__all__ = ["check", "fused_ffn", "unwatched"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -118,9 +118,7 @@ def fused_ffn(
         "visual_index": visual_index,
         "cu_seqlens": cu_seqlens,
     }
-    autocast = ops.autocast_dtype(x.device) if isinstance(x, Tensor) else None
-    check_tensors(tensors, autocast)
-    require(backend, x.device)
+    autocast = check(tensors, backend)
     scalars = {
         "activation": activation,
         "visual_activation": visual_activation or activation,
@@ -128,7 +126,7 @@ def fused_ffn(
         "dropout_p": dropout_p,
     }
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
-    plain = _plain(tensors, training)
+    plain = unwatched(tensors.values(), training)
     if dropout_p > 0 and visual_key is not None:
         if plain:
             ops.admit(tensors, scalars, training, backend, autocast)  # a refused call leaves the generator alone
@@ -146,7 +144,17 @@ def _requires_grad(tensors: dict[str, Tensor | None], names: tuple[str, ...]) ->
     return any(t is not None and t.requires_grad for t in map(tensors.get, names))
 
 
-def _plain(tensors: dict[str, Tensor | None], training: bool) -> bool:
+def check(tensors: dict[str, Tensor | None], backend: str) -> torch.dtype | None:
+    """Raise what the arguments deserve before anything is done; the dtype that autocast wants, None outside it."""
+    x = tensors["x"]
+    autocast = ops.autocast_dtype(x.device) if isinstance(x, Tensor) else None
+    check_tensors(tensors, autocast)
+    assert x is not None
+    require(backend, x.device)
+    return autocast
+
+
+def unwatched(tensors: Collection[Tensor | None], training: bool) -> bool:
     """Nobody is watching: no tracing, transform, subclass or dispatch mode, so the dispatcher would only cost time.
 
     Raises:
@@ -158,13 +166,13 @@ def _plain(tensors: dict[str, Tensor | None], training: bool) -> bool:
     if transforms is not None or forward_ad._current_level >= 0:
         _refuse_derivatives(tensors, training, transforms or ())
         return False
-    return all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors.values())
+    return all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
 
 
-def _refuse_derivatives(tensors: dict[str, Tensor | None], training: bool, transforms: Sequence[Any]) -> None:
+def _refuse_derivatives(tensors: Collection[Tensor | None], training: bool, transforms: Sequence[Any]) -> None:
     """vmap has a rule; of the others PyTorch would speak in terms of this package's insides, or lose the tangent."""
     reverse = training and any(t.key() == torch._C._functorch.TransformType.Grad for t in transforms)
-    forward = forward_ad._current_level >= 0 and any(_has_tangent(t) for t in tensors.values())
+    forward = forward_ad._current_level >= 0 and any(_has_tangent(t) for t in tensors)
     if reverse or forward:
         raise RuntimeError(
             "fused_ffn: wanted reverse-mode autograd, got torch.func.grad, vjp, jvp or forward-mode AD; its derivative is written for "

@@ -18,29 +18,37 @@ from torch import Tensor
 
 from memvp_kernels.arguments import TENSORS, cast_dtype, check_values
 from memvp_kernels.choose import choose
-from memvp_kernels.problem import Problem, Segments
+from memvp_kernels.problem import SHARED, Problem, Segments
 
 __all__ = [
+    "CARRIERS",
     "KEEP_HIDDEN",
     "KEEP_SCORES",
     "admit",
     "autocast_dtype",
     "backward_op",
     "forward_op",
+    "narrow",
     "normalise",
     "pack",
+    "run_backward",
     "run_forward",
+    "unpack",
 ]
 
 #: What the forward keeps for the backward, as bits.
 KEEP_HIDDEN, KEEP_SCORES = 1, 2
 
-#: Every tensor that crosses an op, by the bit that says whether it does; pre and scores only on the way back.
-_CROSSING = (*TENSORS, "seed", "pre", "scores")
+#: The tensors whose gradients are those of `SHARED`; their numbers are never read.
+CARRIERS = ("core_carrier", "key_carrier", "value_carrier")
+_CARRIED = dict(zip(CARRIERS, SHARED, strict=True))
+
+#: Every tensor that crosses an op, by the bit that says whether it does; pre and scores only on the way back, carriers only forward.
+_CROSSING = (*TENSORS, "seed", "pre", "scores", "key_operand", "value_operand", *CARRIERS)
 _SCALARS = ("activation", "visual_activation", "visual_scale", "dropout_p")
 
 
-def _narrow(t: Tensor | None) -> Tensor | None:
+def narrow(t: Tensor | None) -> Tensor | None:
     """int32, with what doesn't fit kept out of range rather than wrapped into it."""
     return t if t is None or t.dtype == torch.int32 else t.clamp(-(2**31), 2**31 - 1).to(torch.int32)
 
@@ -64,22 +72,24 @@ def normalise(
     assert x is not None
     width = x.shape[-1]
     rows = math.prod(x.shape[:-1])
+    key_operand, value_operand = tensors.get("key_operand"), tensors.get("value_operand")
     memory = {
         name: tensors[name] for name in ("visual_key", "visual_value", "visual_basis", "key_position", "value_position")
     }
     key = memory["visual_key"]
     if key is None or not _has_slots(key):
         memory = dict.fromkeys(memory)
+        key_operand = value_operand = None
         segments = Segments(rows, 1, rows, shared=True)
         seed = None
     else:
-        index, cu_seqlens = _narrow(tensors["visual_index"]), _narrow(tensors["cu_seqlens"])
+        index, cu_seqlens = narrow(tensors["visual_index"]), narrow(tensors["cu_seqlens"])
         if index is None and (key.dim() == 2 or (key.shape[0] == 1 and cu_seqlens is None)):
-            segments = Segments(rows, 1, rows, lengths=_narrow(tensors["visual_lengths"]), shared=True)
+            segments = Segments(rows, 1, rows, lengths=narrow(tensors["visual_lengths"]), shared=True)
         else:
             sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             length = x.shape[1] if cu_seqlens is None else None
-            segments = Segments(rows, sequences, length, cu_seqlens, index, _narrow(tensors["visual_lengths"]))
+            segments = Segments(rows, sequences, length, cu_seqlens, index, narrow(tensors["visual_lengths"]))
         if key.dim() == 2:
             same = memory["visual_value"] is key
             memory["visual_key"] = key[None]
@@ -89,6 +99,8 @@ def normalise(
         residual=_rows(tensors["residual"], width),
         seed=seed,
         segments=segments,
+        key_operand=key_operand,
+        value_operand=value_operand,
         **{n: tensors[n] for n in ("key", "value", "gate", "key_bias", "gate_bias", "value_bias")},  # type: ignore[arg-type]
         **memory,  # type: ignore[arg-type]
         **scalars,
@@ -147,6 +159,56 @@ def run_forward(
     return y.reshape(x.shape), pre, scores
 
 
+def _gradient_of(name: str, tensors: Mapping[str, Tensor | None]) -> tuple[Tensor, torch.dtype]:
+    """A tensor of the gradient's shape and device, and its dtype."""
+    x = tensors["x"]
+    argument = tensors["visual_key" if name == "core_carrier" else _CARRIED.get(name, name)]
+    assert x is not None and argument is not None
+    return argument, torch.promote_types(x.dtype, torch.float32) if name in _CARRIED else argument.dtype
+
+
+def run_backward(
+    grad: Tensor,
+    tensors: Mapping[str, Tensor | None],
+    scalars: Mapping[str, Any],
+    wanted: Sequence[str],
+    backend: str,
+    autocast: torch.dtype | None = None,
+    sums: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Backward on real tensors, without the dispatcher.
+
+    Args:
+        grad: of y.
+        tensors: what the forward had, and its `pre` and `scores` where it kept them.
+        wanted: names of `tensors`, or `CARRIERS`, whose gradients are float32 at least and not the carriers' own.
+        sums: by the names of `SHARED`, in that dtype and contiguous: what their gradients are added to, in place.
+
+    Returns:
+        the gradients by name, in the order of `wanted`; for a carrier its sum where there is one.
+    """
+    problem = normalise(tensors, scalars, autocast)
+    # An empty memory was dropped from the problem: its gradients are zeros.
+    names = {name: _CARRIED.get(name, name) for name in wanted}
+    known = frozenset(n for n in names.values() if getattr(problem, n) is not None)
+    sums = {} if sums is None else sums
+    grads: dict[str, Tensor] = {}
+    if problem.rows and known:
+        with _without_autocast(grad.device):
+            module = choose(problem, backend, training=True)
+            flat = grad.reshape(problem.rows, problem.width)
+            grads = module.backward(problem, flat, tensors["pre"], tensors["scores"], known, sums)
+    out = {}
+    for name, known_as in names.items():
+        like, dtype = _gradient_of(name, tensors)
+        found = grads.get(known_as, sums.get(known_as))
+        if found is None:
+            out[name] = like.new_zeros(like.shape, dtype=dtype)
+        else:
+            out[name] = found.to(dtype).reshape(like.shape).contiguous()
+    return out
+
+
 def pack(tensors: Mapping[str, Tensor | None]) -> tuple[list[Tensor], int]:
     """What crosses an op: the tensors that are there, and a bit for each name in `_CROSSING` that says which.
 
@@ -162,7 +224,8 @@ def pack(tensors: Mapping[str, Tensor | None]) -> tuple[list[Tensor], int]:
     return there, present
 
 
-def _unpack(tensors: Sequence[Tensor], present: int) -> dict[str, Tensor | None]:
+def unpack(tensors: Sequence[Tensor], present: int) -> dict[str, Tensor | None]:
+    """The inverse of :func:`pack`."""
     found = iter(tensors)
     return {name: next(found) if present >> bit & 1 else None for bit, name in enumerate(_CROSSING)}
 
@@ -193,7 +256,7 @@ def forward_op(
     autocast: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, pre-activations or empty, scores or empty); `keep` is a sum of `KEEP_HIDDEN` and `KEEP_SCORES`."""
-    bound = _unpack(tensors, present)
+    bound = unpack(tensors, present)
     scalars = dict(zip(_SCALARS, (activation, visual_activation, visual_scale, dropout_p), strict=True))
     y, *kept = run_forward(bound, scalars, keep, training, backend, autocast)
     pre, scores = (
@@ -216,7 +279,7 @@ def _(
     autocast: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = tensors[0]
-    pre, scores = _kept_shapes(_unpack(tensors, present), keep)
+    pre, scores = _kept_shapes(unpack(tensors, present), keep)
     y = x.new_empty(x.shape, dtype=cast_dtype("x", x.dtype, autocast))
     return y, y.new_empty(pre), y.new_empty(scores)
 
@@ -245,28 +308,10 @@ def backward_op(
     autocast: torch.dtype | None,
 ) -> list[Tensor]:
     """The gradients of the tensors whose bit is set in `needs`, in the order of `_CROSSING`."""
-    bound = _unpack(tensors, present)
+    bound = unpack(tensors, present)
     scalars = dict(zip(_SCALARS, (activation, visual_activation, visual_scale, dropout_p), strict=True))
-    problem = normalise(bound, scalars, autocast)
     wanted = [name for bit, name in enumerate(_CROSSING) if needs >> bit & 1]
-    # An empty memory was dropped from the problem: its gradients are zeros.
-    known = frozenset(n for n in wanted if getattr(problem, n) is not None)
-    grads: dict[str, Tensor] = {}
-    if problem.rows and known:
-        with _without_autocast(grad.device):
-            module = choose(problem, backend, training=True)
-            flat = grad.reshape(problem.rows, problem.width)
-            grads = module.backward(problem, flat, bound["pre"], bound["scores"], known)
-    out = []
-    for name in wanted:
-        argument = bound[name]
-        assert argument is not None
-        found = grads.get(name)
-        if found is None:
-            out.append(argument.new_zeros(argument.shape))
-        else:
-            out.append(found.to(argument.dtype).reshape(argument.shape).contiguous())
-    return out
+    return list(run_backward(grad, bound, scalars, wanted, backend, autocast).values())
 
 
 @backward_op.register_fake
@@ -282,9 +327,9 @@ def _(
     backend: str,
     autocast: torch.dtype | None,
 ) -> list[Tensor]:
-    bound = _unpack(tensors, present)
-    wanted = [bound[name] for bit, name in enumerate(_CROSSING) if needs >> bit & 1]
-    return [t.new_empty(t.shape) for t in wanted if t is not None]
+    bound = unpack(tensors, present)
+    wanted = [name for bit, name in enumerate(_CROSSING) if needs >> bit & 1]
+    return [like.new_empty(like.shape, dtype=dtype) for like, dtype in (_gradient_of(name, bound) for name in wanted)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -292,8 +337,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _, pre, scores = output
     ctx.mark_non_differentiable(pre, scores)
     ctx.set_materialize_grads(False)
-    saved = _unpack(tensors, present)
-    residual, saved["residual"] = saved["residual"], None  # its gradient is the output's own
+    saved = unpack(tensors, present)
+    residual = saved["residual"]
+    # A residual's gradient is the output's own, and a carrier's numbers are never read.
+    saved |= dict.fromkeys(("residual", *CARRIERS))
     saved["pre"] = pre if keep & KEEP_HIDDEN else None
     saved["scores"] = scores if keep & KEEP_SCORES else None
     flat, ctx.saved = pack(saved)

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Problem", "Segments"]
+__all__ = ["SHARED", "Problem", "Segments"]
+
+#: What :mod:`memvp_kernels.shared` asks the gradient of, each once for all the calls that read it: float32 at least, summed in place.
+SHARED = ("core", "key_operand", "value_operand")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class Problem:
     Shapes are those of the contract: x (N, d); key, value, gate (F, d); key_bias, gate_bias (F,); value_bias (d,);
     visual_key, visual_value (R, M, d), or cores (R, M, r) under visual_basis (r, d); positions (M, d); residual (N, d);
     seed (1,) int64, present iff dropout_p > 0. Weights share x's dtype; biases and everything of the memory may be wider.
+
+    A factored memory that many calls read comes in x's dtype with key_operand [visual_basis; key_position] and value_operand
+    [visual_basis; value_position] (r + M, d), contiguous, of which basis and positions are views; visual_key is visual_value then.
     """
 
     x: Tensor
@@ -60,6 +66,13 @@ class Problem:
     visual_activation: str
     visual_scale: float
     dropout_p: float
+    key_operand: Tensor | None = None
+    value_operand: Tensor | None = None
+
+    @property
+    def core(self) -> Tensor | None:
+        """(R, M, r), the key's and the value's in one, of a memory that many calls read."""
+        return None if self.key_operand is None else self.visual_key
 
     @property
     def rows(self) -> int:

@@ -7,18 +7,23 @@ backward is written by hand so that only the pre-activations are kept, and none 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memvp_kernels.backends.memory_rows import MemoryRows, memory_rows, only_readers, row_of
+from memvp_kernels.backends.memory_rows import MemoryRows, add_transposed, memory_rows, only_readers, row_of
 from memvp_kernels.philox import keep_mask
-from memvp_kernels.problem import Problem
+from memvp_kernels.problem import SHARED, Problem
 
 __all__ = ["backward", "forward", "unsupported"]
 
 _aten = torch.ops.aten
+
+_BEHIND_SCORES = frozenset(("x", "visual_key", "key_position", "visual_basis", "core", "key_operand"))
+_BEHIND_VISUAL = frozenset(("visual_value", "value_position", "visual_basis", "core", "value_operand"))
+_NO_SUMS: Mapping[str, Tensor] = {}
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -197,15 +202,20 @@ def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[
 
 
 def backward(
-    problem: Problem, grad: Tensor, pre: Tensor | None, scores: Tensor | None, needs: frozenset[str]
+    problem: Problem,
+    grad: Tensor,
+    pre: Tensor | None,
+    scores: Tensor | None,
+    needs: frozenset[str],
+    sums: Mapping[str, Tensor] = _NO_SUMS,
 ) -> dict[str, Tensor]:
-    """The gradients named by `needs`, each with its argument's shape and dtype."""
+    """The gradients named by `needs`, each with its argument's shape and dtype; those of `SHARED` float32 at least, added to `sums`."""
     grads = _ffn_backward(problem, grad, pre, needs) if problem.key is not None else {}
     if problem.has_memory:
-        _memory_backward(problem, grad, scores, needs, grads)
+        _memory_backward(problem, grad, scores, needs, grads, sums)
     if "x" in needs and "x" not in grads:
         grads["x"] = torch.zeros_like(problem.x, memory_format=torch.contiguous_format)
-    return {name: g.to(getattr(problem, name).dtype) for name, g in grads.items()}
+    return {name: g if name in SHARED else g.to(getattr(problem, name).dtype) for name, g in grads.items()}
 
 
 def _ffn_backward(p: Problem, grad: Tensor, pre: Tensor | None, needs: frozenset[str]) -> dict[str, Tensor]:
@@ -240,22 +250,27 @@ def _ffn_backward(p: Problem, grad: Tensor, pre: Tensor | None, needs: frozenset
 
 
 def _memory_backward(
-    p: Problem, grad: Tensor, scores: Tensor | None, needs: frozenset[str], grads: dict[str, Tensor]
+    p: Problem,
+    grad: Tensor,
+    scores: Tensor | None,
+    needs: frozenset[str],
+    grads: dict[str, Tensor],
+    sums: Mapping[str, Tensor],
 ) -> None:
-    wanted = needs & {"x", "visual_key", "visual_value", "visual_basis", "key_position", "value_position"}
+    wanted = needs & (_BEHIND_SCORES | _BEHIND_VISUAL)
     if not wanted:
         return
     m = _Memory(p)
     if scores is None:
         scores = m.scores()
-    visual = m.visual(scores) if wanted & {"visual_value", "value_position", "visual_basis"} else None
+    visual = m.visual(scores) if wanted & _BEHIND_VISUAL else None
     dscores = dy_basis = None
-    if wanted & {"x", "visual_key", "key_position", "visual_basis"} or (p.factored and "visual_value" in wanted):
+    if wanted & _BEHIND_SCORES or (p.factored and "visual_value" in wanted):
         dy_basis = grad @ m.basis.T if p.factored else None
-    if wanted & {"x", "visual_key", "key_position", "visual_basis"}:
+    if wanted & _BEHIND_SCORES:
         dscores = m.score_gradient(grad, scores, dy_basis)
     if p.factored:
-        _factored_backward(p, m, grad, visual, dscores, dy_basis, wanted, grads)
+        _factored_backward(p, m, grad, visual, dscores, dy_basis, wanted, grads, sums)
         return
     if "x" in wanted:
         assert dscores is not None
@@ -284,9 +299,11 @@ def _factored_backward(
     dy_basis: Tensor | None,
     wanted: frozenset[str],
     grads: dict[str, Tensor],
+    sums: Mapping[str, Tensor],
 ) -> None:
     """Every d-wide operand is shared by the batch; only the cores' gradients (R, M, r) are per image."""
-    dx_basis = m.rows.product(dscores, m.key) if dscores is not None and wanted & {"x", "visual_basis"} else None
+    through_key = dscores is not None and wanted & {"x", "visual_basis", "key_operand"}
+    dx_basis = m.rows.product(dscores, m.key) if dscores is not None and through_key else None
     if "x" in wanted:
         assert dscores is not None and dx_basis is not None
         grads["x"] = grads["x"].addmm_(dx_basis, m.basis) if "x" in grads else dx_basis @ m.basis
@@ -298,7 +315,7 @@ def _factored_backward(
     if "visual_value" in wanted:
         assert visual is not None and dy_basis is not None
         grads["visual_value"] = m.memory_gradient(visual, dy_basis)
-    readers = {"visual_basis", "key_position", "value_position"} & wanted
+    readers = {"visual_basis", "key_position", "value_position", "key_operand", "value_operand"} & wanted
     x, dy = (only_readers(t, p.segments, p.memories) if readers else t for t in (p.x, grad))
     if "visual_basis" in wanted:
         assert visual is not None and dx_basis is not None
@@ -309,3 +326,33 @@ def _factored_backward(
     if "value_position" in wanted:
         assert visual is not None
         grads["value_position"] = visual.T @ dy
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    if "core" in wanted:
+        assert dscores is not None and visual is not None and dy_basis is not None
+        dx_core = p.x @ m.basis.T
+        if "core" in sums:
+            m.rows.add_outer(sums["core"], dscores, dx_core)
+        grads["core"] = sums["core"] if "core" in sums else m.rows.outer(dscores, dx_core).to(wide)
+        m.rows.add_outer(grads["core"], visual, dy_basis)
+    if "key_operand" in wanted:
+        assert dscores is not None and dx_basis is not None
+        grads["key_operand"] = _joined(sums.get("key_operand"), dx_basis, dscores, x, wide)
+    if "value_operand" in wanted:
+        assert visual is not None
+        grads["value_operand"] = _joined(sums.get("value_operand"), m.rows.product(visual, m.value), visual, dy, wide)
+
+
+def _joined(total: Tensor | None, upper: Tensor, lower: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """[upper | lower]ᵀ right (r + M, d) in `dtype`, added to `total` where there is one."""
+    rank = upper.shape[1]
+    out = total
+    if out is None:
+        out = right.new_empty(rank + lower.shape[1], right.shape[1], dtype=dtype)
+    for part, left in ((out[:rank], upper), (out[rank:], lower)):
+        if total is not None:
+            add_transposed(part, left, right)
+        elif dtype == right.dtype:
+            torch.mm(left.T, right, out=part)
+        else:
+            part.copy_(left.T @ right)
+    return out

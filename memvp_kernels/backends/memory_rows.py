@@ -18,7 +18,16 @@ from torch import Tensor
 
 from memvp_kernels.problem import Segments
 
-__all__ = ["Blocked", "Grouped", "MemoryRows", "Padded", "Shared", "memory_rows", "only_readers", "row_of"]
+__all__ = [
+    "Blocked", "Grouped", "MemoryRows", "Padded", "Shared", "add_transposed", "memory_rows", "only_readers", "row_of",
+]  # fmt: skip
+
+
+def add_transposed(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """out += leftᵀ right, matrices or batches of them; an `out` wider than the operands stays as wide."""
+    if out.dtype != left.dtype:
+        return out.add_(left.mT @ right)
+    return out.addmm_(left.mT, right) if out.dim() == 2 else out.baddbmm_(left.mT, right)
 
 
 class MemoryRows(Protocol):
@@ -33,6 +42,9 @@ class MemoryRows(Protocol):
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
         """(R, p, q): for each memory row the sum of a[n]ᵀ b[n] over the rows n that read it."""
 
+    def add_outer(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        """out += outer(a, b), in out's dtype, which may be wider."""
+
 
 class Shared:
     def product(self, a: Tensor, matrices: Tensor) -> Tensor:
@@ -43,6 +55,9 @@ class Shared:
 
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
         return (a.T @ b)[None]
+
+    def add_outer(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        add_transposed(out[0], a, b)
 
 
 class Padded:
@@ -60,6 +75,9 @@ class Padded:
 
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
         return self._split(a).transpose(1, 2) @ self._split(b)
+
+    def add_outer(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        add_transposed(out, self._split(a), self._split(b))
 
 
 class Grouped:
@@ -108,6 +126,10 @@ class Grouped:
             torch.mm(self._take(a, spans).T, self._take(b, spans), out=out[row])
         return out
 
+    def add_outer(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        for row, spans in self.spans.items():
+            add_transposed(out[row], self._take(a, spans), self._take(b, spans))
+
 
 class Blocked:
     """Reads no index on the host: every shape follows from N and R.
@@ -148,6 +170,13 @@ class Blocked:
         out += self.product(a, matrices)
 
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
+        return self._sums(a, b).to(a.dtype)
+
+    def add_outer(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        out += self._sums(a, b)
+
+    def _sums(self, a: Tensor, b: Tensor) -> Tensor:
+        """As `outer`, in float32 at least."""
         parts = torch.bmm(self._blocks(a).transpose(1, 2), self._blocks(b)).flatten(1)
         wide = parts.to(torch.promote_types(parts.dtype, torch.float32))
         # One thread adds a memory row's blocks in their order, where index_add_ on a GPU uses atomics; `unsafe` spares a look at counts.
@@ -159,15 +188,16 @@ def row_of(segments: Segments, memories: int, device: torch.device) -> Tensor:
     """(N,) int64, the memory row of each row of x, -1 for none, without a synchronisation."""
     rows = torch.arange(segments.rows, device=device)
     if segments.cu_seqlens is None:
-        sequence = rows // (segments.length or 1)
-        inside = torch.ones_like(sequence, dtype=torch.bool)
+        sequence, inside = rows // (segments.length or 1), None
     else:
         sequence = torch.searchsorted(segments.cu_seqlens.long().contiguous(), rows, right=True) - 1
         inside = (sequence >= 0) & (sequence < segments.sequences)
+        sequence = sequence.clamp(0, max(segments.sequences - 1, 0))
     row = sequence
     if segments.index is not None and segments.sequences:
-        row = segments.index.long()[sequence.clamp(0, segments.sequences - 1)]
-    return torch.where(inside & (row >= 0) & (row < memories), row, -1)
+        row = segments.index.long()[sequence]
+    reads = (row >= 0) & (row < memories)
+    return torch.where(reads if inside is None else reads & inside, row, -1)
 
 
 def memory_rows(segments: Segments, memories: int, device: torch.device) -> MemoryRows:

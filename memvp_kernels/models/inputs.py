@@ -12,13 +12,12 @@ from memvp_kernels.models.attach import hidden_dtype
 from memvp_kernels.models.features import ImageFeatures, Pixels, encode_pixels, pad_features
 from memvp_kernels.models.memory import Memory
 from memvp_kernels.models.parallel import own_slots, tensor_mesh
+from memvp_kernels.ops import autocast_dtype, narrow
 
 if TYPE_CHECKING:
     from memvp_kernels.models.model import MemVPModel
 
 __all__ = ["features_of", "memory_of", "samples_of"]
-
-_INT32 = torch.iinfo(torch.int32)
 
 
 def samples_of(inputs: dict[str, Any]) -> int:
@@ -70,13 +69,16 @@ def memory_of(
             "with visual_index which image each sample reads"
         )
     memory: Memory = model.memory(core=core) if visual_core is not None else model.memory(features, valid)
-    if not torch.is_grad_enabled():  # once here instead of in every layer; under grad the sums stay wide
-        memory = memory.to(hidden_dtype(model.language_model))
+    dtype = hidden_dtype(model.language_model)
+    if not torch.is_grad_enabled():  # under grad the sums stay wide
+        memory = memory.to(dtype)
     memory = memory._replace(backend=model.backend, recompute=model.recompute, observer=model._observer)
-    mesh = tensor_mesh(model.language_model)
-    if mesh is not None:  # once, outside the layers: what crosses the network backward then does so once per step
-        memory = memory._replace(own=own_slots(memory, mesh))
-    return memory, None if visual_index is None else _narrowed(visual_index.to(memory.core.device))
+    mesh, dtype = tensor_mesh(model.language_model), autocast_dtype(memory.core.device) or dtype
+    # all once, outside the layers: what crosses the network backward then does so once per step
+    if mesh is not None:
+        memory = memory._replace(own=own_slots(memory, mesh).sharing(dtype))
+    index = None if visual_index is None else narrow(visual_index.to(memory.core.device))
+    return memory.sharing(dtype), index
 
 
 def features_of(
@@ -116,11 +118,6 @@ def _check_index(index: object, samples: int) -> None:
         raise TypeError(f"visual_index: {wanted}, got {index.dtype}; cast it with .int()")
     if tuple(index.shape) != (samples,):
         raise ValueError(f"visual_index: {wanted}, got {tuple(index.shape)}; -1 stands for no image")
-
-
-def _narrowed(index: Tensor) -> Tensor:
-    """int32, as the kernels read it; what does not fit stays out of range instead of wrapping into it."""
-    return index if index.dtype == torch.int32 else index.clamp(_INT32.min, _INT32.max).to(torch.int32)
 
 
 def _checked_core(model: MemVPModel, core: object) -> Tensor:

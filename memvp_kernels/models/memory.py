@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from memvp_kernels.models.config import MemVPConfig
 from memvp_kernels.models.projector import Projector
+from memvp_kernels.shared import SharedMemory
 
 __all__ = ["Memory", "VisualMemory"]
 
@@ -33,6 +34,7 @@ class Memory(NamedTuple):
         recompute: passed to :func:`memvp_kernels.fused_ffn`.
         observer: called with (position among the layers with memory, the FFN's input x, its output) by each FFN.
         own: the part of it that this rank computes where tensor parallelism spreads the FFNs; see :mod:`.parallel`.
+        shared: the tensors above as the FFNs read them, formed once; no tuple of tensors, so nothing on the way casts or moves it.
     """
 
     core: Tensor
@@ -45,6 +47,7 @@ class Memory(NamedTuple):
     recompute: bool = False
     observer: Observer | None = None
     own: Memory | None = None
+    shared: SharedMemory | None = None
 
     def positions(self, layer: int) -> tuple[Tensor, Tensor]:
         """(p^k, p^v), each (M, d), of the layer-th FFN that has memory."""
@@ -52,14 +55,27 @@ class Memory(NamedTuple):
             return self.key_position, self.value_position
         return self.key_position[layer], self.value_position[layer]
 
-    def to(self, dtype: torch.dtype) -> Memory:
-        """The same memory with every tensor in ``dtype``."""
+    def to(self, target: torch.dtype | torch.device) -> Memory:
+        """The same memory with every tensor in a dtype, or on a device, where device maps send it."""
+        tensors = (self.core, self.basis, self.key_position, self.value_position)
+        moved = tuple(t.to(target) for t in tensors)
+        if all(new is old for new, old in zip(moved, tensors, strict=True)):
+            return self
+        core, basis, key_position, value_position = moved
         return self._replace(
-            core=self.core.to(dtype),
-            basis=self.basis.to(dtype),
-            key_position=self.key_position.to(dtype),
-            value_position=self.value_position.to(dtype),
+            core=core, basis=basis, key_position=key_position, value_position=value_position, shared=None
         )
+
+    def sharing(self, dtype: torch.dtype) -> Memory:
+        """With ``shared``, for FFNs that compute in ``dtype``."""
+        parts = (self.core, self.basis, self.key_position, self.value_position)
+        return self._replace(shared=SharedMemory(*parts, dtype))
+
+    def close(self) -> None:
+        """The forward is over."""
+        for memory in (self, self.own):
+            if memory is not None and memory.shared is not None:
+                memory.shared.close()
 
 
 class VisualMemory(nn.Module):

@@ -171,7 +171,10 @@ class MemVPModel(Checkpointed, nn.Module):
         }
         inputs.update({name: tensor for name, tensor in given.items() if tensor is not None})
         memory, index = memory_of(self, samples_of(inputs), image_features, pixel_values, visual_core, visual_index)
-        return self.language_model(**inputs, visual_memory=memory, memory_index=index)
+        try:
+            return self.language_model(**inputs, visual_memory=memory, memory_index=index)
+        finally:
+            memory.close()
 
     @like_forward
     @torch.no_grad()

@@ -13,10 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memvp_kernels import ops
-from memvp_kernels.choose import choose
-
-__all__ = ["Quantised", "Unreadable", "fused_ffn_restored", "read_quantised"]
+__all__ = ["Quantised", "Unreadable", "read_quantised"]
 
 #: torchao's weight-only tensors, and the attribute that says whether one of them rounds activations too.
 _TORCHAO = {
@@ -24,7 +21,6 @@ _TORCHAO = {
     "Float8Tensor": "act_quant_kwargs",
     "IntxUnpackedToInt8Tensor": "activation_quantization",
 }
-_DIFFERENTIABLE = ("x", "visual_core", "visual_basis", "key_position", "value_position")
 
 
 class Quantised(NamedTuple):
@@ -98,104 +94,3 @@ def _torchao(linear: Any) -> Quantised | Unreadable:
     if getattr(linear.weight, _TORCHAO[name], None) is not None:
         return Unreadable(f"holds torchao {name} weights whose product rounds the activations too")
     return Quantised(lambda dtype: linear.weight.dequantize().to(dtype), linear.bias, None)
-
-
-def fused_ffn_restored(
-    restore: Callable[[torch.dtype], dict[str, Tensor | None]],
-    x: Tensor,
-    visual_core: Tensor,
-    *,
-    visual_basis: Tensor,
-    key_position: Tensor,
-    value_position: Tensor,
-    visual_index: Tensor | None,
-    seed: Tensor | None,
-    scalars: dict[str, Any],
-    recompute: bool,
-    backend: str,
-) -> Tensor:
-    """:func:`memvp_kernels.fused_ffn` over frozen matrices that exist only while the forward, and again the backward, runs.
-
-    Args:
-        restore: x's dtype → key, value, gate and the biases, as the operator names them.
-        x, visual_core, visual_basis, key_position, value_position, visual_index, recompute, backend: the operator's.
-        seed: dropout's, (1,) int64; None without dropout.
-        scalars: activation, visual_activation, visual_scale, dropout_p.
-
-    Returns:
-        Like x.
-    """
-    differentiable = (x, visual_core, visual_basis, key_position, value_position)
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)):
-        return ops.run_forward(
-            _operator_tensors(restore, visual_index, seed, differentiable), scalars, 0, False, backend
-        )[0]
-    y: Tensor = _Restored.apply(  # type: ignore[no-untyped-call]
-        restore, scalars, recompute, backend, visual_index, seed, *differentiable
-    )
-    return y
-
-
-class _Restored(torch.autograd.Function):
-    """Keeps what the operator keeps, but for the matrices."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        restore: Callable[[torch.dtype], dict[str, Tensor | None]],
-        scalars: dict[str, Any],
-        recompute: bool,
-        backend: str,
-        visual_index: Tensor | None,
-        seed: Tensor | None,
-        *differentiable: Tensor,
-    ) -> Tensor:
-        keep = 0 if recompute else ops.KEEP_HIDDEN | ops.KEEP_SCORES
-        tensors = _operator_tensors(restore, visual_index, seed, differentiable)
-        y, pre, scores = ops.run_forward(tensors, scalars, keep, True, backend)
-        ctx.save_for_backward(visual_index, seed, pre, scores, *differentiable)
-        ctx.restore, ctx.scalars, ctx.backend = restore, scalars, backend
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (grad,) = grads
-        visual_index, seed, pre, scores, *differentiable = ctx.saved_tensors
-        problem = ops.normalise(_operator_tensors(ctx.restore, visual_index, seed, differentiable), ctx.scalars)
-        wants = dict(zip(_DIFFERENTIABLE, ctx.needs_input_grad[6:], strict=True))
-        names = {name for name, want in wants.items() if want and name != "visual_core"}
-        if wants["visual_core"]:
-            names |= {"visual_key", "visual_value"}
-        known = frozenset(name for name in names if getattr(problem, name) is not None)
-        found: dict[str, Tensor] = {}
-        if problem.rows and known:
-            module = choose(problem, ctx.backend, training=True)
-            found = module.backward(problem, grad.reshape(problem.x.shape), pre, scores, known)
-        if "visual_key" in found:  # one core is both
-            found["visual_core"] = found["visual_key"] + found["visual_value"]
-        out: list[Tensor | None] = []
-        for name, argument in zip(_DIFFERENTIABLE, differentiable, strict=True):
-            gradient = found.get(name, torch.zeros_like(argument)) if wants[name] else None
-            out.append(None if gradient is None else gradient.reshape(argument.shape))
-        return (None, None, None, None, None, None, *out)
-
-
-def _operator_tensors(
-    restore: Callable[[torch.dtype], dict[str, Tensor | None]],
-    visual_index: Tensor | None,
-    seed: Tensor | None,
-    differentiable: Any,
-) -> dict[str, Tensor | None]:
-    x, core, basis, key_position, value_position = differentiable
-    return {
-        **dict.fromkeys(("gate", "key_bias", "gate_bias", "value_bias", "residual", "visual_lengths", "cu_seqlens")),
-        **restore(x.dtype),
-        "x": x,
-        "visual_key": core,
-        "visual_value": core,
-        "visual_basis": basis,
-        "key_position": key_position,
-        "value_position": value_position,
-        "visual_index": visual_index,
-        "seed": seed,
-    }

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memvp_kernels.ffn import fused_ffn
 from memvp_kernels.models.memory import Memory
 from memvp_kernels.models.parallel import own_draw, own_slots, sum_gradients, summed
-from memvp_kernels.models.quantised import fused_ffn_restored
 from memvp_kernels.models.reclass import Reclassed
 from memvp_kernels.models.weights import Matrices, Opaque, Packed, activation_name
-from memvp_kernels.philox import draw_seed
+from memvp_kernels.shared import Restore, SharedMemory, fused_ffn_shared
 
 __all__ = ["MemoryFFN", "MemoryLanguageModel", "MemoryLayer", "feed_forward", "say_opaque"]
 
@@ -132,36 +130,39 @@ def feed_forward(
     return y
 
 
-def _branch(ffn: MemoryFFN, memory: Memory) -> dict[str, Any]:
-    """The operator's arguments that say what the memory is."""
-    assert ffn.memory_layer is not None
-    key_position, value_position = memory.positions(ffn.memory_layer)
-    return {
-        "visual_basis": memory.basis,
-        "key_position": key_position,
-        "value_position": value_position,
-        "activation": activation_name(ffn.ffn_activation()),
-        "visual_scale": memory.scale,
-        "dropout_p": memory.dropout,
-        "visual_index": ffn.memory_index,
-        "recompute": memory.recompute,
-        "backend": memory.backend,
-    }
+def _with_memory(
+    ffn: MemoryFFN,
+    x: Tensor,
+    memory: Memory,
+    weights: Mapping[str, Tensor | None],
+    residual: Tensor | None = None,
+    restore: Restore | None = None,
+) -> Tensor:
+    layer, shared = ffn.memory_layer, memory.shared
+    assert layer is not None
+    if shared is None:  # given by hand, or moved to another device on its way here
+        shared = SharedMemory(memory.core, memory.basis, *memory.positions(layer), x.dtype)
+    activation = activation_name(ffn.ffn_activation())
+    assert activation is not None
+    return fused_ffn_shared(
+        x,
+        weights,
+        shared,
+        layer,
+        visual_index=ffn.memory_index,
+        residual=residual,
+        activation=activation,
+        visual_scale=memory.scale,
+        dropout_p=memory.dropout,
+        recompute=memory.recompute,
+        backend=memory.backend,
+        restore=restore,
+    )
 
 
 def _fused(ffn: MemoryFFN, x: Tensor, memory: Memory, weights: Matrices) -> Tensor:
-    return fused_ffn(
-        x,
-        weights.key,
-        weights.value,
-        memory.core,
-        memory.core,
-        gate=weights.gate,
-        key_bias=weights.key_bias,
-        gate_bias=weights.gate_bias,
-        value_bias=weights.value_bias,
-        **_branch(ffn, memory),
-    )
+    names = ("key", "value", "gate", "key_bias", "gate_bias", "value_bias")
+    return _with_memory(ffn, x, memory, {name: getattr(weights, name) for name in names})
 
 
 def _spread(ffn: MemoryFFN, x: Tensor, memory: Memory, weights: Matrices) -> Tensor:
@@ -175,21 +176,7 @@ def _spread(ffn: MemoryFFN, x: Tensor, memory: Memory, weights: Matrices) -> Ten
 
 
 def _restored(ffn: MemoryFFN, x: Tensor, memory: Memory, weights: Packed) -> Tensor:
-    given = _branch(ffn, memory)
-    scalars = {name: given[name] for name in ("activation", "visual_scale", "dropout_p")}
-    return fused_ffn_restored(
-        weights.restore,
-        x,
-        memory.core,
-        visual_basis=memory.basis,
-        key_position=given["key_position"],
-        value_position=given["value_position"],
-        visual_index=ffn.memory_index,
-        seed=draw_seed(x.device) if memory.dropout > 0 else None,
-        scalars={**scalars, "visual_activation": scalars["activation"]},
-        recompute=memory.recompute,
-        backend=memory.backend,
-    )
+    return _with_memory(ffn, x, memory, {}, restore=weights.restore)
 
 
 def _worth_restoring(x: Tensor, weights: Packed) -> bool:
@@ -208,11 +195,10 @@ def _added(ffn: MemoryFFN, x: Tensor, memory: Memory, out: Tensor, *, differenti
             "weight-only quantisation, call train() before a bitsandbytes base runs for the first time, or run under "
             "torch.no_grad()"
         )
-    given = _branch(ffn, memory)
     if out.dtype == x.dtype:
-        return fused_ffn(x, None, None, memory.core, memory.core, residual=out, **given)
+        return _with_memory(ffn, x, memory, {}, residual=out)
     # autocast, or T5's float32 wo under float16: the layer goes on in the dtype of its own answer
-    return out + fused_ffn(x, None, None, memory.core, memory.core, **given).to(out.dtype)
+    return out + _with_memory(ffn, x, memory, {}).to(out.dtype)
 
 
 @functools.cache

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from memvp_kernels import fused_ffn
 from memvp_kernels.models import site
+from memvp_kernels.shared import fused_ffn_shared
 from tests.models.tiny import CONFIG, FAMILIES, features, language_model, oracle, tokens, with_memory, wrapped
 
 IMAGES = features(4, 0, 10)
@@ -48,7 +48,7 @@ def test_checkpointing_changes_nothing(family: str, monkeypatch: pytest.MonkeyPa
     torch.manual_seed(3)
     plain = _step(model)
     runs: list[int] = []
-    monkeypatch.setattr(site, "fused_ffn", lambda *a, **k: (runs.append(1), fused_ffn(*a, **k))[1])
+    monkeypatch.setattr(site, "fused_ffn_shared", lambda *a, **k: (runs.append(1), fused_ffn_shared(*a, **k))[1])
     model.gradient_checkpointing_enable()
     torch.manual_seed(3)
     again = _step(model)

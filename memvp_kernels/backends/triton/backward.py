@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -11,27 +13,34 @@ from memvp_kernels.backends.triton import launch
 from memvp_kernels.backends.triton.core import core_forward
 from memvp_kernels.backends.triton.core_backward import CoreGradients, core_backward
 from memvp_kernels.backends.triton.dhidden import HiddenGradients
-from memvp_kernels.backends.triton.dmemory import Pair, dense_gradients, memory_gradients
+from memvp_kernels.backends.triton.dmemory import Pair, core_gradient, dense_gradients, memory_gradients
 from memvp_kernels.backends.triton.forward import dense_segments, visual_of, without_memory
-from memvp_kernels.backends.triton.memory import form_memory, shared_operand
+from memvp_kernels.backends.triton.memory import form_memory, key_operand, shared_operand, value_operand
 from memvp_kernels.backends.triton.steps import steps_of
 from memvp_kernels.backends.triton.weights import weight_gradients
-from memvp_kernels.problem import Problem
+from memvp_kernels.problem import SHARED, Problem
 
 __all__ = ["backward"]
 
-_MEMORY = ("visual_key", "visual_value", "visual_basis", "key_position", "value_position")
+_MEMORY = ("visual_key", "visual_value", "visual_basis", "key_position", "value_position", *SHARED)
 _BEHIND_PRE = frozenset(("x", "key", "gate", "key_bias", "gate_bias"))
-_BEHIND_SCORES = frozenset(("x", "visual_key", "visual_basis", "key_position"))
-_BEHIND_VISUAL = frozenset(("visual_value", "visual_basis", "value_position"))
+_BEHIND_SCORES = frozenset(("x", "visual_key", "visual_basis", "key_position", "core", "key_operand"))
+_BEHIND_VISUAL = frozenset(("visual_value", "visual_basis", "value_position", "core", "value_operand"))
+_NO_SUMS: Mapping[str, Tensor] = {}
 
 
 def backward(
-    problem: Problem, grad: Tensor, pre: Tensor | None, scores: Tensor | None, needs: frozenset[str]
+    problem: Problem,
+    grad: Tensor,
+    pre: Tensor | None,
+    scores: Tensor | None,
+    needs: frozenset[str],
+    sums: Mapping[str, Tensor] = _NO_SUMS,
 ) -> dict[str, Tensor]:
-    """The gradients named by `needs`, each with its argument's shape and dtype (see `Problem`'s contract).
+    """The gradients named by `needs`, each with its argument's shape and dtype (see `Problem`'s contract); those of `SHARED` in float32.
 
     Args:
+        sums: by the names of `SHARED`: what their gradients are added to, in place.
         grad: dy (N, d), any strides.
         pre, scores: as the forward kept them, or None where it kept nothing: then they are formed again by the forward's kernels.
     """
@@ -40,9 +49,9 @@ def backward(
     empty = empty or (problem.factored and problem.rank == 0)
     unread = problem.has_memory and 0 in (problem.slots, problem.memories, problem.segments.sequences)
     if empty or (unread and problem.key is None):
-        return eager.backward(problem, grad, pre, scores, needs)
+        return eager.backward(problem, grad, pre, scores, needs, sums)
     if unread:
-        nothing = {n: torch.zeros_like(getattr(problem, n)) for n in needs.intersection(_MEMORY)}
+        nothing = {n: _zeros(problem, n, sums) for n in needs.intersection(_MEMORY)}
         return backward(without_memory(problem), grad, pre, None, needs.difference(_MEMORY)) | nothing
 
     grad = _with_rows(grad)
@@ -53,10 +62,19 @@ def backward(
     pre, scores = _kept_or_again(
         problem, pre, scores, need_pre=through_ffn or "value" in needs, need_scores=through_memory
     )
-    run = _factored_backward if problem.factored and through_memory else _plain_backward
-    dpre, grads = run(problem, grad, pre if through_ffn else None, scores if through_memory else None, needs, overwrite)
+    used = pre if through_ffn else None, scores if through_memory else None
+    if problem.factored and through_memory:
+        dpre, grads = _factored_backward(problem, grad, *used, needs, overwrite, sums)
+    else:
+        dpre, grads = _plain_backward(problem, grad, *used, needs, overwrite)
     grads |= weight_gradients(problem, grad, pre, dpre, needs)
-    return {name: g.to(getattr(problem, name).dtype) for name, g in grads.items()}
+    return {name: g if name in SHARED else g.to(getattr(problem, name).dtype) for name, g in grads.items()}
+
+
+def _zeros(problem: Problem, name: str, sums: Mapping[str, Tensor]) -> Tensor:
+    """The gradient of a memory that nobody reads."""
+    like: Tensor = getattr(problem, name)
+    return sums.get(name, torch.zeros_like(like, dtype=torch.float32 if name in SHARED else None))
 
 
 def _with_rows(matrix: Tensor) -> Tensor:
@@ -72,9 +90,8 @@ def _kept_or_again(
     if again_pre or again_scores:
         segments, memory = problem.segments, None
         if again_scores and problem.factored:
-            assert problem.visual_basis is not None
             segments = dense_segments(problem.rows)
-            memory = shared_operand(problem.visual_basis, problem.key_position, problem.x.dtype)[None]
+            memory = key_operand(problem)[None]
         elif again_scores:
             assert problem.visual_key is not None
             descriptors = launch.has_tma(problem.x.device)
@@ -153,7 +170,13 @@ def _plain_backward(
 
 
 def _factored_backward(
-    problem: Problem, grad: Tensor, pre: Tensor | None, scores: Tensor | None, needs: frozenset[str], overwrite: bool
+    problem: Problem,
+    grad: Tensor,
+    pre: Tensor | None,
+    scores: Tensor | None,
+    needs: frozenset[str],
+    overwrite: bool,
+    sums: Mapping[str, Tensor],
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """As `_plain_backward` for a factored memory: every d-wide operand and gradient is shared by the batch, an image has its cores'."""
     x, dtype, rank = problem.x, problem.x.dtype, problem.rank
@@ -164,7 +187,7 @@ def _factored_backward(
 
     operand = None
     if need_key:
-        operand = shared_operand(basis, problem.value_position, dtype)[None]
+        operand = value_operand(problem)[None]
     elif "visual_value" in needs:
         operand = shared_operand(basis, None, dtype)[None]
     e = dpre = None
@@ -176,16 +199,21 @@ def _factored_backward(
         e, dpre = hidden.columns, hidden.dpre
     core = core_backward(
         e if need_key else None, scores, key_core, value_core, problem.segments, visual_of(problem),
-        need_key=need_key, need_value=need_value, through_key=not needs.isdisjoint(("x", "visual_basis")), through_value="visual_basis" in needs,
+        need_key=need_key, need_value=need_value, through_key=not needs.isdisjoint(("x", "visual_basis", "key_operand")),
+        through_value=not needs.isdisjoint(("visual_basis", "value_operand")),
     )  # fmt: skip
 
     grads: dict[str, Tensor] = {}
     if "x" in needs:
         assert core.key is not None
         left = core.key if problem.key_position is not None else core.key[:, :rank]
-        right = shared_operand(basis, problem.key_position, dtype)[None]
+        right = key_operand(problem)[None]
         grads["x"] = steps.dinput(dpre, problem.key, problem.gate, left, right, dense, x)
 
+    if "core" in needs:
+        assert core.key is not None and core.value is not None and e is not None
+        pairs = (core.key[:, rank:], _through_basis(problem)), (core.value[:, rank:], e[:, :rank])
+        grads["core"] = core_gradient(pairs, problem.segments, problem.memories, sums.get("core"))
     cores = {}
     if "visual_key" in needs:
         assert core.key is not None
@@ -199,6 +227,7 @@ def _factored_backward(
         grads |= zip(
             cores, memory_gradients(list(cores.values()), problem.segments, problem.memories, out), strict=True
         )
+    grads |= _operand_gradients(problem, grad, core, needs, sums)
     return dpre, grads | _shared_gradients(problem, grad, core, needs)
 
 
@@ -212,6 +241,23 @@ def _through_basis(problem: Problem) -> Tensor:
     )  # fmt: skip
     assert made.scores is not None
     return made.scores
+
+
+def _operand_gradients(
+    problem: Problem, grad: Tensor, core: CoreGradients, needs: frozenset[str], sums: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Gradients of [W; p^k] and [W; p^v], whole: [t | dS]ᵀ x and [u | visual]ᵀ dy over all rows."""
+    pairs: dict[str, Pair] = {}
+    for name, left, right in (("key_operand", core.key, problem.x), ("value_operand", core.value, grad)):
+        if name in needs:
+            assert left is not None
+            pairs[name] = (left, _with_rows(only_readers(right, problem.segments, problem.memories)))
+    if not pairs:
+        return {}
+    totals = [sums.get(name) for name in pairs]
+    if len({total is None for total in totals}) == 2:  # one launch adds to both or to none
+        return {n: dense_gradients([pair], torch.float32, [sums.get(n)])[0] for n, pair in pairs.items()}
+    return dict(zip(pairs, dense_gradients(list(pairs.values()), torch.float32, totals), strict=True))
 
 
 def _shared_gradients(problem: Problem, grad: Tensor, core: CoreGradients, needs: frozenset[str]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from memvp_kernels.backends.triton.operands import BY_POINTER, BY_ROW, load_tile
 from memvp_kernels.backends.triton.segments import sequence_bounds, valid_slots
 from memvp_kernels.problem import Segments
 
-__all__ = ["Pair", "dense_gradients", "dmemory_bwd_kernel", "memory_gradients"]
+__all__ = ["Pair", "core_gradient", "dense_gradients", "dmemory_bwd_kernel", "memory_gradients"]
 
 _SCAN = 256  # entries of the index that a program looks at together
 
@@ -53,8 +53,29 @@ def memory_gradients(pairs: Sequence[Pair], segments: Segments, memories: int, d
     return grads
 
 
-def dense_gradients(pairs: Sequence[Pair], dtype: torch.dtype) -> list[Tensor]:
-    """leftᵀ right over all rows, (M, d) for each pair; arguments as `memory_gradients`."""
+def core_gradient(pairs: tuple[Pair, Pair], segments: Segments, memories: int, total: Tensor | None) -> Tensor:
+    """The sum of both pairs' gradients in one, for a core that is key and value; arguments as `memory_gradients`.
+
+    Args:
+        total: (R, M, d) float32, contiguous, to which it is added in place; or None.
+
+    Returns:
+        `total`, or a new (R, M, d) in float32.
+    """
+    if not segments.shared:
+        return _launch(pairs, segments, memories, torch.float32, [total], together=True)[0]
+    key, value = memory_gradients(pairs, segments, memories, torch.float32)
+    return key.add_(value) if total is None else total.add_(key).add_(value)
+
+
+def dense_gradients(
+    pairs: Sequence[Pair], dtype: torch.dtype, totals: Sequence[Tensor | None] = (None, None)
+) -> list[Tensor]:
+    """leftᵀ right over all rows, (M, d) for each pair; arguments as `memory_gradients`.
+
+    Args:
+        totals: for every pair a contiguous (M, d) float32 to which its product is added in place, or for none.
+    """
     left, right = pairs[0]
     rows, slots, width = right.shape[0], left.shape[1], right.shape[1]
     tile = backward_tiles.dmemory_tile(
@@ -64,19 +85,34 @@ def dense_gradients(pairs: Sequence[Pair], dtype: torch.dtype) -> list[Tensor]:
     steps = triton.next_power_of_2(triton.cdiv(rows, tile.block_k))
     splits = backward_tiles.row_splits(launch.chip(right.device).multiprocessors, outputs, steps)
     if splits == 1:
-        return [g[0] for g in _launch(pairs, Segments(rows, 1, rows), 1, dtype)]
+        return [g.view(slots, width) for g in _launch(pairs, Segments(rows, 1, rows), 1, dtype, totals)]
     parts = _launch(pairs, Segments(rows, splits, triton.cdiv(rows, splits)), splits, torch.float32)
-    return [p.sum(0).to(dtype) for p in parts]
+    sums = [p.sum(0).to(dtype) for p in parts]
+    return [s if t is None else t.add_(s) for s, t in zip(sums, totals, strict=False)]
 
 
 def _describable(pairs: Sequence[Pair]) -> bool:
     return all(launch.describable(t) for pair in pairs for t in pair)
 
 
-def _launch(pairs: Sequence[Pair], segments: Segments, memories: int, dtype: torch.dtype) -> list[Tensor]:
+def _launch(
+    pairs: Sequence[Pair],
+    segments: Segments,
+    memories: int,
+    dtype: torch.dtype,
+    totals: Sequence[Tensor | None] = (None,),
+    *,
+    together: bool = False,
+) -> list[Tensor]:
+    """One (R, M, d) for each pair, or with `together` one for both; `totals` (all or none) are added to and are the results."""
     (left, right), (other_left, other_right) = pairs[0], pairs[-1]
     slots, width = left.shape[1], right.shape[1]
-    outs = [torch.empty(memories, slots, width, dtype=dtype, device=right.device) for _ in pairs]
+    count = 1 if together else len(pairs)
+    adds = totals[0] is not None
+    outs = [
+        t if t is not None else torch.empty(memories, slots, width, dtype=dtype, device=right.device)
+        for t in (totals if adds else (None,) * count)
+    ]
     aligned = _describable(pairs)
     tma = aligned and launch.has_tma(right.device)
     precision = launch.precision(right.dtype)
@@ -88,13 +124,13 @@ def _launch(pairs: Sequence[Pair], segments: Segments, memories: int, dtype: tor
     def run() -> None:
         # Descriptors built on the device need room there, for the length of the launch.
         triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=right.device))
-        dmemory_bwd_kernel[(len(pairs) * memories * tiles,)](
+        dmemory_bwd_kernel[(count * memories * tiles,)](
             left, right, outs[0], other_left, other_right, outs[-1],
             segments.cu_seqlens, segments.index, segments.lengths,
             left.stride(0), right.stride(0), other_left.stride(0), other_right.stride(0),
             segments.rows, segments.length or 0, segments.sequences, memories,
             M=slots, d=width, BLOCK_M=tile.block_n, BLOCK_D=tile.columns, BLOCK_K=tile.block_k, SCAN=_SCAN,
-            FORM=(BY_ROW if tma else BY_POINTER).value, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
+            TOGETHER=together, ADDS=adds, FORM=(BY_ROW if tma else BY_POINTER).value, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
     with launch.on_device(right):
@@ -108,9 +144,12 @@ def dmemory_bwd_kernel(
     left, right, out, other_left, other_right, other_out, cu_seqlens, index, lengths,
     stride_left_n, stride_right_n, stride_other_left_n, stride_other_right_n,
     N, T, S, R, M: tl.constexpr, d: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    SCAN: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
+    SCAN: tl.constexpr, TOGETHER: tl.constexpr, ADDS: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile (BLOCK_M, BLOCK_D) of one memory row's gradient; the second pair's programs come after the first's."""
+    """One program per tile (BLOCK_M, BLOCK_D) of one memory row's gradient; the second pair's programs come after the first's.
+
+    With TOGETHER there is one result, the sum of both pairs' products. With ADDS it is added to what is there.
+    """
     SLOT_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     COLUMN_TILES: tl.constexpr = (d + BLOCK_D - 1) // BLOCK_D
     # Tiles of one block of columns side by side: they share x's columns in L2.
@@ -126,6 +165,34 @@ def dmemory_bwd_kernel(
         stride_right_n = stride_other_right_n
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    acc = _add_readers(
+        acc, left, right, read, slot, column, cu_seqlens, index, stride_left_n, stride_right_n, N, T, S,
+        M, d, BLOCK_M, BLOCK_D, BLOCK_K, SCAN, FORM, PRECISION,
+    )  # fmt: skip
+    if TOGETHER:
+        acc = _add_readers(
+            acc, other_left, other_right, read, slot, column, cu_seqlens, index, stride_other_left_n, stride_other_right_n, N, T, S,
+            M, d, BLOCK_M, BLOCK_D, BLOCK_K, SCAN, FORM, PRECISION,
+        )  # fmt: skip
+
+    o_slot = slot + tl.arange(0, BLOCK_M)
+    o_column = column + tl.arange(0, BLOCK_D)
+    if lengths is not None:
+        # Left is zero there, but 0 · NaN would not be.
+        acc = tl.where(o_slot[:, None] < valid_slots(read, lengths, M), acc, 0.0)
+    inside = (o_slot[:, None] < M) & (o_column[None, :] < d)
+    o_out = (tl.cast(read, tl.int64) * M + o_slot.to(tl.int64)[:, None]) * d + o_column[None, :]
+    if ADDS:
+        acc += tl.load(out + o_out, mask=inside, other=0.0)
+    tl.store(out + o_out, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_readers(
+    acc, left, right, read, slot, column, cu_seqlens, index, stride_left_n, stride_right_n, N, T, S, M: tl.constexpr, d: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + leftᵀ right over the rows of the sequences that read memory row `read`, in order."""
     if index is None:
         first, end = sequence_bounds(read, cu_seqlens, S, T, N)
         acc = _add_sequence(
@@ -142,15 +209,7 @@ def dmemory_bwd_kernel(
                 acc = _add_sequence(
                     acc, left, right, first, end, slot, column, stride_left_n, stride_right_n, M, d, BLOCK_M, BLOCK_D, BLOCK_K, FORM, PRECISION
                 )  # fmt: skip
-
-    o_slot = slot + tl.arange(0, BLOCK_M)
-    o_column = column + tl.arange(0, BLOCK_D)
-    if lengths is not None:
-        # Left is zero there, but 0 · NaN would not be.
-        acc = tl.where(o_slot[:, None] < valid_slots(read, lengths, M), acc, 0.0)
-    inside = (o_slot[:, None] < M) & (o_column[None, :] < d)
-    o_out = (tl.cast(read, tl.int64) * M + o_slot.to(tl.int64)[:, None]) * d + o_column[None, :]
-    tl.store(out + o_out, acc.to(out.dtype.element_ty), mask=inside)
+    return acc
 
 
 @triton.jit

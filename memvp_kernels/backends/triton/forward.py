@@ -12,7 +12,7 @@ from memvp_kernels.backends import eager
 from memvp_kernels.backends.triton import launch
 from memvp_kernels.backends.triton.core import core_forward
 from memvp_kernels.backends.triton.hidden import Visual
-from memvp_kernels.backends.triton.memory import form_memory, shared_operand
+from memvp_kernels.backends.triton.memory import form_memory, key_operand, value_operand
 from memvp_kernels.backends.triton.steps import steps_of
 from memvp_kernels.problem import Problem, Segments
 
@@ -57,6 +57,8 @@ def without_memory(problem: Problem) -> Problem:
         visual_basis=None,
         key_position=None,
         value_position=None,
+        key_operand=None,
+        value_operand=None,
         seed=None,
         dropout_p=0.0,
     )
@@ -80,9 +82,7 @@ def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[
     save_scores = save_scores and problem.has_memory
     key_memory = value_memory = None
     if problem.factored:
-        assert problem.visual_basis is not None
-        key_memory = shared_operand(problem.visual_basis, problem.key_position, x.dtype)[None]
-        value_memory = shared_operand(problem.visual_basis, problem.value_position, x.dtype)[None]
+        key_memory, value_memory = key_operand(problem)[None], value_operand(problem)[None]
     elif problem.has_memory:
         assert problem.visual_key is not None and problem.visual_value is not None
         key_memory = form_memory(problem.visual_key, problem.key_position, None, x.dtype, descriptors=descriptors)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from memvp_kernels.backends.triton.launch import describable, element_type, on_device
 from memvp_kernels.backends.triton.segments import valid_slots
+from memvp_kernels.problem import Problem
 
-__all__ = ["form_memory", "shared_operand"]
+__all__ = ["form_memory", "key_operand", "shared_operand", "value_operand"]
 
 _BLOCK_SLOTS, _BLOCK_COLUMNS = 8, 512
 
@@ -50,6 +51,22 @@ def shared_operand(basis: Tensor, position: Tensor | None, dtype: torch.dtype) -
     if position is None:
         return basis.to(dtype)
     return torch.cat([basis.to(dtype), position.to(dtype)])
+
+
+def key_operand(problem: Problem) -> Tensor:
+    """[W; p^k] of a factored memory in x's dtype: the caller's where it was formed for many calls."""
+    if problem.key_operand is not None:
+        return problem.key_operand
+    assert problem.visual_basis is not None
+    return shared_operand(problem.visual_basis, problem.key_position, problem.x.dtype)
+
+
+def value_operand(problem: Problem) -> Tensor:
+    """[W; p^v], likewise."""
+    if problem.value_operand is not None:
+        return problem.value_operand
+    assert problem.visual_basis is not None
+    return shared_operand(problem.visual_basis, problem.value_position, problem.x.dtype)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -1,0 +1,237 @@
+"""A memory shared by many calls: the operator's gradients, in every mode that walks the graph in another way than once."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from memvp_kernels import fused_ffn, reference
+from memvp_kernels.shared import SharedMemory
+from tests import stack, yardstick
+
+CASES: dict[str, dict[str, Any]] = {
+    "one_each": {},
+    "index": {"index": True},
+    "alone": {"alone": True},
+    "plain_ffn": {"gated": False},
+    "one_row_for_all": {"R": 1},
+    "no_slots": {"M": 0},
+}
+
+
+def _grad(a: stack.Arguments) -> Tensor:
+    return torch.randn(a["x"].shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(a["x"].dtype)
+
+
+def _leaves(a: stack.Arguments, *more: str) -> stack.Arguments:
+    names = (*stack.trained(a), *more)
+    return {n: t.detach().clone().requires_grad_() if n in names else t for n, t in a.items()}
+
+
+def _backward(y: Tensor, a: stack.Arguments, **options: Any) -> list[Tensor]:
+    return list(torch.autograd.grad(y, [a[n] for n in stack.trained(a)], _grad(a), **options))
+
+
+def _assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_the_operators(case: str, recompute: bool) -> None:
+    a = _leaves(stack.arguments(torch.float64, **CASES[case]), "key0", "value1")
+    names = [n for n, t in a.items() if t.requires_grad]
+    wanted, y = stack.through(fused_ffn, **a), stack.shared(a, recompute=recompute)
+    torch.testing.assert_close(y, wanted)
+    expected = torch.autograd.grad(wanted, [a[n] for n in names], _grad(a), allow_unused=True)
+    for name, e, g in zip(names, expected, torch.autograd.grad(y, [a[n] for n in names], _grad(a)), strict=True):
+        torch.testing.assert_close(g, torch.zeros_like(a[name]) if e is None else e, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("index", [False, True])
+def test_within_twice_pytorchs_own_error(dtype: torch.dtype, index: bool) -> None:
+    a = stack.arguments(dtype, index=index)
+    names, grad = stack.trained(a), _grad(a)
+    exact, exact_grads = yardstick.gradients(lambda **b: stack.through(reference.ffn, **b), a, names, grad)
+    orders = (yardstick.plain, *(yardstick.reordered(seed) for seed in range(1, 4)))
+    theirs = [yardstick.gradients(lambda f=f, **b: stack.through(f, **b), a, names, grad) for f in orders]
+    y, grads = yardstick.gradients(lambda **b: stack.shared(b), a, names, grad)
+    yardstick.assert_within_twice(y, exact, [t for t, _ in theirs])
+    for name in names:
+        assert grads[name].dtype == a[name].dtype
+        yardstick.assert_within_twice(grads[name], exact_grads[name], [g[name] for _, g in theirs], name)
+
+
+def test_sums_stay_float32_under_a_half_precision_base() -> None:
+    """256 calls of one FFN: each adds the same gradient, and a bfloat16 sum of them stops growing after some."""
+    a = stack.arguments(torch.bfloat16)
+    a = {n: t.requires_grad_() if n in stack.MEMORY else t for n, t in a.items()}
+    one = stack.memory(a)
+    (alone,) = torch.autograd.grad(stack.call(a, a["x"], one, 0), a["key_position"], _grad(a))
+    many = stack.memory(a)
+    outputs = [stack.call(a, a["x"], many, 0, caller) for caller in range(256)]
+    (summed,) = torch.autograd.grad(outputs, a["key_position"], [_grad(a)] * 256)
+    torch.testing.assert_close(summed, 256 * alone, rtol=256 * torch.finfo(torch.float32).eps, atol=0)
+
+
+def test_a_second_backward_and_one_for_a_part() -> None:
+    a = _leaves(stack.arguments(torch.float32))
+    wanted = _backward(stack.shared(a), a)
+    y = stack.shared(a)
+    _assert_same(_backward(y, a, retain_graph=True), wanted)
+    (x,) = torch.autograd.grad(
+        y, a["x"], _grad(a), retain_graph=True
+    )  # the memory's own part of the graph does not run
+    (position,) = torch.autograd.grad(y, a["key_position"], _grad(a), retain_graph=True)
+    _assert_same([x, position], [wanted[0], wanted[3]])
+    _assert_same(_backward(y, a), wanted)
+
+
+def test_two_forwards_before_one_backward() -> None:
+    a = _leaves(stack.arguments(torch.float64))
+    alone = _backward(stack.shared(a), a)
+    first, second = stack.shared(a), stack.shared(a)
+    both = torch.autograd.grad([first, second], [a[n] for n in stack.trained(a)], [_grad(a), 2 * _grad(a)])
+    for g, one in zip(both, alone, strict=True):
+        torch.testing.assert_close(g, 3 * one)
+
+
+def test_calls_without_a_part_in_the_loss() -> None:
+    """Their outputs are dropped; the others' sum passes them by."""
+    a = _leaves(stack.arguments(torch.float64))
+    memory = stack.memory(a)
+    stack.call(a, a["x"], memory, 0)
+    y = stack.call(a, a["x"], memory, 1)
+    with torch.no_grad():
+        stack.call(a, a["x"], memory, 2)
+    stack.call(a, y, memory, 2)
+    alone = stack.call(a, a["x"], stack.memory(a), 1)
+    _assert_same(_backward(y, a), _backward(alone, a))
+
+
+def test_a_caller_that_comes_twice() -> None:
+    a = _leaves(stack.arguments(torch.float64))
+
+    def twice(memory: Any) -> Tensor:
+        y = stack.call(a, a["x"], memory(), 0)
+        return stack.call(a, stack.call(a, y, memory(), 0), memory(), 1)
+
+    one = stack.memory(a)
+    found = _backward(twice(lambda: one), a)
+    wanted = _backward(twice(lambda: stack.memory(a)), a)
+    for g, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+def test_an_exception_leaves_no_sum_behind() -> None:
+    a = _leaves(stack.arguments(torch.float32))
+    wanted = _backward(stack.deep(a, stack.memory(a)), a)
+    memory = stack.memory(a)
+    middle = stack.call(a, a["x"], memory, 0)
+    x = stack.deep(dict(a, x=middle), memory, first=1)
+    fails = [True]
+
+    def fail(grad: Tensor) -> None:
+        if fails.pop():
+            fails.append(False)
+            raise ArithmeticError
+
+    middle.register_hook(fail)
+    with pytest.raises(ArithmeticError):
+        _backward(x, a, retain_graph=True)
+    _assert_same(_backward(x, a), wanted)
+
+
+def test_checkpointed_calls_have_the_same_bits() -> None:
+    a = _leaves(stack.arguments(torch.float32))
+    wanted = _backward(stack.deep(a, stack.memory(a)), a)
+    memory = stack.memory(a)
+    x = a["x"]
+    for layer in range(stack.LAYERS):
+        x = checkpoint(lambda x, n=layer: stack.call(a, x, memory, n), x, use_reentrant=False)
+    memory.close()
+    _assert_same(_backward(x, a), wanted)
+
+
+class _Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_watched_and_compiled_calls_leave_the_sum_to_autograd() -> None:
+    a = _leaves(stack.arguments(torch.float64, index=True))
+    wanted = _backward(stack.shared(a), a)
+    with _Watching():
+        y = stack.shared(a)
+        found = _backward(y, a)
+    compiled = _backward(torch.compile(stack.shared, fullgraph=True, backend="aot_eager")(a), a)
+    for w, f, c in zip(wanted, found, compiled, strict=True):
+        torch.testing.assert_close(f, w)
+        torch.testing.assert_close(c, w)
+
+
+def test_one_call_in_the_middle_that_is_watched() -> None:
+    a = _leaves(stack.arguments(torch.float64))
+    wanted = _backward(stack.deep(a, stack.memory(a)), a)
+    memory = stack.memory(a)
+    x = stack.call(a, a["x"], memory, 0)
+    with _Watching():
+        x = stack.call(a, x, memory, 1)
+    for w, f in zip(wanted, _backward(stack.call(a, x, memory, 2), a), strict=True):
+        torch.testing.assert_close(f, w)
+
+
+def test_a_gradient_of_the_gradient_is_refused() -> None:
+    a = _leaves(stack.arguments(torch.float64))
+    first = _backward(stack.shared(a), a, create_graph=True)
+    _assert_same(first, _backward(stack.shared(a), a))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        first[1].sum().backward()
+
+
+def test_a_pair_of_positions_for_each_caller() -> None:
+    a = _leaves(stack.arguments(torch.float64))
+    pairs = [torch.randn(stack.LAYERS, 7, 24, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    memory = SharedMemory(a["core"], a["basis"], *pairs, torch.float64)
+    x = wanted = a["x"]
+    for layer in range(stack.LAYERS):
+        x = stack.call(a, x, memory, layer)
+        own = (a["core"], a["basis"], pairs[0][layer], pairs[1][layer])
+        wanted = stack.call(a, wanted, SharedMemory(*own, torch.float64), layer)
+    leaves = [a["x"], a["core"], a["basis"], *pairs]
+    for f, w in zip(
+        torch.autograd.grad(x, leaves, _grad(a)), torch.autograd.grad(wanted, leaves, _grad(a)), strict=True
+    ):
+        torch.testing.assert_close(f, w)
+
+
+def test_a_frozen_part_gets_no_gradient() -> None:
+    a = stack.arguments(torch.float64)
+    a["value_position"].requires_grad_()
+    y = stack.shared(a)
+    (found,) = torch.autograd.grad(y, a["value_position"], _grad(a))
+    (wanted,) = torch.autograd.grad(stack.through(fused_ffn, **a), a["value_position"], _grad(a))
+    torch.testing.assert_close(found, wanted)
+    frozen = {n: t.detach() for n, t in a.items()}
+    assert not stack.shared(frozen).requires_grad
+
+
+def test_a_forward_that_nobody_goes_back_through_is_freed() -> None:
+    a = _leaves(stack.arguments(torch.float32))
+    memory = stack.memory(a)
+    x = a["x"]
+    for layer in range(stack.LAYERS):
+        x = checkpoint(lambda x, n=layer, m=memory: stack.call(a, x, m, n), x, use_reentrant=False)
+    memory.close()
+    alive = weakref.ref(memory)
+    del memory, x
+    gc.collect()
+    assert alive() is None
