@@ -88,7 +88,8 @@ def fused_ffn(
 
     Biases, memory, basis and positions may be wider than x (float32 under a half-precision base). Gradients flow to every
     floating-point tensor that requires them; a frozen one costs nothing. At most 2F + M values per token are kept for the backward.
-    Under `torch.autocast` x, key, value, gate and residual are cast as `torch.nn.functional.linear` casts its operands.
+    Under `torch.autocast` x, key, value, gate and residual are cast as `torch.nn.functional.linear` casts its operands; the backward
+    casts them again, so that no 16-bit copy of a weight is kept. `torch.vmap` works, one call after the other.
 
     Returns:
         A contiguous tensor of x's shape and device, in x's dtype (autocast's under autocast). The same inputs give the same bits.
@@ -97,7 +98,8 @@ def fused_ffn(
         TypeError: a dtype that doesn't fit, or not a tensor.
         ValueError: a shape, an unknown name, an argument without its partner, or (on a CPU, or with MEMVP_CHECK=1) an index, length or
             offset out of range. On a GPU values out of range mean "no memory", without a synchronisation.
-        RuntimeError: a backend asked for by name that this machine or this input can't have.
+        RuntimeError: a backend asked for by name that this machine or this input can't have, or a derivative asked of `torch.func` or
+            of forward mode: it is written for `backward` and `torch.autograd.grad`.
     """
     check_scalars(activation, visual_activation, visual_scale, dropout_p, recompute, backend)
     tensors = {

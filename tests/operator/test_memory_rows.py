@@ -141,3 +141,22 @@ def test_blocks_read_nothing_on_the_host(monkeypatch: pytest.MonkeyPatch) -> Non
         rows = Blocked(segments, 4, CPU)
         rows.add_product(torch.zeros(12, 6), torch.randn(12, 5), torch.randn(4, 5, 6))
         rows.outer(torch.randn(12, 5), torch.randn(12, 6))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("segments", ANY)
+def test_blocks_do_not_wait_for_the_gpu(segments: Segments) -> None:
+    """The same numbers there, and PyTorch's own watch over synchronisation says nothing."""
+    gpu = torch.device("cuda")
+    moved = {n: v.to(gpu) for n in ("index", "cu_seqlens") if (v := getattr(segments, n)) is not None}
+    a, b, matrices = torch.randn(12, 5), torch.randn(12, 6), torch.randn(4, 5, 6)
+    there = [t.to(gpu) for t in (a, b, matrices)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows = Blocked(replace(segments, **moved), 4, gpu)
+        found = rows.product(there[0], there[2]), rows.outer(there[0], there[1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    here = Blocked(segments, 4, CPU)
+    for f, expected in zip(found, (here.product(a, matrices), here.outer(a, b)), strict=True):
+        torch.testing.assert_close(f.cpu(), expected)
