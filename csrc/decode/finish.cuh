@@ -37,7 +37,7 @@ MEMVP_DEVICE float product_alone(const DecodeArgs& args, int64_t n, int64_t colu
 
 template <class T, bool kBy16>
 __global__ void __launch_bounds__(kThreads, kBy16 ? 2 : 1) finish_kernel(const __grid_constant__ DecodeArgs args) {
-  constexpr int kOutputs = kColumnTile * kTokenTile / kThreads, kMaxParts = kMaxSplits + 1;
+  constexpr int kOutputs = kColumnTile * kTokenTile / kThreads, kEarlyParts = 8;  // more are rare
   const FfnDecodeParams& p = args.p;
   const DecodePlan& plan = args.plan;
   const int width_blocks = ceil_div(p.width, kColumnTile), block = blockIdx.x;
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, kBy16 ? 2 : 1) finish_kernel(const _
   const int64_t at = first_column + threadIdx.x % kColumnTile;  // of this thread's outputs
   const auto output_token = [&](int i) -> int64_t { return first_token + (threadIdx.x + i * kThreads) / kColumnTile; };
   const float bias = at < p.width ? element_or_zero<T>(p.value_bias, at) : 0.0f;
-  float residual[kOutputs], part[kOutputs][kMaxParts];
+  float residual[kOutputs], part[kOutputs][kEarlyParts];
   int parts[kOutputs];
 #pragma unroll
   for (int i = 0; i < kOutputs; ++i) {
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, kBy16 ? 2 : 1) finish_kernel(const _
 #pragma unroll
   for (int i = 0; i < kOutputs; ++i)
 #pragma unroll
-    for (int j = 0; j < kMaxParts; ++j)
+    for (int j = 0; j < kEarlyParts; ++j)
       part[i][j] = j < parts[i] ? load_written<float>(part_of(args, j, output_token(i)) + at) : 0.0f;
   float sum[4][4] = {};
   if (factored || positions) {
@@ -91,8 +91,9 @@ __global__ void __launch_bounds__(kThreads, kBy16 ? 2 : 1) finish_kernel(const _
     float v = column_sum(threadIdx.x + i * kThreads);
     if (!(v - v == 0.0f)) v = product_alone<T>(args, n, at);
 #pragma unroll
-    for (int j = 0; j < kMaxParts; ++j)
+    for (int j = 0; j < kEarlyParts; ++j)
       if (j < parts[i]) v += part[i][j];
+    for (int j = kEarlyParts; j < parts[i]; ++j) v += load_written<float>(part_of(args, j, n) + at);
     v += bias;
     v += residual[i];
     static_cast<T*>(p.y)[n * p.y_stride + at] = round_to<T>(v);

@@ -8,7 +8,7 @@
 namespace memvp::decode {
 
 // The place of 16 bytes, piece `piece` of a row's 128-byte slice: the same piece of eight rows lies in eight different
-// groups of banks, so that a matrix is read at once.
+// groups of banks, so that a matrix is read at once. Piece p ^ i lies at the place of p, exclusive-or i.
 MEMVP_DEVICE int swizzled(int row, int piece) {
   return row * 8 + (piece ^ row % 8);
 }
@@ -227,16 +227,19 @@ class Ring {
       tokens_.bring(stage, first_k(step, slice), k_end_);
   }
 
-  // The mma's words of row tile `tile` at 16 of the slice's k: rows 0 to 7 and 8 to 15 of the first 8 k, then of the
-  // other 8.
-  __device__ static void load_row_tile(uint32_t (&words)[4], const RowPairs<T>&, const uint4* rows, int tile, int k) {
+  // The mma's words of the warp's row tile i at 16 of the slice's k: rows 0 to 7 and 8 to 15 of the first 8 k, then of
+  // the other 8.
+  __device__ static void load_row_tile(uint32_t (&words)[4], const RowPairs<T>&, const uint4* rows, int i, int k) {
     const int lane = threadIdx.x % 32;
-    load_matrices(words, rows + tile * kRowTile * 8 + swizzled(lane % 16, k / 8 + lane / 16));
+    load_matrices(words, rows + row_tile(0) * kRowTile * 8 + (swizzled(lane % 16, lane / 16) ^ k / 8) +
+                             i * kShape.row_warps() * kRowTile * 8);
   }
-  __device__ static void load_row_tile(uint32_t (&words)[4], const RowsAcross<T>&, const uint4* rows, int tile, int k) {
+  __device__ static void load_row_tile(uint32_t (&words)[4], const RowsAcross<T>&, const uint4* rows, int i, int k) {
+    static_assert(kShape.row_warps() % 4 == 0, "a warp's tiles have one place in their 64 rows");
     const int lane = threadIdx.x % 32;
-    load_matrices_transposed(
-        words, rows + tile / 4 * kSlice * 8 + swizzled(k + lane / 16 * 8 + lane % 8, tile % 4 * 2 + lane / 8 % 2));
+    load_matrices_transposed(words, rows + row_tile(0) / 4 * kSlice * 8 +
+                                        swizzled(lane / 16 * 8 + lane % 8, row_tile(0) % 4 * 2 + lane / 8 % 2) + k * 8 +
+                                        i * kShape.row_warps() / 4 * kSlice * 8);
   }
 
   __device__ void multiply(RingSums<kTokenTiles>& sums, int slot) {
@@ -252,8 +255,8 @@ class Ring {
       for (int step = 0; step < 2; ++step)
 #pragma unroll
         for (int i = 0; i < kRowTilesPerWarp; ++i)
-          if (row_tile(i) < row_tiles_) load_row_tile(row[step][i], rows_, rows, row_tile(i), half * 32 + step * 16);
-      const int at = swizzled(lane % 8, half * 4 + lane / 8);  // 8 tokens, all 32 k
+          if (row_tile(i) < row_tiles_) load_row_tile(row[step][i], rows_, rows, i, half * 32 + step * 16);
+      const int at = swizzled(lane % 8, lane / 8) ^ half * 4;  // 8 tokens, all 32 k
 #pragma unroll
       for (int b = 0; b < kTokenTilesPerWarp; ++b) {
         uint32_t token[4];
