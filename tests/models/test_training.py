@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from memvp_kernels.models import site
 from memvp_kernels.shared import fused_ffn_shared
-from tests.models.tiny import CONFIG, FAMILIES, features, language_model, oracle, tokens, with_memory, wrapped
+from tests.models.tiny import CONFIG, FAMILIES, features, language_model, oracle, shuffled, tokens, with_memory, wrapped
 
 IMAGES = features(4, 0, 10)
 
@@ -75,14 +76,26 @@ def test_recompute_changes_nothing(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "t5-gated", "bart"])
 def test_compiles_whole(family: str) -> None:
+    """A tensor of features, and a list with one image shorter and one missing; dropout draws what it draws uncompiled."""
     torch._dynamo.reset()
-    model = wrapped(family)
-    stacked = torch.stack([*features(4, 4, 4)])
+    model = wrapped(family, dataclasses.replace(CONFIG, dropout=0.5))
+    model.memory.train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    loss = compiled(image_features=stacked, **_inputs()).loss
-    loss.backward()
-    got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    _assert_same((loss.detach(), got), _step(model, image_features=stacked), rtol=1e-5, atol=1e-6)
+    for images in (torch.stack([*features(4, 4, 4)]), IMAGES):
+        torch.manual_seed(3)
+        got = _step(compiled, image_features=images)
+        torch.manual_seed(3)
+        wanted = _step(model, image_features=images)
+        _assert_same((got[0], {n.removeprefix("_orig_mod."): g for n, g in got[1].items()}), wanted)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler that inductor calls is not installed")
+def test_compiles_with_inductor() -> None:
+    """The default backend, once, forward and backward."""
+    torch._dynamo.reset()
+    model = wrapped(config=dataclasses.replace(CONFIG, layers=(1,)))
+    loss, gradients = _step(torch.compile(model, fullgraph=True))
+    _assert_same((loss, {n.removeprefix("_orig_mod."): g for n, g in gradients.items()}), _step(model))
 
 
 def test_compiles_whole_when_opaque_and_in_training() -> None:
@@ -112,7 +125,10 @@ def test_compiles_as_generate_does() -> None:
 @pytest.mark.parametrize("family", ["llama", "t5-gated", "bart"])
 @pytest.mark.parametrize("opaque", [False, True])
 def test_autocast(family: str, opaque: bool) -> None:
-    """bfloat16 products over float32 weights: at most twice the error of plain PyTorch under autocast, median of five models."""
+    """bfloat16 products over float32 weights: at most twice the error of plain PyTorch under autocast, median of five models.
+
+    In norm and at the worst element.
+    """
     ratios = []
     for seed in range(5):
         model = wrapped(family, seed=seed)
@@ -131,8 +147,9 @@ def test_autocast(family: str, opaque: bool) -> None:
         assert all(g.dtype == torch.float32 for g in mine)
         ratios.append(
             [
-                ((m - e).norm() / (t - e).norm()).item()
+                (size((m - e).abs()) / size((t - e).abs())).item()
                 for m, t, e in zip(mine, their_gradients, exact_gradients, strict=True)
+                for size in (torch.linalg.vector_norm, torch.amax)
             ]
         )
     assert all(statistics.median(column) <= 2 for column in zip(*ratios, strict=True)), ratios
@@ -165,10 +182,13 @@ print(json.dumps([train("triton", family) for family in sys.argv[1:]]))
 """
 
 
-def train(backend: str, family: str) -> tuple[list[float], dict[str, list[float]]]:
+def train(
+    backend: str, family: str, dtype: torch.dtype = torch.float32, order: int | None = None
+) -> tuple[list[float], dict[str, list[float]]]:
     """Twenty steps; the losses, and the adapter afterwards."""
     config = CONFIG if family == "llama" else dataclasses.replace(CONFIG, layers=(0,))
-    model = with_memory(language_model(family), config, backend=backend)
+    base = language_model(family)
+    model = with_memory(base if order is None else shuffled(base, order), config, backend=backend).to(dtype)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     losses = []
     for step in range(20):
@@ -182,7 +202,11 @@ def train(backend: str, family: str) -> tuple[list[float], dict[str, list[float]
 
 
 def test_twenty_steps_agree_between_backends() -> None:
-    """Interpreted Triton kernels and PyTorch take the same road, gated and plain, up to rounding that twenty steps carry along."""
+    """Interpreted Triton kernels and PyTorch take the same road, gated and plain.
+
+    Steps carry rounding along: against float64, the kernels stray at most twice as far as PyTorch does over a few orders of the
+    FFN's sums.
+    """
     pytest.importorskip("triton")
     root, families = Path(__file__).parents[2], ("llama", "t5")
     run = subprocess.run(
@@ -194,12 +218,16 @@ def test_twenty_steps_agree_between_backends() -> None:
         timeout=300,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    for family, (triton_losses, triton_state) in zip(families, json.loads(run.stdout.splitlines()[-1]), strict=True):
-        losses, state = train("torch", family)
-        assert sum(losses[-4:]) < sum(losses[:4]) - 0.05, f"{family} does not learn: {losses}"
-        torch.testing.assert_close(triton_losses, losses, rtol=1e-4, atol=1e-4)
-        start = with_memory(language_model(family)).adapter_state_dict()
-        for name, values in state.items():
-            end, triton_end = torch.tensor(values), torch.tensor(triton_state[name])
-            moved = (end - start[name].flatten()).norm()
-            assert moved > 0 and (triton_end - end).norm() < 1e-3 * moved, f"{family} {name}"
+    for family, (losses, state) in zip(families, json.loads(run.stdout.splitlines()[-1]), strict=True):
+        exact_losses, exact = train("torch", family, torch.float64)
+        assert sum(exact_losses[-4:]) < sum(exact_losses[:4]), f"{family} does not learn: {exact_losses}"
+        orders = [train("torch", family, order=order) for order in (None, 0, 1, 2)]
+        _assert_strays_little(losses, exact_losses, [theirs for theirs, _ in orders], f"{family} losses")
+        for name, wanted in exact.items():
+            _assert_strays_little(state[name], wanted, [theirs[name] for _, theirs in orders], f"{family} {name}")
+
+
+def _assert_strays_little(mine: list[float], exact: list[float], theirs: list[list[float]], what: str) -> None:
+    wanted = torch.tensor(exact, dtype=torch.float64)
+    away = [(torch.tensor(run, dtype=torch.float64) - wanted).norm().item() for run in (mine, *theirs)]
+    assert away[0] <= 2 * max(away[1:]), f"{what}: {away[0]:.2e} from float64, PyTorch {max(away[1:]):.2e}"
