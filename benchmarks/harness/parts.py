@@ -120,7 +120,7 @@ def parts(device: str) -> list[Part]:
     quantized_needs = functools.partial(_lacks, "bitsandbytes", "transformers")
     found = [
         Part("build", 65, build, build_needs, {"MEMVP_CUDA": "require", **_architecture()}),
-        Part("diagnosis", 10, diagnosis),
+        Part("diagnosis", 15, diagnosis),
         Part("tests-cuda", 40, tests("tests/csrc"), pytest_needs, built),
         Part("tests-triton", 45, tests("tests/triton"), pytest_needs),
         Part("decode", 50, program("decode")),
@@ -128,7 +128,7 @@ def parts(device: str) -> list[Part]:
         Part("training", 70, program("training", *large, "--batch", "16", "4", "--text-length", "64")),
         Part("kernels", 35, program("kernels", *large, "--batch", "16", "1", "--text-length", "512")),
         sanitizer("memcheck"),
-        Part("sweep", 45, program("sweep", "--preset", "llama-7b")),
+        Part("sweep", 40, program("sweep", "--preset", "llama-7b")),
         sanitizer("racecheck"),
         Part("tests", 15, tests("tests", "--ignore=tests/csrc", "--ignore=tests/triton"), pytest_needs),
         Part(

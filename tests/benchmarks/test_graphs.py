@@ -44,18 +44,15 @@ class Machine(SimpleNamespace):
     @contextlib.contextmanager
     def graph(self, graph: object, **options: object) -> Iterator[None]:
         """As torch's: an error at the end of a capture leaves the side stream current."""
-        self.current = "side"
+        before, self.current = self.current, "side"
         try:
             yield
         except RuntimeError:
             self.failed = True
             raise RuntimeError("operation failed due to a previous error during capture\nmore") from None
-        finally:
-            if not self.failed:
-                self.current = "main"
         if self.broken and self.failed:
             raise RuntimeError("no capture works any more")
-        self.failed, self.current = False, "main"
+        self.failed, self.current = False, before
 
 
 def unsafe(machine: Machine) -> Callable[[], object]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from harness import core_case
+from harness.cli import common_parser, settle
 from harness.operands import Adapter, Parts, Weights
 from harness.presets import PRESETS
 from harness.rooflines import (
@@ -181,3 +183,14 @@ def test_an_unknown_form_is_named() -> None:
     with pytest.raises(ValueError, match="form: wanted one of"):
         ffn_forward("folded", SHAPE)
     assert len(FORMS) == len(set(FORMS))
+
+
+@pytest.mark.parametrize("name", core_case.KERNELS)
+def test_the_core_kernels_count_their_products_and_tensors(name: str) -> None:
+    setting = settle(common_parser("", program="kernels").parse_args(["--device", "cpu", "--quick"]), cpu={}, cuda={})
+    operands = core_case._Operands(setting, SHAPE)
+    with FlopCounterMode(display=False) as counter:
+        operands.products(name)()
+    moved = [operands.core, *operands.reference(name, torch.float32).values()]
+    moved += [operands.c] if name == "core" else [operands.e, operands.scores]
+    assert kernel(name, SHAPE) == Count(counter.get_total_flops(), sum(t.nbytes for t in moved))

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -40,8 +41,7 @@ def build_folder() -> Iterator[Path]:
 def library() -> Path:
     """The extension's shared library, for every default architecture; with MEMVP_TEST_INSTALLED=1 the one that the package has."""
     if os.environ.get("MEMVP_TEST_INSTALLED") == "1":
-        (installed,) = (ROOT / "memvp_kernels").glob("_C.*.so")
-        return installed
+        return ROOT / "memvp_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     with build_folder() as folder:
         done = run_setup("build_ext", "--build-lib", str(folder / "tests"), MEMVP_CUDA="require", MEMVP_CUDA_ARCHS="")
         if "MEMVP_CUDA=require:" in done.stderr:
