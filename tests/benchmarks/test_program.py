@@ -31,6 +31,7 @@ ON_A_GPU = (
     "text",
     "liger",
     "official-eager",
+    "plain-auto",
 )
 
 
@@ -58,11 +59,11 @@ def test_what_every_claim_rests_on_is_timed_first_and_compilations_last_one_by_o
     groups = [[[c.name for c in group] for group in stages.groups(stage, candidates, GPU)] for stage in range(3)]
     assert groups == [
         [["prompt", "factored-auto", "text", "official-eager"]],
-        [["concatenated", "liger"]],
+        [["concatenated", "liger", "plain-auto"]],
         [["text-compile"], ["official-compile"]],
     ]
     on_a_cpu = [[[c.name for c in group] for group in stages.groups(stage, candidates, CPU)] for stage in range(3)]
-    assert on_a_cpu[0] == [["concatenated", "prompt", "factored-auto", "text", "liger", "official-eager"]]
+    assert on_a_cpu[0] == [["concatenated", "prompt", "factored-auto", "text", "liger", "official-eager", "plain-auto"]]
     assert on_a_cpu[1] == []
 
 
