@@ -181,6 +181,24 @@ def test_a_lost_device_is_taken_at_its_word() -> None:
         measured([breaking("broken", 3, DeviceLostError("no capture works"))])
 
 
+def test_a_replay_may_be_as_wrong_as_the_check_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timer gets the row's own limit, times the layers that were not checked."""
+    timed: list[Run] = []
+    original = Timer.compare
+
+    def compare(self: Timer, runs: Any, **options: Any) -> Any:
+        timed.extend(runs.values())
+        return original(self, runs, **options)
+
+    monkeypatch.setattr(Timer, "compare", compare)
+    sound = candidate("sound", 1.0, [])
+    outputs, run, held = sound.build()
+    deep = dataclasses.replace(run, replay_depth=16.0)
+    (row,) = measured([dataclasses.replace(sound, build=lambda: (outputs, deep, held))])
+    assert row.error_allowed is not None
+    assert [run.replay_error for run in timed] == [16 * row.error_allowed]
+
+
 def test_the_first_call_comes_before_the_check() -> None:
     order: list[str] = []
     sound = candidate("sound", 1.0, [])

@@ -320,7 +320,7 @@ def test_a_replay_that_gives_something_else_is_noticed() -> None:
     x = torch.randn(64, device=device)
     scales = itertools.count(1)
     with pytest.raises(WrongReplayError):
-        Timer(device, samples=1).compare({"drifts": Run([lambda: x * next(scales)])})
+        Timer(device, samples=1).compare({"drifts": Run([lambda: x * next(scales)], replay_error=0.1)})
 
 
 @pytest.mark.gpu
