@@ -148,12 +148,14 @@ class Loop:
         matrix: matrix instructions in one turn.
         waits: of those, how many wait for the group before them (Hopper's gsb0).
         depth: groups that may still be running at the loop's wait; 0 means each step's products are awaited before the next begins.
+        spills: loads and stores of spilled registers in one turn.
     """
 
     instructions: int
     matrix: int
     waits: int
     depth: int | None
+    spills: int = 0
 
     @property
     def serialised(self) -> bool:
@@ -240,4 +242,5 @@ def _loops(code: list[tuple[str, str]], labels: dict[str, int]) -> Iterator[Loop
         body = code[start : end + 1]
         matrix = [operands for operation, operands in body if _base(operation) in _MATRIX]
         depths = [int(o.split(",")[-1].strip(), 16) for op, o in body if op.startswith("WARPGROUP.DEPBAR")]
-        yield Loop(len(body), len(matrix), sum("gsb" in o for o in matrix), max(depths, default=None))
+        spills = sum(_base(operation) in ("LDL", "STL") for operation, _ in body)
+        yield Loop(len(body), len(matrix), sum("gsb" in o for o in matrix), max(depths, default=None), spills)

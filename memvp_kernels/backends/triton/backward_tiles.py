@@ -18,7 +18,7 @@ _RESERVE = 2 * 1024  # bytes of barriers and descriptors beside the stages
 # (slots, columns, rows per step, warps, most stages) of a tile of a memory gradient. Slots come in multiples of 64 (320 = 5 · 64).
 _OUTER_SHAPES = {
     "descriptors": (64, 256, 64, 4, 4),
-    "pointers": (64, 128, 32, 4, 4),
+    "pointers": (64, 128, 64, 8, 3),
     "elements": (64, 64, 32, 4, 3),
     "tf32": (64, 128, 32, 4, 3),
     "ieee": (64, 64, 32, 8, 2),
