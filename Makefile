@@ -43,6 +43,7 @@ $(OLD_TRITON)/.installed: $(VENV)/.installed-test
 	touch $@
 
 test-triton-3.6: $(OLD_TRITON)/.installed
+	PYTHONPATH=$(CURDIR)/$(OLD_TRITON) $(BIN)/python -c 'import triton; assert triton.__version__ == "3.6.0", triton.__version__'
 	PYTHONPATH=$(CURDIR)/$(OLD_TRITON) $(BIN)/python -m pytest tests/triton/machine_code $(or $(ARGS),-m "not slow")
 
 lint: $(VENV)/.installed-dev
