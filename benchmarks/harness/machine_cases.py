@@ -177,7 +177,7 @@ def _some_cases(architecture: int) -> Iterator[Case]:
         yield _variant(case, form="factored", backward=backward)
     yield _variant(case, form="text", tile=widest, sequences=1, length=16, backward="weights")
     yield _variant(case, tile=widest, full=False)
-    yield _variant(case, tile=replace(widest, splits=4), length=32)
+    yield _variant(case, tile=replace(widest, splits=4), sequences=1)
     yield _variant(case, form="text", sequences=1, length=16, backward="kept", road="library")
     if architecture == 90:
         double = next(tiles.candidates(**kind, accumulators=2))  # type: ignore[arg-type]

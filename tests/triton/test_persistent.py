@@ -33,7 +33,7 @@ def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
 @pytest.mark.parametrize("form", ["plain", "factored"])
 def test_output_and_every_gradient(form: str, gated: bool, programs: int) -> None:
-    """Only the factored form stays: the plain one's visual tiles share a loop with nothing. Both store by descriptors."""
+    """The factored form stays and stores by descriptor; the plain one's visual tiles leave no registers for either."""
     a = example(torch.bfloat16, lengths=[37] * 2, M=17, form=form, F=72, gated=gated, biased=True)
     yardstick.check(run, dict(a, activation="gelu"))
 
@@ -68,8 +68,7 @@ def test_what_is_launched(programs: int, monkeypatch: pytest.MonkeyPatch) -> Non
         run(**example(torch.float32, lengths=[37] * 2, M=17, form="factored"))
     assert grids[0] == (programs, True, 1)
     assert grids[1][0] > programs
-    assert grids[1][1:] == (False, 1)
-    assert grids[2][1:] == (False, 0)
+    assert grids[1][1:] == grids[2][1:] == (False, 0)
     assert DEVICE.type in ("cpu", "cuda")
 
 

@@ -5,8 +5,8 @@ costs as much. Gate and up share a tile, so that the activation happens in the e
 descriptor can span both weights, in two otherwise. With a factored memory the same tiles over slots, one sequence wide and
 without an activation, are the shared extra columns x [W; p^k]ᵀ.
 
-By descriptors hidden and the pre-activations leave through shared memory, asynchronously; then, where tiles are more than one wave, a
-program may own several and start the next one's loads while the last one's stores are under way (`tiles.persists`).
+Without visual tiles, hidden and the pre-activations leave by descriptor through shared memory, asynchronously; then, where tiles are more
+than one wave, a program may own several and start the next one's loads while the last one's stores are under way (`tiles.persists`).
 """
 
 from __future__ import annotations
@@ -135,21 +135,15 @@ def hidden_forward(
     ffn_tiles = row_tiles * triton.cdiv(pairs, tile.columns)
     memory_tiles = (row_tiles + segments.sequences) * triton.cdiv(slots, wide)
     programs = ffn_tiles + memory_tiles
-    stored = (
-        tma
-        and x.dtype != torch.float32
-        and all(launch.describable(t) for t in (made.hidden, made.pre) if t is not None)
-    )
+    # Beside visual tiles, with dropout and an activation of their own, the registers are full without either.
+    kept = [t for t in (made.hidden, made.pre) if t is not None]
+    stored = tma and visual is None and x.dtype != torch.float32 and all(launch.describable(t) for t in kept)
     form_store = (BY_ROW if stored else BY_POINTER).value
     block_store = (tile.block_n, min(tile.columns, tiles.STORED_COLUMNS))
-    # Beside dropout and a second activation in the same loop the registers would not do.
-    persistent = (
-        stored
-        and visual is None
-        and tiles.persists(launch.chip(x.device), tile, x.dtype, tile.columns * (1 + gated), programs)
-    )
+    chip, accumulated = launch.chip(x.device), tile.columns * (1 + gated)
+    persistent = stored and tiles.persists(chip, tile, x.dtype, accumulated, programs)
     with launch.on_device(x):
-        hidden_fwd_kernel[(min(programs, launch.chip(x.device).multiprocessors) if persistent else programs,)](
+        hidden_fwd_kernel[(min(programs, chip.multiprocessors) if persistent else programs,)](
             launch.describe(x, (tile.block_n, tile.block_k), form), gate_operand, key_operand, gate_bias, key_bias,
             launch.describe(memory, block_memory, form) if memory is not None else None,
             launch.describe(made.hidden, block_store, form_store) if made.hidden is not None else None,
@@ -331,8 +325,11 @@ def _store_hidden(
     """
     if BLOCK_F > STORED_COLUMNS:
         HALF: tl.constexpr = BLOCK_F // 2
-        gate_low, gate_high = tl.split(tl.permute(tl.reshape(b_gate, (BLOCK_N, 2, HALF)), (0, 2, 1)))
         key_low, key_high = tl.split(tl.permute(tl.reshape(b_key, (BLOCK_N, 2, HALF)), (0, 2, 1)))
+        if gate is not None:
+            gate_low, gate_high = tl.split(tl.permute(tl.reshape(b_gate, (BLOCK_N, 2, HALF)), (0, 2, 1)))
+        else:
+            gate_low, gate_high = key_low, key_high
         _store_hidden(
             gate_low, key_low, row, column, gate, gate_bias, key_bias, hidden, pre, stride_gate_bias, stride_key_bias,
             stride_hidden_n, N, F, BLOCK_N, HALF, ACTIVATION, FORM_STORE, DTYPE,
@@ -342,45 +339,41 @@ def _store_hidden(
             stride_hidden_n, N, F, BLOCK_N, HALF, ACTIVATION, FORM_STORE, DTYPE,
         )  # fmt: skip
     else:
+        o_row = row + tl.arange(0, BLOCK_N)
         o_column = column + tl.arange(0, BLOCK_F)
+        inside = (o_row[:, None] < N) & (o_column[None, :] < F)
         if key_bias is not None:
-            b_key += _load_bias(key_bias, stride_key_bias, o_column, F)[None, :]
+            b_key += tl.load(key_bias + o_column.to(tl.int64) * stride_key_bias, mask=o_column < F, other=0.0).to(
+                tl.float32
+            )[None, :]
+        if pre is not None and FORM_STORE == BY_POINTER:
+            o_pre = tile_pointers(pre, row, column, F, BLOCK_N, BLOCK_F)
         if gate is not None:
             if gate_bias is not None:
-                b_gate += _load_bias(gate_bias, stride_gate_bias, o_column, F)[None, :]
+                b_gate += tl.load(
+                    gate_bias + o_column.to(tl.int64) * stride_gate_bias, mask=o_column < F, other=0.0
+                ).to(tl.float32)[None, :]
             if pre is not None:
-                _store_pre(b_gate, pre, 0, row, column, N, F, BLOCK_N, BLOCK_F, FORM_STORE, DTYPE)
-                _store_pre(b_key, pre, 1, row, column, N, F, BLOCK_N, BLOCK_F, FORM_STORE, DTYPE)
+                if FORM_STORE == BY_POINTER:
+                    tl.store(o_pre, b_gate.to(DTYPE), mask=inside)
+                    tl.store(o_pre + tl.cast(N, tl.int64) * F, b_key.to(DTYPE), mask=inside)
+                else:
+                    pre.store([0, row, column], b_gate.to(DTYPE).reshape(1, BLOCK_N, BLOCK_F))
+                    pre.store([1, row, column], b_key.to(DTYPE).reshape(1, BLOCK_N, BLOCK_F))
             b_hidden = activate(b_gate, ACTIVATION) * b_key
         else:
             if pre is not None:
-                _store_pre(b_key, pre, 0, row, column, N, F, BLOCK_N, BLOCK_F, FORM_STORE, DTYPE)
+                if FORM_STORE == BY_POINTER:
+                    tl.store(o_pre, b_key.to(DTYPE), mask=inside)
+                else:
+                    pre.store([0, row, column], b_key.to(DTYPE).reshape(1, BLOCK_N, BLOCK_F))
             b_hidden = activate(b_key, ACTIVATION)
         if hidden is not None:
-            if FORM_STORE == BY_ROW:
-                hidden.store([row, column], b_hidden.to(DTYPE))
-            else:
-                inside = (row + tl.arange(0, BLOCK_N)[:, None] < N) & (o_column[None, :] < F)
+            if FORM_STORE == BY_POINTER:
                 o_hidden = tile_pointers(hidden, row, column, stride_hidden_n, BLOCK_N, BLOCK_F)
                 tl.store(o_hidden, b_hidden.to(DTYPE), mask=inside)
-
-
-@triton.jit
-def _load_bias(bias, stride, o_column, F: tl.constexpr):
-    return tl.load(bias + o_column.to(tl.int64) * stride, mask=o_column < F, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store_pre(
-    b_pre, pre, branch: tl.constexpr, row, column, N, F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
-    FORM_STORE: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    if FORM_STORE == BY_ROW:
-        pre.store([branch, row, column], b_pre.to(DTYPE).reshape(1, BLOCK_N, BLOCK_F))
-    else:
-        inside = (row + tl.arange(0, BLOCK_N)[:, None] < N) & (column + tl.arange(0, BLOCK_F)[None, :] < F)
-        o_pre = tile_pointers(pre, row, column, F, BLOCK_N, BLOCK_F) + branch * tl.cast(N, tl.int64) * F
-        tl.store(o_pre, b_pre.to(DTYPE), mask=inside)
+            else:
+                hidden.store([row, column], b_hidden.to(DTYPE))
 
 
 @triton.jit
@@ -418,8 +411,8 @@ def _store_pieces(
     b_scores, visual, scores, seed, stride_visual_n, row, slot, first, end, slots, scale, threshold,
     M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, VISUAL_ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`store_visual` in pieces of 64 columns: dropout's generator on a whole tile of 256 needs more registers than a thread has."""
-    if BLOCK_M > 64:
+    """`store_visual` in pieces of 32 columns: dropout's generator on a whole tile of 256 needs more registers than a thread has."""
+    if BLOCK_M > 32:
         low, high = tl.split(tl.permute(tl.reshape(b_scores, (BLOCK_N, 2, BLOCK_M // 2)), (0, 2, 1)))
         _store_pieces(
             low, visual, scores, seed, stride_visual_n, row, slot, first, end, slots, scale, threshold, M,
