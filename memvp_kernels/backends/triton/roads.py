@@ -44,7 +44,7 @@ class Shape:
         length: T, None when packed.
         gated: gate and key, or key alone.
         dense: the memory's products are dense ones over all rows.
-        descriptors: x and the weights lie as TMA wants them, also on a chip without it, which then loads vectors.
+        descriptors: x and the weights can have descriptors, also on a chip without TMA, which then loads vectors.
     """
 
     dtype: torch.dtype
@@ -154,7 +154,7 @@ def product_cycles(chip: Chip, dtype: torch.dtype, precision: str, rows: int, co
     """Predicted clock cycles of one library product (rows, depth) · (depth, columns): its best tile, cut along `depth` where waves are thin."""
     best = math.inf
     moved = (rows * depth + depth * columns + rows * columns) * dtype.itemsize
-    for tile in _library_tiles(chip):
+    for tile in _library_tiles():
         count = math.ceil(rows / tile.block_n) * math.ceil(columns / tile.columns)
         for splits in tiles.split_choices(chip, tile, rows, columns, depth):
             steps = math.ceil(depth / (tile.block_k * splits))
@@ -165,10 +165,9 @@ def product_cycles(chip: Chip, dtype: torch.dtype, precision: str, rows: int, co
 
 
 @cache
-def _library_tiles(chip: Chip) -> list[Tile]:
-    """The wide tiles, in every dtype and on every chip: hand-written kernels keep 128 accumulators a thread where Triton's spill."""
-    hand_written = ((128, 256), (128, 192), (128, 128), (64, 128), (64, 64), (64, 32))
-    return [Tile(rows, columns, 64, 8, 2) for rows, columns in hand_written]
+def _library_tiles() -> list[Tile]:
+    """Hopper's wide tiles, in every dtype and on every chip: hand-written kernels keep 128 accumulators a thread where Triton's spill."""
+    return [*tiles.candidates(tiles.chip_of(90), torch.float16, "ieee", descriptors=True), Tile(128, 192, 64, 8, 2)]
 
 
 def _fused_rate(chip: Chip, shape: Shape) -> float:
