@@ -38,10 +38,10 @@ class Checkpointed:
             self.language_model.activation_checkpointing_enable(activation_checkpointing_kwargs=wanted, **options)
         else:  # older transformers know the older name only
             self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=wanted, **options)
-        if (
-            not asked_before
-        ):  # transformers has the embeddings ask for gradients, which the reentrant kind needs; ours would
-            self.language_model.disable_input_require_grads()  # only go back through a first layer that trains nothing below
+        # transformers has the embeddings ask for gradients, which the reentrant kind needs: here that would only send the
+        # backward through a first layer below which nothing trains
+        if not asked_before:
+            self.language_model.disable_input_require_grads()
 
     def activation_checkpointing_disable(self) -> None:
         """Turn it off."""

@@ -20,7 +20,7 @@ from memvp_kernels.models.features import ImageFeatures, Pixels
 from memvp_kernels.models.inputs import features_of, memory_of, samples_of
 from memvp_kernels.models.memory import Observer, VisualMemory
 from memvp_kernels.models.projector import Projector
-from memvp_kernels.models.sharded import has_sharded_parts, like_forward
+from memvp_kernels.models.sharded import like_forward
 from memvp_kernels.models.site import MemoryFFN
 from memvp_kernels.models.state import whole
 
@@ -207,8 +207,6 @@ class MemVPModel(Checkpointed, nn.Module):
         memory, index = memory_of(self, samples_of(kwargs), image_features, pixel_values, visual_core, visual_index)
         if index is not None:  # a tensor: generate() repeats those for beams, and makes one where there is none yet
             kwargs["memory_index"] = index
-        if has_sharded_parts(self.language_model):  # a rank that is done goes on gathering until the last one is
-            kwargs.setdefault("synced_gpus", True)
         return self.language_model.generate(**kwargs, visual_memory=memory)
 
     @like_forward

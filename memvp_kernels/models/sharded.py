@@ -9,14 +9,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import nn
 
-__all__ = ["has_sharded_parts", "like_forward"]
+__all__ = ["like_forward"]
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def has_sharded_parts(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` was called on a part of ``module``, so that its ranks must run it equally often."""
-    return any(_is_sharded(part) for part in module.modules())
 
 
 def like_forward(method: _Method) -> _Method:

@@ -231,7 +231,7 @@ def _root_generates(layout: str) -> tuple[bool, float, dict[str, float]]:
 
 @pytest.mark.parametrize("layout", ["fsdp2-root", "fsdp2-own", "fsdp2-recipe"])
 def test_generation_and_encoding_by_a_sharded_model(two: Group, layout: str) -> None:
-    """A rank that is done first goes on with the others: they could not gather a layer without it."""
+    """A rank that is done first goes on with the others, as transformers sees to: they could not gather a layer without it."""
     for tokens, core, errors in two.run(_root_generates, layout):
         assert tokens
         assert core == 0.0
