@@ -144,8 +144,9 @@ def main(arguments: list[str] | None = None) -> int:
             commit = commit_for_the_record(options.commit)
         except ValueError as error:
             sys.exit(str(error))
-    results = results_folder(options.out, options.device)
-    notes = options.out or ROOT / "out"
+    out = None if options.out is None else options.out.resolve()  # the parts run in the repository's root
+    results = results_folder(out, options.device)
+    notes = out or ROOT / "out"
     for folder in (results, notes):
         folder.mkdir(parents=True, exist_ok=True)
     log = notes / "gpu-report.log"

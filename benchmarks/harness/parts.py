@@ -127,16 +127,16 @@ def parts(device: str) -> list[Part]:
         Part("latency", 70, program("latency", *large, "--batch", "16", "1", "64", "--text-length", "64")),
         Part("training", 70, program("training", *large, "--batch", "16", "4", "--text-length", "64")),
         Part("kernels", 35, program("kernels", *large, "--batch", "16", "1", "--text-length", "512")),
-        sanitizer("memcheck"),
-        Part("sweep", 40, program("sweep", "--preset", "llama-7b")),
-        sanitizer("racecheck"),
-        Part("tests", 15, tests("tests", "--ignore=tests/csrc", "--ignore=tests/triton"), pytest_needs),
         Part(
             "quantized",
             30,
             program("training", *large, "--batch", "4", "--text-length", "64", switch="quantized"),
             quantized_needs,
         ),
+        sanitizer("memcheck"),
+        Part("sweep", 40, program("sweep", "--preset", "llama-7b")),
+        sanitizer("racecheck"),
+        Part("tests", 15, tests("tests", "--ignore=tests/csrc", "--ignore=tests/triton"), pytest_needs),
     ]
     # A rehearsal has no minutes to spare, but a slow machine.
     return found if cuda else [dataclasses.replace(part, seconds=4 * part.seconds) for part in found]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -174,7 +175,11 @@ class _Running:
             f"{job.template.case}: {error} ({error.__cause__}); {len(self.results.rows)} rows are saved, run again with "
             "--continue for the rest",
             file=sys.stderr,
+            flush=True,
         )
+        if self.setting.device.type == "cuda":
+            sys.stdout.flush()
+            os._exit(AGAIN)  # tearing down what was on that GPU may abort, and then the status would be another
         raise SystemExit(AGAIN) from error
 
 

@@ -196,6 +196,14 @@ def test_a_part_gets_what_earlier_ones_left(tmp_path: Path, monkeypatch: pytest.
     assert given[1] > 45
 
 
+def test_parts_write_where_the_caller_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run in the repository's root, where a relative --out would be another folder."""
+    monkeypatch.chdir(tmp_path)
+    touch = python("import pathlib, sys; pathlib.Path(sys.argv[1], 'here').touch()")
+    assert report([Part("touches", 9, touch)], monkeypatch, Path("out")) == 0
+    assert (tmp_path / "out" / "a-gpu" / "here").exists()
+
+
 def test_a_program_that_lost_its_gpu_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys; raise SystemExit(0 if '--continue' in sys.argv else 75)"
     assert parts_module.AGAIN == 75
