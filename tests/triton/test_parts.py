@@ -87,3 +87,15 @@ def test_a_cut_pays_for_its_second_launch() -> None:
         assert cost(tile, *size) <= least if tile.splits == 1 else cost(tile, *size) < least
     assert tiles.joining_cycles(chip, 512 * 2048, 1) == 0
     assert tiles.joining_cycles(chip, 512 * 2048, 2) > tiles._LAUNCH_SECONDS * chip.clock * 1e9
+
+
+def test_one_memory_for_all_is_priced_once() -> None:
+    """What all rows share is one sequence to the kernels, however the number of sequences is rounded."""
+    chip, size = tiles.chip_of(90), (torch.bfloat16, "ieee")
+    for rows in (16, 64, 128):
+        tile = tiles.output_tile(
+            chip, *size, rows=rows, width=4096, pairs=11008, slots=456, sequences=1, length=rows, descriptors=True
+        )
+        every = tiles.candidates(chip, *size, descriptors=True)
+        least = min(tiles.output_cycles(chip, t, *size, rows, 4096, 11008, 456, 1, False) for t in every)
+        assert tiles.output_cycles(chip, tile, *size, rows, 4096, 11008, 456, 1, False) <= least
