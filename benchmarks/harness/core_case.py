@@ -72,7 +72,7 @@ class _Operands:
         """The launch of a kernel."""
         from memvp_kernels.backends.triton.core import core_forward
         from memvp_kernels.backends.triton.core_backward import core_backward
-        from memvp_kernels.backends.triton.hidden import Visual
+        from memvp_kernels.backends.triton.visual import Visual
 
         visual = Visual("silu", self.scale, None, 0)
 

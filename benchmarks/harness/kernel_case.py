@@ -91,8 +91,8 @@ class _Operands:
     def triton(self, name: str, road: str) -> Callable[[], Outputs]:
         """The launch of a kernel, or the library's products in its place."""
         from memvp_kernels.backends.triton.dmemory import memory_gradients
-        from memvp_kernels.backends.triton.hidden import Visual
         from memvp_kernels.backends.triton.steps import ON_ROAD
+        from memvp_kernels.backends.triton.visual import Visual
 
         steps = ON_ROAD[road]
         w, memory, segments = self.weights, self.memory, self.segments

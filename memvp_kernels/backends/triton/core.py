@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from memvp_kernels.backends.triton import launch, tiles
-from memvp_kernels.backends.triton.hidden import Visual, store_visual
 from memvp_kernels.backends.triton.operands import BY_POINTER, load_memory_tile, load_tile, tile_pointers
 from memvp_kernels.backends.triton.segments import memory_row, sequence_bounds, tile_sequence, valid_slots
+from memvp_kernels.backends.triton.visual import Visual, store_visual
 from memvp_kernels.problem import Segments
 
 __all__ = ["core_forward", "core_fwd_kernel"]

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from memvp_kernels.backends.triton import backward_tiles, launch
 from memvp_kernels.backends.triton.dhidden import store_visual_gradient
-from memvp_kernels.backends.triton.hidden import Visual
 from memvp_kernels.backends.triton.operands import BY_POINTER, load_memory_tile, load_tile
 from memvp_kernels.backends.triton.segments import memory_row, sequence_bounds, tile_sequence, valid_slots
+from memvp_kernels.backends.triton.visual import Visual
 from memvp_kernels.problem import Segments
 
 __all__ = ["CoreGradients", "core_backward", "core_bwd_kernel"]

@@ -17,7 +17,6 @@ from torch import Tensor
 from memvp_kernels.backends.triton import backward_tiles, launch
 from memvp_kernels.backends.triton.activations import activate_derivative
 from memvp_kernels.backends.triton.dropout import keep_mask
-from memvp_kernels.backends.triton.hidden import Visual
 from memvp_kernels.backends.triton.operands import (
     BY_POINTER,
     BY_ROW,
@@ -27,6 +26,7 @@ from memvp_kernels.backends.triton.operands import (
     tile_pointers,
 )
 from memvp_kernels.backends.triton.segments import memory_row, sequence_bounds, tile_sequence, valid_slots
+from memvp_kernels.backends.triton.visual import Visual
 from memvp_kernels.problem import Segments
 
 __all__ = ["HiddenGradients", "dhidden_backward", "dhidden_bwd_kernel", "store_visual_gradient"]

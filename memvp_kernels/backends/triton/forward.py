@@ -11,9 +11,9 @@ from memvp_kernels import philox
 from memvp_kernels.backends import eager
 from memvp_kernels.backends.triton import launch
 from memvp_kernels.backends.triton.core import core_forward
-from memvp_kernels.backends.triton.hidden import Visual
 from memvp_kernels.backends.triton.memory import form_memory, key_operand, value_operand
 from memvp_kernels.backends.triton.steps import steps_of
+from memvp_kernels.backends.triton.visual import Visual
 from memvp_kernels.problem import Problem, Segments
 
 __all__ = ["dense_segments", "forward", "unsupported", "visual_of", "without_memory"]

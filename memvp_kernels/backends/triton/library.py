@@ -21,9 +21,10 @@ from torch import Tensor
 
 from memvp_kernels.backends.triton import launch
 from memvp_kernels.backends.triton.dhidden import HiddenGradients, dhidden_backward
-from memvp_kernels.backends.triton.hidden import Products, Visual, hidden_forward
+from memvp_kernels.backends.triton.hidden import Products, hidden_forward
 from memvp_kernels.backends.triton.output import output_forward
 from memvp_kernels.backends.triton.pointwise import form_dpre, form_hidden
+from memvp_kernels.backends.triton.visual import Visual
 from memvp_kernels.problem import Segments
 
 __all__ = ["dhidden", "dinput", "hidden", "output"]
