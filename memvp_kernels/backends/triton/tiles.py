@@ -128,7 +128,7 @@ _SHAPES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
     ),
     # One load for every element, each with its own address: anything larger spills.
     "elements": ((64, 64, 32, 4, 3), (32, 64, 32, 4, 3), (16, 64, 32, 4, 3)),
-    "tf32": ((128, 128, 32, 8, 4), (64, 64, 32, 4, 4), (32, 64, 32, 4, 4)),
+    "tf32": ((128, 128, 32, 8, 4), (64, 64, 32, 8, 4), (32, 64, 32, 4, 4)),
     "ieee": ((64, 64, 16, 8, 3), (32, 64, 32, 4, 3)),
 }
 _RESERVE = 2 * _KIB  # barriers and the epilogue's scratch beside the stages
