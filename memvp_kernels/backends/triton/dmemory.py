@@ -109,6 +109,7 @@ def _launch(
     slots, width = left.shape[1], right.shape[1]
     count = 1 if together else len(pairs)
     adds = totals[0] is not None
+    assert not adds or segments.lengths is None, "slots past a length are set to zero"
     outs = [
         t if t is not None else torch.empty(memories, slots, width, dtype=dtype, device=right.device)
         for t in (totals if adds else (None,) * count)
@@ -164,7 +165,15 @@ def dmemory_bwd_kernel(
         stride_left_n = stride_other_left_n
         stride_right_n = stride_other_right_n
 
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    o_slot = slot + tl.arange(0, BLOCK_M)
+    o_column = column + tl.arange(0, BLOCK_D)
+    inside = (o_slot[:, None] < M) & (o_column[None, :] < d)
+    o_out = (tl.cast(read, tl.int64) * M + o_slot.to(tl.int64)[:, None]) * d + o_column[None, :]
+    if ADDS:
+        # Read before the loop, as what it adds to: after it there would be two tiles in registers, which spilled on sm_90.
+        acc = tl.load(out + o_out, mask=inside, other=0.0).to(tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     acc = _add_readers(
         acc, left, right, read, slot, column, cu_seqlens, index, stride_left_n, stride_right_n, N, T, S,
         M, d, BLOCK_M, BLOCK_D, BLOCK_K, SCAN, FORM, PRECISION,
@@ -175,15 +184,9 @@ def dmemory_bwd_kernel(
             M, d, BLOCK_M, BLOCK_D, BLOCK_K, SCAN, FORM, PRECISION,
         )  # fmt: skip
 
-    o_slot = slot + tl.arange(0, BLOCK_M)
-    o_column = column + tl.arange(0, BLOCK_D)
     if lengths is not None:
         # Left is zero there, but 0 · NaN would not be.
         acc = tl.where(o_slot[:, None] < valid_slots(read, lengths, M), acc, 0.0)
-    inside = (o_slot[:, None] < M) & (o_column[None, :] < d)
-    o_out = (tl.cast(read, tl.int64) * M + o_slot.to(tl.int64)[:, None]) * d + o_column[None, :]
-    if ADDS:
-        acc += tl.load(out + o_out, mask=inside, other=0.0)
     tl.store(out + o_out, acc.to(out.dtype.element_ty), mask=inside)
 
 
