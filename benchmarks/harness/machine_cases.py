@@ -20,7 +20,7 @@ from memvp_kernels.backends import triton as backend
 from memvp_kernels.backends.triton import tiles
 from memvp_kernels.backends.triton.steps import forced
 from memvp_kernels.backends.triton.tiles import Tile
-from memvp_kernels.problem import Problem, Segments
+from memvp_kernels.problem import SHARED, Problem, Segments
 
 __all__ = ["NUMBERS", "Case", "cases", "launches", "problem_of"]
 
@@ -35,6 +35,7 @@ _NEEDS = {
     "memory": _MEMORY,  # x is frozen, as in the first layer
     "value": ("visual_value",),
     "weights": ("x", "value"),  # PyTorch's products run for real even here: one weight, and few rows
+    "shared": ("x", *SHARED),  # a factored memory that many calls read, added to the sums of the others
 }
 
 
@@ -156,7 +157,7 @@ def _by_form(case: Case, single: list[Tile], double: Tile) -> Iterator[Case]:
         yield _variant(case, form=form, tile=widest)
         yield _variant(case, form=form, tile=widest, backward="kept")
     yield _variant(case, form="factored", full=False)
-    for backward in ("memory", "value", "again"):
+    for backward in ("memory", "value", "again", "shared"):
         yield _variant(case, form="factored", backward=backward)
     for backward in ("memory", "value"):
         yield _variant(case, tile=widest, backward=backward)
@@ -180,6 +181,7 @@ def _some_cases(architecture: int) -> Iterator[Case]:
     yield _variant(case, tile=replace(widest, splits=4), sequences=1)
     yield _variant(case, form="text", sequences=1, length=16, backward="kept", road="library")
     if architecture == 90:
+        yield _variant(case, form="factored", backward="shared")
         double = next(tiles.candidates(**kind, accumulators=2))  # type: ignore[arg-type]
         yield _variant(case, tile=double, packed=True, length=500)
         yield Case(torch.float32, "tf32", tile=next(tiles.candidates(chip, torch.float32, "tf32", descriptors=True)))
@@ -198,7 +200,8 @@ def launches(case: Case, architecture: int) -> list[Compiled]:
                     pre = problem.x.new_empty(1 + problem.gated, problem.rows, problem.pairs) if problem.pairs else None
                     scores = problem.x.new_empty(problem.rows, problem.slots) if problem.slots else None
                 needs = frozenset(n for n in _NEEDS[case.backward] if getattr(problem, n) is not None)
-                backend.backward(problem, torch.empty_like(problem.x), pre, scores, needs)
+                sums = {n: torch.empty(getattr(problem, n).shape) for n in needs.intersection(SHARED)}
+                backend.backward(problem, torch.empty_like(problem.x), pre, scores, needs, sums)
             else:
                 backend.forward(problem, save_hidden=case.full, save_scores=case.full)
     finally:
@@ -243,7 +246,7 @@ def problem_of(case: Case) -> Problem:
     inner = case.rank + odd if factored else width
     biased = ffn and case.full
     dropped, several = memory and case.full, case.full and (case.sequences > 1 or factored)
-    return Problem(
+    problem = Problem(
         x=empty(rows, width), residual=if_(case.full, rows, width),
         key=if_(ffn, pairs, width, turned=case.turned), value=if_(ffn, pairs, width, turned=not case.turned),
         gate=if_(ffn and case.gated, pairs, width),
@@ -260,4 +263,17 @@ def problem_of(case: Case) -> Problem:
         ),
         activation="silu" if case.gated else "gelu", visual_activation="silu" if case.gated else "gelu",
         visual_scale=0.1, dropout_p=0.1 if dropped else 0.0,
+    )  # fmt: skip
+    return _joined(problem) if case.backward == "shared" else problem
+
+
+def _joined(problem: Problem) -> Problem:
+    """The same with its memory as :mod:`memvp_kernels.shared` gives it: in x's dtype, basis and positions views of [W; p]."""
+    assert problem.visual_key is not None
+    rank, x = problem.rank, problem.x
+    key, value = (x.new_empty(rank + problem.slots, problem.width) for _ in range(2))
+    core = problem.visual_key.to(x.dtype)
+    return replace(
+        problem, visual_key=core, visual_value=core, visual_basis=key[:rank], key_position=key[rank:], value_position=value[rank:],
+        key_operand=key, value_operand=value, segments=replace(problem.segments, lengths=None),
     )  # fmt: skip

@@ -25,6 +25,7 @@ def test_everything_it_returns_fits(architecture: int, dtype: torch.dtype, preci
             backward_tiles.dhidden_tile(chip, dtype, precision, sequences=4, **sizes),
             backward_tiles.dinput_tile(chip, dtype, precision, sequences=4, length=511, **sizes),
             backward_tiles.dmemory_tile(chip, dtype, precision, width=width, **common),
+            backward_tiles.dmemory_tile(chip, dtype, precision, width=width, together=True, **common),
         ]
         for tile in found:
             assert tile.stages * (tile.block_n + tile.columns) * tile.block_k * dtype.itemsize <= chip.shared

@@ -54,13 +54,24 @@ def dinput_tile(
     return _shorter_steps(tile, tiles.loading(chip, dtype, precision, descriptors))
 
 
-def dmemory_tile(chip: Chip, dtype: torch.dtype, precision: str, *, width: int, descriptors: bool) -> Tile:
-    """The tile of dKv and dVv: `block_n` slots by `columns` of the memory, in steps of `block_k` rows of x."""
+def dmemory_tile(
+    chip: Chip, dtype: torch.dtype, precision: str, *, width: int, descriptors: bool, together: bool = False
+) -> Tile:
+    """The tile of dKv and dVv: `block_n` slots by `columns` of the memory, in steps of `block_k` rows of x.
+
+    Args:
+        together: both products go into one result, in two loops one after the other.
+    """
     kind = tiles.loading(chip, dtype, precision, descriptors)
     slots, columns, step, warps, most = _OUTER_SHAPES[kind]
     if kind == "descriptors" and chip.family != "wgmma":
         # tcgen05 wants 128 rows, and its float32 results spill at 256 columns; mma.sync keeps its accumulators in registers.
         slots, columns, warps = (128, 128, 8) if chip.family == "tcgen05" else (64, 128, 4)
+        if together and chip.family == "tcgen05":
+            columns, warps = (
+                64,
+                4,
+            )  # between two loops the sum leaves tensor memory; 128 columns, or eight warps, spilled
     columns = min(columns, tiles._bucket(width))
     stages = min(most, (chip.shared - _RESERVE) // ((slots + columns) * step * dtype.itemsize))
     return Tile(slots, columns, step, warps, stages)

@@ -118,7 +118,7 @@ def _launch(
     tma = aligned and launch.has_tma(right.device)
     precision = launch.precision(right.dtype)
     tile = backward_tiles.dmemory_tile(
-        launch.chip(right.device), right.dtype, precision, width=width, descriptors=aligned
+        launch.chip(right.device), right.dtype, precision, width=width, descriptors=aligned, together=together
     )
     tiles = triton.cdiv(slots, tile.block_n) * triton.cdiv(width, tile.columns)
 
