@@ -25,7 +25,15 @@ _BENCHMARKS = Path(__file__).resolve().parents[1]
 RECORDING = ("decode", "latency", "training", "kernels", "sweep", "quantized")
 
 #: Substrings of our kernels' names; PyTorch's own are left out: patching all of them takes minutes.
-_OUR_KERNELS = ("_fwd_kernel", "_bwd_kernel", "form_memory_kernel", "form_hidden_kernel", "memvp")
+_OUR_KERNELS = (
+    "_fwd_kernel",
+    "_bwd_kernel",
+    "form_memory_kernel",
+    "form_hidden_kernel",
+    "form_dpre_kernel",
+    "add_parts_kernel",
+    "memvp",
+)
 
 
 @dataclass(frozen=True)

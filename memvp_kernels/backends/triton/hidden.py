@@ -303,10 +303,11 @@ def _store_hidden(
 ):  # fmt: skip
     """Biases, the pre-activations that the backward keeps, and hidden; `gate` says only whether there is one.
 
-    In pieces of STORED_COLUMNS: biases, addresses and the activation of a whole tile do not fit the registers beside its accumulator,
-    nor what a descriptor stores from fit the shared memory beside the stages.
+    In pieces of STORED_COLUMNS, half of that in float32: biases, addresses and the activation of a whole tile do not fit the registers
+    beside its accumulator, nor what a descriptor stores from fit the shared memory beside the stages.
     """
-    if BLOCK_F > STORED_COLUMNS:
+    PIECE: tl.constexpr = STORED_COLUMNS * 16 // DTYPE.primitive_bitwidth
+    if BLOCK_F > PIECE:
         HALF: tl.constexpr = BLOCK_F // 2
         key_low, key_high = tl.split(tl.permute(tl.reshape(b_key, (BLOCK_N, 2, HALF)), (0, 2, 1)))
         if gate is not None:
