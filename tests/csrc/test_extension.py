@@ -50,7 +50,7 @@ def test_speaks_the_operators_language(built_extension: ModuleType) -> None:
     assert set(built_extension.type_codes) == {"bfloat16", "float16", "float32"}
     fields = {field.name for field in dataclasses.fields(Problem)}
     assert set(built_extension.tensor_names) == fields - {
-        "seed", "segments", "activation", "visual_activation", "visual_scale", "dropout_p",
+        "seed", "segments", "activation", "visual_activation", "visual_scale", "dropout_p", "key_operand", "value_operand",
     }  # fmt: skip
 
 

@@ -215,9 +215,9 @@ def test_inference_keeps_nothing_for_a_backward(monkeypatch: pytest.MonkeyPatch)
     runs: list[tuple[int, bool]] = []
     run = ops.run_forward
 
-    def recorded(tensors: Any, scalars: Any, keep: int, training: bool, backend: str) -> Any:
+    def recorded(tensors: Any, scalars: Any, keep: int, training: bool, *rest: Any) -> Any:
         runs.append((keep, training))
-        return run(tensors, scalars, keep, training, backend)
+        return run(tensors, scalars, keep, training, *rest)
 
     monkeypatch.setattr(ops, "run_forward", recorded)
     model = memvp_model(BASES["torchao int8"]())
