@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import digits
 import pytest
 import torch
-from digit_questions import images, language_model, questions, race, report
+from digit_questions import images, language_model, questions, race, record, report
 from digit_questions.contestants import Contestant, InMemory, InPrompt
 
 WORDS = questions.Vocabulary()
@@ -207,3 +208,13 @@ def test_each_bar_can_be_missed(
     runs = [race.Run("MemVP", seconds=[ratio]), race.Run("prompt", seconds=[1.0])]
     assert digits._bars(digits.FULL, [{"all": memory}, {"all": prompt}], {"all": blind}, runs) is met
     assert ("MISSED" in capsys.readouterr().out) is not met
+
+
+def test_readme_shows_the_committed_run() -> None:
+    top = Path(__file__).resolve().parents[2]
+    committed = json.loads((top / "examples" / "results" / "digits.json").read_text())
+    shown = (top / "README.md").read_text().split("<!-- digits -->\n")[1].split("\n<!-- /digits -->")[0]
+    assert shown == record.readme_table(committed)
+    assert not committed["commit"].endswith("-dirty")
+    memory, prompt, _ = committed["rows"]
+    assert memory["steps"] == prompt["steps"] == digits.FULL.image_steps
