@@ -163,10 +163,11 @@ def figures(found: Sequence[Machine]) -> str:
     shown = next((machine for machine in found if digest.headline(machine)), None)
     if shown is None:
         return f"{BEGIN}\nNothing has been measured yet: `make report`.\n{END}"
-    environment = shown.environment
+    measured = [shown.documents[name]["environment"] for name in ("latency", "training") if name in shown.documents]
+    environment, commits = measured[0], sorted({f"`{_commit(environment)}`" for environment in measured})
     columns = {key: heading for key, heading in _HEADLINE.items() if key != "official_ms"}
     text = (
-        f"Measured on {environment['device']} ({_versions(environment)}, commit `{_commit(environment)}`), whole model, "
+        f"Measured on {environment['device']} ({_versions(environment)}, commit {', '.join(commits)}), whole model, "
         f"{_preset(shown)} shape, random weights, medians in ms:"
     )
     note = "" if shown.is_gpu else "\n\nNo GPU has been measured yet, and nothing here claims a speed on one."
