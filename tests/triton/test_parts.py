@@ -17,7 +17,7 @@ from tests.triton.test_backward import DEVICE, example
 run = functools.partial(fused_ffn, backend="triton")
 
 
-@pytest.fixture(params=[2, 3])
+@pytest.fixture(params=[pytest.param(2, marks=pytest.mark.slow), 3])
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Every output and dx kernel in so many parts, of steps that do not divide F or M."""
     splits = int(request.param)
