@@ -31,7 +31,7 @@ from memvp_kernels.problem import Segments
 
 __all__ = ["HiddenGradients", "dhidden_backward", "dhidden_bwd_kernel", "store_visual_gradient"]
 
-_PIECE = 64
+_PIECE = 64  # columns of 16-bit numbers, half as many of float32
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def dhidden_backward(
             rows, segments.length or 0, segments.sequences, memories,
             visual.scale if visual is not None else 1.0, visual.threshold if visual is not None else 0,
             GATED=pre is not None and pre.shape[0] == 2, F=pairs, d=width, M=slots, BLOCK_N=tile.block_n, BLOCK_F=tile.columns,
-            BLOCK_M=block_m, BLOCK_K=tile.block_k, PIECE=_PIECE, GROUP=tile.group, ACTIVATION=activation,
+            BLOCK_M=block_m, BLOCK_K=tile.block_k, PIECE=2 * _PIECE // grad.element_size(), GROUP=tile.group, ACTIVATION=activation,
             VISUAL_ACTIVATION=visual.activation if visual is not None else "none", FORM=form, FORM_VALUE=form_value,
             PRECISION=precision, DTYPE=launch.element_type(grad.dtype), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
