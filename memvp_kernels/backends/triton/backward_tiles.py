@@ -102,5 +102,7 @@ def core_backward_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: 
     block_n = 64 if tiles._bucket(rows) >= 32 * chip.multiprocessors else 32 if rows > 256 else 16
     if odd:
         return Tile(min(block_n, 32), columns, 16, 4, 2)
-    # Steps of 64 slots spill: scores, their slope and dropout's generator are alive beside the accumulators of t and u.
-    return Tile(block_n, columns, 32, 8 if block_n == 64 else 4, 2)
+    # Steps of 64 slots spill: scores, their slope and dropout's generator are alive beside the accumulators of t and u. So did steps
+    # of 32 on sm_80 at a rank of 48.
+    step = 16 if block_n == 64 and columns <= 64 and chip.family == "mma" else 32
+    return Tile(block_n, columns, step, 8 if block_n == 64 else 4, 2)
