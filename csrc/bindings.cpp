@@ -12,6 +12,7 @@ namespace py = pybind11;
 namespace {
 
 using memvp::DecodeActivation;
+using memvp::DecodeForm;
 using memvp::DecodeTensor;
 using memvp::DecodeType;
 using memvp::FfnDecodeParams;
@@ -61,8 +62,8 @@ DecodeTensor as_tensor(const char* name, py::handle description) {
 FfnDecodeParams make_params(const py::tuple& tensors, int32_t type, uintptr_t cu_seqlens, uintptr_t visual_index,
                             uintptr_t visual_lengths, int32_t tokens, int32_t width, int32_t pairs, int32_t slots,
                             int32_t rank, int32_t memories, int32_t sequences, int32_t length, bool shared_memory,
-                            int32_t activation, int32_t visual_activation, float visual_scale, int32_t multiprocessors,
-                            int32_t shared_bytes, int32_t device) {
+                            int32_t activation, int32_t visual_activation, float visual_scale, int32_t form,
+                            int32_t multiprocessors, int32_t shared_bytes, int32_t device) {
   if (tensors.size() != kTensorCount) {
     throw py::type_error("tensors: wanted " + std::to_string(kTensorCount) + ", got " + std::to_string(tensors.size()));
   }
@@ -84,6 +85,7 @@ FfnDecodeParams make_params(const py::tuple& tensors, int32_t type, uintptr_t cu
   params.activation = static_cast<DecodeActivation>(activation);
   params.visual_activation = static_cast<DecodeActivation>(visual_activation);
   params.visual_scale = visual_scale;
+  params.form = static_cast<DecodeForm>(form);
   params.multiprocessors = multiprocessors;
   params.shared_bytes = shared_bytes;
   params.device = device;
@@ -128,6 +130,14 @@ py::dict activation_codes() {
   return codes;
 }
 
+py::dict form_codes() {
+  py::dict codes;
+  codes["auto"] = code(DecodeForm::kAuto);
+  codes["chained"] = code(DecodeForm::kChained);
+  codes["one launch"] = code(DecodeForm::kOneLaunch);
+  return codes;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -137,13 +147,14 @@ PYBIND11_MODULE(_C, module) {
   module.attr("tensor_names") = tensor_names();
   module.attr("type_codes") = type_codes();
   module.attr("activation_codes") = activation_codes();
+  module.attr("form_codes") = form_codes();
 
   py::class_<FfnDecodeParams>(module, "FfnDecodeParams", py::module_local())
       .def(py::init(&make_params), py::arg("tensors"), py::kw_only(), py::arg("type"), py::arg("cu_seqlens"),
            py::arg("visual_index"), py::arg("visual_lengths"), py::arg("tokens"), py::arg("width"), py::arg("pairs"),
            py::arg("slots"), py::arg("rank"), py::arg("memories"), py::arg("sequences"), py::arg("length"),
            py::arg("shared_memory"), py::arg("activation"), py::arg("visual_activation"), py::arg("visual_scale"),
-           py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("device"))
+           py::arg("form"), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("device"))
       .def("unsupported", &memvp::ffn_decode_unsupported)
       .def("is_fast", &memvp::ffn_decode_is_fast)
       .def("workspace_bytes", &memvp::ffn_decode_workspace_bytes)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,9 @@ from harness import ffn_case
 from harness.cli import Setting
 from harness.measure import Candidate
 from harness.operands import Parts, Weights
-from harness.variants import Variant, plain_ffn, variants
+from harness.variants import Step, Variant, plain_ffn, variants
 from memvp_kernels import fused_ffn
+from memvp_kernels.backends.cuda import forced
 from memvp_kernels.choose import missing as missing_backend
 
 __all__ = ["IMAGES", "Joined", "candidates", "factored_joined", "join"]
@@ -85,11 +87,25 @@ def _memory_variants(setting: Setting) -> dict[str, Variant]:
     ours = [f"factored-{backend}" for backend in _backends(setting)]
     names = ["text", "official-eager", "formed-eager", "official-compile", "formed-compile", "positions-cuda", *ours]
     found = {name: variant for name, variant in _all(setting).items() if name in names}
+    if "factored-cuda" in found:
+        for form in ("chained", "one launch"):
+            name = f"factored-cuda-{form.replace(' ', '-')}"
+            found[name] = replace(found["factored-cuda"], name=name, step=_in_form(found["factored-cuda"].step, form))
     found["factored-joined"] = Variant("factored-joined", "factored", factored_joined, join)
     if setting.compiled:
         step = torch.compile(factored_joined, dynamic=False)
         found["factored-compile"] = Variant("factored-compile", "factored", step, join)
     return found
+
+
+def _in_form(step: Step, form: str) -> Step:
+    """The cuda backend's step with its phases in one form; otherwise it goes by the chip."""
+
+    def in_form(x: Tensor, weights: Weights, bound: Any, dropout: float) -> Tensor:
+        with forced(form):
+            return step(x, weights, bound, dropout)
+
+    return in_form
 
 
 def _all(setting: Setting) -> dict[str, Variant]:

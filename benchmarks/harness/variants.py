@@ -16,7 +16,7 @@ from harness.operands import Parts, Weights
 from memvp_kernels import fused_ffn
 from memvp_kernels.choose import missing as missing_backend
 
-__all__ = ["PLAIN_PYTORCH", "Variant", "variants", "yardstick"]
+__all__ = ["PLAIN_PYTORCH", "Step", "Variant", "variants", "yardstick"]
 
 #: Plain PyTorch's own way to compute each form: the yardstick of its error (twice that is allowed).
 _YARDSTICKS = {"text": "text", "prompt": "prompt", "factored": "factored-eager"}

@@ -2,6 +2,9 @@
 // launches.
 #pragma once
 #include "common/platform.cuh"
+#ifdef __CUDACC__
+#include <cooperative_groups.h>
+#endif
 
 namespace memvp {
 
@@ -121,6 +124,25 @@ MEMVP_DEVICE void let_next_grid_begin() {
 #endif
 #else
   host_run::let_next_grid_begin();
+#endif
+}
+
+// Every block of a cooperative launch arrives; what any of them wrote before, all of them read after it. Asynchronous
+// copies stay in flight.
+MEMVP_DEVICE void meet_all_blocks() {
+#ifdef __CUDACC__
+  cooperative_groups::this_grid().sync();
+#else
+  host_run::meet_all_blocks();
+#endif
+}
+
+// From here on the block's shared memory may be put to another use: nobody reads what lies there.
+MEMVP_DEVICE void renew_shared() {
+#ifdef __CUDACC__
+  __syncthreads();
+#else
+  host_run::renew_shared();
 #endif
 }
 

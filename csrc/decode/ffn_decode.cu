@@ -1,4 +1,4 @@
-// The device side of the launcher: three kernels in the caller's stream, each begun early where the chip can.
+// The device side of the launcher: three kernels in the caller's stream, each begun early where the chip can, or one.
 #include <cuda_runtime.h>
 
 #include <map>
@@ -82,26 +82,39 @@ cudaError_t prepare(decode::DecodeKernel kernel, int device, bool& early) {
   return cudaSuccess;
 }
 
+// A cooperative launch was refused: a share of the device alone is ours, or it has none.
+bool no_room_for_all(int error) {
+  return error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported;
+}
+
 struct Launcher {
   cudaStream_t stream;
   int device;
 
   int operator()(decode::DecodeKernel kernel, int blocks, size_t shared_bytes, const decode::DecodeArgs& args,
-                 bool chained) const {
+                 decode::LaunchKind kind) const {
     bool early = false;
     const cudaError_t error = prepare(kernel, device, early);
     if (error != cudaSuccess) return error;
+    // The first launch of a chain has no predecessor that it knows: it waits for the whole stream.
     cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    bool has_attribute = true;
+    if (kind == decode::LaunchKind::kCooperative) {
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+    } else if (kind == decode::LaunchKind::kChained && early) {
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    } else {
+      has_attribute = false;
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(blocks);
     config.blockDim = dim3(decode::kThreads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = &attribute;
-    // The first launch of a step has no predecessor that it knows: it waits for the whole stream.
-    config.numAttrs = early && chained ? 1 : 0;
+    config.numAttrs = has_attribute ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, args);
   }
 };
@@ -117,13 +130,27 @@ bool ffn_decode_is_fast(const FfnDecodeParams& params) {
 }
 
 size_t ffn_decode_workspace_bytes(const FfnDecodeParams& params) {
-  return decode::make_plan(params).at.bytes;
+  return decode::workspace_bytes(params);
 }
 
 int ffn_decode_launch(const FfnDecodeParams& params, void* stream) {
   const DeviceGuard guard(params.device);
   if (guard.error() != cudaSuccess) return guard.error();
-  return decode::launch_step(params, Launcher{static_cast<cudaStream_t>(stream), params.device});
+  const Launcher launcher{static_cast<cudaStream_t>(stream), params.device};
+  bool one_launch = params.form == DecodeForm::kOneLaunch;
+  if (params.form == DecodeForm::kAuto) {
+    // All kernels were compiled for the same chip: any of them says whether launches of it can begin early.
+    bool early = false;
+    const cudaError_t error = prepare(decode::finish_kernel_of<BFloat16>(decode::DecodePlan{}), params.device, early);
+    if (error != cudaSuccess) return error;
+    one_launch = !early;
+  }
+  int error = decode::launch_step(params, one_launch, launcher);
+  if (params.form == DecodeForm::kAuto && one_launch && no_room_for_all(error)) {
+    cudaGetLastError();  // nothing was launched, and the next call must not find the error
+    error = decode::launch_step(params, false, launcher);
+  }
+  return error;
 }
 
 const char* ffn_decode_error_text(int code) {

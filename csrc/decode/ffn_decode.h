@@ -21,6 +21,12 @@ constexpr int kDecodeMaxTokens = 64;
 enum class DecodeType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 enum class DecodeActivation : int32_t { kRelu = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3 };
 
+// How the three phases of a step follow one another. kChained: three launches, each begun early where the chip can.
+// kOneLaunch: one cooperative launch, whose blocks meet between the phases; with more than 16 tokens, or an operand
+// that can't be read 16 bytes at a time along k, chained all the same. kAuto: chained on a chip that can begin a launch
+// early (since sm_90), else one launch.
+enum class DecodeForm : int32_t { kAuto = 0, kChained = 1, kOneLaunch = 2 };
+
 // An input tensor of up to three dimensions. data == nullptr: the tensor is absent. Strides count elements, outermost
 // first; a tensor of fewer dimensions uses the first ones. Any strides are right; the fast path is in
 // ffn_decode_is_fast.
@@ -59,6 +65,7 @@ struct FfnDecodeParams {
   DecodeActivation activation = DecodeActivation::kSilu;
   DecodeActivation visual_activation = DecodeActivation::kSilu;
   float visual_scale = 1.0f;
+  DecodeForm form = DecodeForm::kAuto;
   int32_t multiprocessors = 132;     // of the device: decides how the work is split, so it belongs to the input
   int32_t shared_bytes = 100 << 10;  // shared memory of one multiprocessor: decides how far ahead a block reads
   int32_t device = 0;                // CUDA ordinal that all pointers and the stream belong to

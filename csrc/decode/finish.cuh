@@ -1,11 +1,11 @@
-// Third launch of a step: y = partial sums + b_V + residual, and where memory is factored + [u | visual] [W; p^v]. A
+// Third phase of a step: y = partial sums + b_V + residual, and where memory is factored + [u | visual] [W; p^v]. A
 // block has 64 columns of eight tokens.
 #pragma once
 #include "decode/values.cuh"
 
 namespace memvp::decode {
 
-// Rows of a shared matrix into L2 while the launch ahead still runs: 64 columns are a line or two.
+// Rows of a shared matrix into L2 while the phase ahead still runs: 64 columns are a line or two.
 MEMVP_DEVICE void prefetch_columns(const DecodeTensor& t, int rows, int64_t first_column, int64_t width) {
   if (t.data == nullptr) return;
   const int line = t.type == DecodeType::kFloat32 ? 32 : 64;
@@ -35,12 +35,12 @@ MEMVP_DEVICE float product_alone(const DecodeArgs& args, int64_t n, int64_t colu
   return sum;
 }
 
-template <class T, bool kBy16>
-__global__ void __launch_bounds__(kThreads, kBy16 ? 2 : 1) finish_kernel(const __grid_constant__ DecodeArgs args) {
+template <class T, bool kBy16, class Order>
+MEMVP_DEVICE void finish_phase(const DecodeArgs& args, int block, Order& order) {
   constexpr int kOutputs = kColumnTile * kTokenTile / kThreads, kEarlyParts = 8;  // more are rare
   const FfnDecodeParams& p = args.p;
   const DecodePlan& plan = args.plan;
-  const int width_blocks = ceil_div(p.width, kColumnTile), block = blockIdx.x;
+  const int width_blocks = ceil_div(p.width, kColumnTile);
   const int64_t first_column = block % width_blocks * kColumnTile, column = first_column + group_of_lane() * 8;
   const int first_token = block / width_blocks * kTokenTile;
   const bool factored = p.visual_basis.data != nullptr, formed = p.visual_key.data != nullptr && !factored;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, kBy16 ? 2 : 1) finish_kernel(const _
     residual[i] = mine && p.residual.data != nullptr ? element<T>(row_of(p.residual, n), at) : 0.0f;
     parts[i] = !mine ? 0 : without ? plan.parts - 1 : plan.parts;
   }
-  wait_for_previous_grid();
+  order.wait();
 #pragma unroll
   for (int i = 0; i < kOutputs; ++i)
 #pragma unroll
@@ -98,6 +98,12 @@ __global__ void __launch_bounds__(kThreads, kBy16 ? 2 : 1) finish_kernel(const _
     v += residual[i];
     static_cast<T*>(p.y)[n * p.y_stride + at] = round_to<T>(v);
   }
+}
+
+template <class T, bool kBy16>
+__global__ void __launch_bounds__(kThreads, kBy16 ? 2 : 1) finish_kernel(const __grid_constant__ DecodeArgs args) {
+  Chained order;
+  finish_phase<T, kBy16>(args, blockIdx.x, order);
 }
 
 }  // namespace memvp::decode

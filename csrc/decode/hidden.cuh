@@ -1,4 +1,4 @@
-// First launch of a step: every product with x. Blocks of the FFN's activations,
+// First phase of a step: every product with x. Blocks of the FFN's activations,
 //     hidden = act(x G^T + b_G) * (x K^T + b_K), or act(x K^T + b_K),
 // then blocks of the memory's scores: x W^T and x p^k^T where it is factored; x f^T, and x p^k^T apart, where the rings
 // read it; else visual = s vact(x Kv^T).
@@ -198,11 +198,10 @@ MEMVP_DEVICE void memory_scores(const DecodeArgs& args, int block) {
 
 // kTokenTiles 0: nothing can be read by 16 bytes, and the activations go the slow road too.
 template <class T, int kTokenTiles>
-__global__ void __launch_bounds__(kThreads, kTokenTiles > 0 ? 2 : 1)
-    hidden_kernel(const __grid_constant__ DecodeArgs args) {
+MEMVP_DEVICE void hidden_phase(const DecodeArgs& args, int block) {
   constexpr bool kBy16 = kTokenTiles > 0;
   const FfnDecodeParams& p = args.p;
-  const int block = blockIdx.x, memory_block = block - args.plan.hidden_blocks;
+  const int memory_block = block - args.plan.hidden_blocks;
   if (memory_block < 0) {
     if constexpr (kBy16)
       products_by_ring<T, kTokenTiles>(args, block);
@@ -219,6 +218,12 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles > 0 ? 2 : 1)
     shared_scores<T, kReading>(args, memory_block);
   else
     memory_scores<T, kReading>(args, memory_block);
+}
+
+template <class T, int kTokenTiles>
+__global__ void __launch_bounds__(kThreads, kTokenTiles > 0 ? 2 : 1)
+    hidden_kernel(const __grid_constant__ DecodeArgs args) {
+  hidden_phase<T, kTokenTiles>(args, blockIdx.x);
 }
 
 }  // namespace memvp::decode

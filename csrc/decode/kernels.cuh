@@ -1,8 +1,8 @@
 // Which instance of each kernel a plan takes. Compiled once for each number type: kernels_bfloat16.cu,
 // kernels_float16.cu.
 #pragma once
-#include "decode/finish.cuh"
 #include "decode/launch.h"
+#include "decode/step.cuh"
 
 namespace memvp::decode {
 
@@ -40,6 +40,11 @@ DecodeKernel values_kernel_of(const DecodePlan& plan) {
 template <class T>
 DecodeKernel finish_kernel_of(const DecodePlan& plan) {
   return plan.fast ? finish_kernel<T, true> : finish_kernel<T, false>;
+}
+
+template <class T>
+DecodeKernel step_kernel_of(const DecodePlan& plan) {
+  return plan.token_tiles == 1 ? step_kernel<T, 1> : step_kernel<T, 2>;
 }
 
 }  // namespace memvp::decode

@@ -1,5 +1,6 @@
-// How one decode step is cut into blocks, and where its intermediate results lie in the workspace. Plain arithmetic on
-// the params, the same on every call: what makes the result repeatable, and the step capturable in a graph.
+// How one decode step is cut into blocks of work, and where its intermediate results lie in the workspace. Plain
+// arithmetic on the params, the same on every call: what makes the result repeatable, and the step capturable in a
+// graph.
 #pragma once
 #include "common/platform.cuh"
 #include "decode/limits.h"
@@ -87,7 +88,12 @@ struct DecodePlan {
   int32_t hidden_blocks = 0, score_blocks = 0;  // first launch
   int32_t value_blocks = 0, memory_blocks = 0;  // second
   int32_t finish_blocks = 0;                    // third
+  int32_t step_blocks = 0;  // of the one launch that does the work of all three; 0: there are three launches
+  int32_t core_blocks = 0;  // of those, the last ones: they have the cores' work, and the others the value's
   Workspace at;
+
+  MEMVP_HOST_DEVICE int first_blocks() const { return hidden_blocks + score_blocks; }
+  MEMVP_HOST_DEVICE int second_blocks() const { return value_blocks + memory_blocks; }
 };
 
 // What every kernel of a step is given.
@@ -189,13 +195,31 @@ inline size_t finish_shared_bytes() {
   return kColumnSumsBytes;
 }
 
+// And of the one that does the work of all three.
+inline size_t step_shared_bytes(const DecodePlan& plan) {
+  return greatest(greatest(hidden_shared_bytes(plan), values_shared_bytes(plan)), finish_shared_bytes());
+}
+
 inline size_t take(size_t& bytes, size_t wanted) {
   const size_t at = bytes;
   bytes = round_up<size_t>(bytes + wanted, 256);
   return at;
 }
 
-inline DecodePlan make_plan(const FfnDecodeParams& p) {
+// Work of one of the step's blocks in the second phase: every `step`-th piece from `first` on.
+struct Share {
+  int first, end, step;
+};
+MEMVP_HOST_DEVICE inline Share second_share(const DecodePlan& plan, int block) {
+  if (plan.core_blocks == 0) return {block, plan.second_blocks(), plan.step_blocks};
+  const int of_value = plan.step_blocks - plan.core_blocks;
+  if (block < of_value) return {block, plan.value_blocks, of_value};
+  return {plan.value_blocks + block - of_value, plan.second_blocks(), plan.core_blocks};
+}
+
+// one_launch: of few tokens, where the shapes allow it. With many the third phase is too much work for a block on each
+// multiprocessor, and so latency that nothing hides.
+inline DecodePlan make_plan(const FfnDecodeParams& p, bool one_launch) {
   DecodePlan plan;
   plan.fast = is_fast(p);
   plan.token_groups = ceil_div(p.tokens, kTokenTile);
@@ -228,13 +252,20 @@ inline DecodePlan make_plan(const FfnDecodeParams& p) {
     plan.hidden_blocks = ceil_div(ffn_pairs, kPairTile) * plan.token_groups;
   }
   plan.value_tiles = plan.token_tiles;
+  if (has_memory(p)) {
+    const int images = p.shared_memory ? 1 : least(p.memories, p.sequences);
+    plan.memory_groups = least(p.tokens, images + p.tokens / kTokenTile);
+  }
+  plan.value_across = ffn && !value_along_pairs(p);
+  const bool together = one_launch && plan.fast && plan.token_tiles <= 2 && !plan.value_across;
+  // In one launch the cores have blocks of their own: four of them take about as long as a block's part of the value.
+  const int cores = together && ffn && is_factored(p) ? ceil_div(plan.memory_groups, 4) : 0;
   if (ffn) {
-    plan.value_across = !value_along_pairs(p);
     if (plan.value_across && plan.token_tiles > 1) plan.value_tiles = 8;
     if (plan.fast) {
       const RowCounts rows{{ceil_div(p.width, 2), 0, 0}};
-      plan.value = plan_ring(rows, p.pairs, p.tokens, plan.value_tiles, p.multiprocessors, kMaxSplits,
-                             plan.value_across ? kColumnTile / 2 : 1);
+      plan.value = plan_ring(rows, p.pairs, p.tokens, plan.value_tiles, greatest(p.multiprocessors - cores, 1),
+                             kMaxSplits, plan.value_across ? kColumnTile / 2 : 1);
       plan.value_blocks = plan.value.blocks();
     } else {
       RingPlan& value = plan.value;  // only its cut along k is used
@@ -245,10 +276,6 @@ inline DecodePlan make_plan(const FfnDecodeParams& p) {
       plan.value_blocks = width_blocks * value.splits * plan.token_groups;
     }
     plan.parts = plan.value.splits;
-  }
-  if (has_memory(p)) {
-    const int images = p.shared_memory ? 1 : least(p.memories, p.sequences);
-    plan.memory_groups = least(p.tokens, images + p.tokens / kTokenTile);
   }
   if (is_factored(p)) {
     const int position_tiles = present(p.key_position) ? plan.slot_stride / kRowTile : 0;
@@ -266,8 +293,13 @@ inline DecodePlan make_plan(const FfnDecodeParams& p) {
     plan.parts += 1;
   }
   plan.finish_blocks = width_blocks * plan.token_groups;
+  if (together) {
+    const int most = greatest(greatest(plan.first_blocks(), plan.second_blocks()), plan.finish_blocks);
+    plan.step_blocks = least(most, p.multiprocessors);
+    plan.core_blocks = least(cores, plan.step_blocks - 1);
+  }
   // A stage more for the first launch, if a block of the second fits beside it all the same.
-  if (plan.fast && plan.hidden_blocks > 0 && plan.score_blocks == 0 && plan.hidden.stages == 3) {
+  if (!together && plan.fast && plan.hidden_blocks > 0 && plan.score_blocks == 0 && plan.hidden.stages == 3) {
     plan.hidden.stages = 4;
     const size_t both = hidden_shared_bytes(plan) + values_shared_bytes(plan) + 2 * kReservedBytes;
     if (both > static_cast<size_t>(p.shared_bytes)) plan.hidden.stages = 3;
@@ -281,6 +313,11 @@ inline DecodePlan make_plan(const FfnDecodeParams& p) {
   plan.at.image_scores = take(plan.at.bytes, plan.memory_ring ? 4 * tokens * plan.slot_stride : 0);
   plan.at.parts = take(plan.at.bytes, 4 * tokens * p.width * plan.parts);
   return plan;
+}
+
+// Enough for either form.
+inline size_t workspace_bytes(const FfnDecodeParams& p) {
+  return greatest(make_plan(p, false).at.bytes, make_plan(p, true).at.bytes);
 }
 
 }  // namespace memvp::decode

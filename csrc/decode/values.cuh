@@ -1,8 +1,9 @@
-// Second launch of a step: partial sums of hidden · V, and what an image adds,
+// Second phase of a step: partial sums of hidden · V, and what an image adds,
 //     factored: visual = s vact(x p^k^T + (x W^T) A_k^T) and u = visual A_v, from its core alone;
 //     else:     visual · f (read by the rings) or visual · Vv, one more partial sum of y.
 #pragma once
 #include "decode/hidden.cuh"
+#include "decode/order.cuh"
 
 namespace memvp::decode {
 
@@ -19,8 +20,8 @@ MEMVP_DEVICE void store_across(const RowsAcross<T>& rows, float* sums, int pair,
   if (column + 8 < rows.count) sums[column + 8] = high;
 }
 
-template <class T, int kTokenTiles, bool kAcross>
-MEMVP_DEVICE void values_by_ring(const DecodeArgs& args, int block) {
+template <class T, int kTokenTiles, bool kAcross, class Order>
+MEMVP_DEVICE void values_by_ring(const DecodeArgs& args, int block, Order& order) {
   using Rows = std::conditional_t<kAcross, RowsAcross<T>, RowPairs<T>>;
   const FfnDecodeParams& p = args.p;
   const T* hidden = in_workspace<T>(args, args.plan.at.hidden);
@@ -35,7 +36,7 @@ MEMVP_DEVICE void values_by_ring(const DecodeArgs& args, int block) {
                                                 split, p.pairs);
   RingSums<kTokenTiles> sums;
   ring.start_rows();
-  wait_for_previous_grid();
+  order.wait();
   ring.run(sums);
   ring.store(sums, [&](int pair, int token, float low, float high) {
     float* part = part_of(args, split, token);
@@ -47,8 +48,8 @@ MEMVP_DEVICE void values_by_ring(const DecodeArgs& args, int block) {
 }
 
 // 64 columns, one part of k, eight tokens, element by element.
-template <class T>
-MEMVP_DEVICE void values_by_block(const DecodeArgs& args, int block) {
+template <class T, class Order>
+MEMVP_DEVICE void values_by_block(const DecodeArgs& args, int block, Order& order) {
   constexpr Reading kReading = Reading::kElements;
   const FfnDecodeParams& p = args.p;
   const int width_blocks = ceil_div(p.width, kColumnTile), splits = args.plan.value.splits;
@@ -58,7 +59,7 @@ MEMVP_DEVICE void values_by_block(const DecodeArgs& args, int block) {
   const int64_t k_begin = split * part, k_end = least<int64_t>(k_begin + part, p.pairs);
   const int64_t token = least(first_token + group_of_lane(), p.tokens - 1);
   const T* hidden = in_workspace<T>(args, args.plan.at.hidden) + token * args.plan.hidden_stride;
-  wait_for_previous_grid();
+  order.wait();
   float sum[4][4] = {};
   add_columns<T, ceil_div(kStepsAhead<kReading>, 2)>(sum, k_begin, k_end, hidden, [&](int64_t k) {
     return load8<T, kReading>(row_of(p.value, k), column, k < k_end ? p.width : 0);
@@ -70,14 +71,14 @@ MEMVP_DEVICE void values_by_block(const DecodeArgs& args, int block) {
 }
 
 // Factored memory, the tokens of one image: everything that depends on its core. Writes [u | visual] of every token.
-template <class T, Reading kReading>
-MEMVP_DEVICE void core_step(const DecodeArgs& args, int block) {
+template <class T, Reading kReading, class Order>
+MEMVP_DEVICE void core_step(const DecodeArgs& args, int block, Order& order) {
   const FfnDecodeParams& p = args.p;
   const int64_t rank_stride = args.plan.rank_stride, slot_stride = args.plan.slot_stride,
                 visual_stride = args.plan.visual_stride;
   const int32_t* members;
   const TokenGroup group = find_group(p, block, kColumnSumsBytes, members);
-  wait_for_previous_grid();
+  order.wait();
   if (group.count == 0) return;
   T* out = in_workspace<T>(args, args.plan.at.visual);
   const float* slot_scores = in_workspace<float>(args, args.plan.at.slot_scores);
@@ -127,7 +128,7 @@ struct VisualTokens {
   const DecodeArgs& args;
   const int32_t* members;
   int32_t count, slots;
-  bool keep;  // for the third launch
+  bool keep;  // for the third phase
 
   // Of token t and slots k, k + 1 as two of T, zero past the last slot.
   __device__ uint32_t both(int t, int64_t k) const {
@@ -154,7 +155,7 @@ struct VisualTokens {
       reinterpret_cast<uint32_t*>(slice + swizzled(t, word / 4))[word % 4] = both(t, k + 2 * word);
   }
 
-  // What no slice of the ring has: the rest of the rows that the third launch reads.
+  // What no slice of the ring has: the rest of the rows that the third phase reads.
   __device__ void keep_rest(int64_t k) const {
     const int words = greatest<int64_t>(args.plan.slot_stride - k, 0) / 2;
     for (int i = threadIdx.x; i < count * words; i += kThreads) both(i / words, k + 2 * (i % words));
@@ -162,9 +163,9 @@ struct VisualTokens {
 };
 
 // Memory of width d: some columns of visual · f for the tokens of one image. What the value's positions add is the same
-// product for all, in the third launch.
-template <class T>
-MEMVP_DEVICE void image_values(const DecodeArgs& args, int block) {
+// product for all, in the third phase.
+template <class T, class Order>
+MEMVP_DEVICE void image_values(const DecodeArgs& args, int block, Order& order) {
   const FfnDecodeParams& p = args.p;
   const RingPlan& plan = args.plan.values;
   const int32_t* members;
@@ -176,7 +177,7 @@ MEMVP_DEVICE void image_values(const DecodeArgs& args, int block) {
   Ring<T, 1, RowsAcross<T>, VisualTokens<T>> ring(plan, rows, visual, strip * plan.pairs_per_block, 0, group.slots);
   RingSums<1> sums;
   ring.start_rows();
-  wait_for_previous_grid();
+  order.wait();
   ring.run(sums);
   if (group.count == 0) return;
   if (visual.keep) visual.keep_rest(round_up<int64_t>(group.slots, plan.slices_per_stage * kSlice));
@@ -186,12 +187,12 @@ MEMVP_DEVICE void image_values(const DecodeArgs& args, int block) {
 }
 
 // Memory of width d that the rings cannot take: 64 columns of visual · Vv, Vv formed on the way.
-template <class T, Reading kReading>
-MEMVP_DEVICE void memory_values(const DecodeArgs& args, int block) {
+template <class T, Reading kReading, class Order>
+MEMVP_DEVICE void memory_values(const DecodeArgs& args, int block, Order& order) {
   const FfnDecodeParams& p = args.p;
   const int32_t* members;
   const TokenGroup group = find_group(p, block % args.plan.memory_groups, kColumnSumsBytes, members);
-  wait_for_previous_grid();
+  order.wait();
   if (group.count == 0) return;
   const int64_t first_column = block / args.plan.memory_groups * kColumnTile,
                 column = first_column + group_of_lane() * 8;
@@ -209,28 +210,34 @@ MEMVP_DEVICE void memory_values(const DecodeArgs& args, int block) {
 }
 
 // kTokenTiles 0: nothing can be read by 16 bytes. kAcross: value runs along the width.
-template <class T, int kTokenTiles, bool kAcross>
-__global__ void __launch_bounds__(kThreads, kTokenTiles > 0 ? 2 : 1)
-    values_kernel(const __grid_constant__ DecodeArgs args) {
+template <class T, int kTokenTiles, bool kAcross, class Order>
+MEMVP_DEVICE void values_phase(const DecodeArgs& args, int block, Order& order) {
   constexpr bool kBy16 = kTokenTiles > 0;
   const FfnDecodeParams& p = args.p;
-  const int block = blockIdx.x, memory_block = block - args.plan.value_blocks;
+  const int memory_block = block - args.plan.value_blocks;
   if (memory_block < 0) {
     if constexpr (kBy16)
-      values_by_ring<T, kTokenTiles, kAcross>(args, block);
+      values_by_ring<T, kTokenTiles, kAcross>(args, block, order);
     else
-      values_by_block<T>(args, block);
+      values_by_block<T>(args, block, order);
     return;
   }
   if constexpr (kBy16) {
-    if (args.plan.memory_ring) return image_values<T>(args, memory_block);
+    if (args.plan.memory_ring) return image_values<T>(args, memory_block, order);
   }
   let_next_grid_begin();
   if (p.visual_basis.data != nullptr)
     with_reading<kBy16>(p.visual_key, p.visual_value,
-                        [&](auto reading) { core_step<T, reading.value>(args, memory_block); });
+                        [&](auto reading) { core_step<T, reading.value>(args, memory_block, order); });
   else
-    memory_values<T, kBy16 ? Reading::kPieces : Reading::kElements>(args, memory_block);
+    memory_values<T, kBy16 ? Reading::kPieces : Reading::kElements>(args, memory_block, order);
+}
+
+template <class T, int kTokenTiles, bool kAcross>
+__global__ void __launch_bounds__(kThreads, kTokenTiles > 0 ? 2 : 1)
+    values_kernel(const __grid_constant__ DecodeArgs args) {
+  Chained order;
+  values_phase<T, kTokenTiles, kAcross>(args, blockIdx.x, order);
 }
 
 }  // namespace memvp::decode

@@ -20,7 +20,7 @@ bool ffn_decode_is_fast(const FfnDecodeParams& params) {
 }
 
 size_t ffn_decode_workspace_bytes(const FfnDecodeParams& params) {
-  return decode::make_plan(params).at.bytes;
+  return decode::workspace_bytes(params);
 }
 
 int ffn_decode_launch(const FfnDecodeParams& params, void*) {

@@ -26,15 +26,19 @@ class Buffer {
 // Runs one step with a workspace of its own. Throws what run_chain throws.
 inline Stats run_decode(FfnDecodeParams params, const Config& config) {
   if (const char* why = decode::why_unsupported(params)) throw std::runtime_error(why);
-  const Buffer workspace(params.tokens == 0 ? 0 : decode::make_plan(params).at.bytes);
+  const Buffer workspace(
+      params.tokens == 0 ? 0 : decode::make_plan(params, params.form == DecodeForm::kOneLaunch).at.bytes);
   params.workspace = workspace.data();
   std::vector<Launch> launches;
-  decode::launch_step(params, [&](decode::DecodeKernel kernel, int blocks, size_t shared_bytes,
-                                  const decode::DecodeArgs& args, bool chained) {
-    launches.push_back(
-        {static_cast<unsigned>(blocks), decode::kThreads, shared_bytes, [kernel, args] { kernel(args); }, chained});
-    return 0;
-  });
+  const bool one_launch = params.form == DecodeForm::kOneLaunch;
+  decode::launch_step(params, one_launch,
+                      [&](decode::DecodeKernel kernel, int blocks, size_t shared_bytes, const decode::DecodeArgs& args,
+                          decode::LaunchKind kind) {
+                        launches.push_back({static_cast<unsigned>(blocks), decode::kThreads, shared_bytes,
+                                            [kernel, args] { kernel(args); }, kind == decode::LaunchKind::kChained,
+                                            kind == decode::LaunchKind::kCooperative});
+                        return 0;
+                      });
   return run_chain(std::move(launches), config);
 }
 

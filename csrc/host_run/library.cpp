@@ -53,9 +53,9 @@ int memvp_host_is_fast(const FfnDecodeParams* params) {
 
 // How the step is cut, for tests of the plan: rows by two in a block, blocks of rows, parts of k, slices in a part and
 // in a stage, of the first and the second ring and of an image's two; blocks of the three launches; dynamic shared
-// memory of the first two.
-void memvp_host_plan(const FfnDecodeParams* params, int64_t out[25]) {
-  const decode::DecodePlan plan = decode::make_plan(*params);
+// memory of the first two; of the one launch, blocks, those of them for the cores, shared memory.
+void memvp_host_plan(const FfnDecodeParams* params, int64_t out[28]) {
+  const decode::DecodePlan plan = decode::make_plan(*params, params->form == DecodeForm::kOneLaunch);
   for (const decode::RingPlan* ring : {&plan.hidden, &plan.value, &plan.scores, &plan.values}) {
     *out++ = ring->pairs_per_block;
     *out++ = ring->row_blocks;
@@ -68,8 +68,11 @@ void memvp_host_plan(const FfnDecodeParams* params, int64_t out[25]) {
   *out++ = plan.finish_blocks;
   *out++ = static_cast<int64_t>(decode::hidden_shared_bytes(plan));
   *out++ = static_cast<int64_t>(decode::values_shared_bytes(plan));
+  *out++ = plan.step_blocks;
+  *out++ = plan.core_blocks;
+  *out++ = static_cast<int64_t>(decode::step_shared_bytes(plan));
 }
 uint64_t memvp_host_workspace_bytes(const FfnDecodeParams* params) {
-  return decode::make_plan(*params).at.bytes;
+  return decode::workspace_bytes(*params);
 }
 }

@@ -59,6 +59,29 @@ inline void wait_for_previous_grid(MEMVP_SITE) {
   acquire(&before.object);
 }
 
+inline void meet_all_blocks(MEMVP_SITE) {
+  yield_point();
+  Thread& me = this_thread();
+  Quiet quiet(me.fiber);
+  const Launch& launch = run().launches[me.block->launch];
+  Progress& progress = run().progress[me.block->launch];
+  if (!launch.cooperative)
+    fail("meet_all_blocks in a launch whose blocks need not be resident together: it is not cooperative");
+  me.site = {file, line, "meet_all_blocks"};
+  void* object = &progress.meeting_object[progress.meetings % 2];
+  release(object);
+  progress.met.push_back(&me);
+  if (progress.met.size() == static_cast<size_t>(launch.blocks) * launch.threads) {
+    for (Thread* t : progress.met) make_ready(t);
+    progress.met.clear();
+    progress.meetings++;
+    sleep(State::kReady);
+  } else {
+    sleep(State::kGrid);
+  }
+  acquire(object);
+}
+
 inline void let_next_grid_begin() {
   Thread& me = this_thread();
   Quiet quiet(me.fiber);
@@ -182,6 +205,17 @@ V* shared_at(size_t offset, size_t count) {
   memset(data, 0xFF, bytes);                                             // NaN: an unwritten read shows
   block.shared[offset] = {data, bytes};
   return static_cast<V*>(data);
+}
+
+// Ends what lies in the block's shared memory: the next use finds NaN, whatever its layout.
+inline void renew_shared(MEMVP_SITE) {
+  sync_block({file, line, "renew_shared"});
+  Thread& me = this_thread();
+  if (me.index.x == 0) {
+    Quiet quiet(me.fiber);
+    free_shared(*me.block);
+  }
+  sync_block({file, line, "renew_shared"});
 }
 
 // The read-only path: inside an input, which no thread writes.

@@ -39,7 +39,8 @@ struct Launch {
   unsigned blocks = 0, threads = 0;
   size_t shared_bytes = 0;
   std::function<void()> kernel;
-  bool chained = false;  // may begin when every block of the launch before has begun and let it
+  bool chained = false;      // may begin when every block of the launch before has begun and let it
+  bool cooperative = false;  // all its blocks are resident at once, and may wait for one another
 };
 
 struct Stats {
@@ -110,7 +111,9 @@ struct Progress {  // of one launch
   std::vector<unsigned> order;
   unsigned admitted = 0, let = 0, done = 0;
   std::vector<Thread*> waiting;  // threads of the next launch
-  char object = 0;
+  std::vector<Thread*> met;      // threads of this one that wait for all its blocks
+  unsigned meetings = 0;
+  char object = 0, meeting_object[2];  // for the thread sanitizer, as a block's
 };
 
 struct Run {
@@ -275,13 +278,19 @@ inline void admit(unsigned launch) {
 inline void admit_blocks() {
   Run& r = run();
   for (unsigned launch = 0; launch < r.launches.size(); ++launch)
-    while (r.alive < r.config.resident && r.progress[launch].admitted < r.launches[launch].blocks && may_admit(launch))
+    while ((r.alive < r.config.resident || r.launches[launch].cooperative) &&
+           r.progress[launch].admitted < r.launches[launch].blocks && may_admit(launch))
       admit(launch);
+}
+
+inline void free_shared(Block& block) {
+  for (auto& [offset, carve] : block.shared) free(carve.data);
+  block.shared.clear();
 }
 
 inline void free_block(Block& block) {
   for (Thread& t : block.threads) stack_pool().give(t.fiber.stack);
-  for (auto& [offset, carve] : block.shared) free(carve.data);
+  free_shared(block);
 }
 
 inline void note_let(Block& block) {

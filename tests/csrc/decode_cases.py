@@ -114,11 +114,11 @@ SMALL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def small(name: str) -> Case:
+def small(name: str, *, form: str = "auto") -> Case:
     """The case of that name; made for a large chip's three multiprocessors where it does not say otherwise."""
     sizes = dict(SMALL[name])
     chip = {"multiprocessors": 3} | {n: sizes.pop(n) for n in ("multiprocessors", "shared_bytes") if n in sizes}
-    return Case(make(**sizes), **chip)
+    return Case(make(**sizes), form=form, **chip)
 
 
 # The product of the sizes that decide tails: everything once more, run under `slow`.

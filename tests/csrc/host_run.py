@@ -33,6 +33,7 @@ TENSORS = (
 )  # fmt: skip
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+FORMS = {"auto": 0, "chained": 1, "one launch": 2}
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 
 
@@ -57,6 +58,7 @@ class Params(ctypes.Structure):
         ("activation", ctypes.c_int32),
         ("visual_activation", ctypes.c_int32),
         ("visual_scale", ctypes.c_float),
+        ("form", ctypes.c_int32),
         ("multiprocessors", ctypes.c_int32),
         ("shared_bytes", ctypes.c_int32),
         ("device", ctypes.c_int32),
@@ -101,6 +103,7 @@ class Case:
         *,
         multiprocessors: int = 3,
         shared_bytes: int = 228 << 10,
+        form: str = "auto",
         y: Tensor | None = None,
     ) -> None:
         self.arguments = arguments
@@ -154,7 +157,7 @@ class Case:
         p.activation = ACTIVATIONS[arguments.get("activation", "silu")]
         p.visual_activation = ACTIVATIONS[arguments.get("visual_activation") or arguments.get("activation", "silu")]
         p.visual_scale = arguments.get("visual_scale", 1.0)
-        p.multiprocessors, p.shared_bytes = multiprocessors, shared_bytes
+        p.multiprocessors, p.shared_bytes, p.form = multiprocessors, shared_bytes, FORMS[form]
 
     def inputs(self) -> list[tuple[int, int]]:
         """(address, bytes) of what the kernels may read."""
@@ -212,7 +215,7 @@ class HostLibrary:
 
     def plan(self, params: Params) -> dict[str, int]:
         """How a step of these sizes would be cut into blocks; looks at no data."""
-        out = (ctypes.c_int64 * 25)()
+        out = (ctypes.c_int64 * 28)()
         self._library.memvp_host_plan(ctypes.byref(params), out)
         rings = (
             f"{ring}_{part}"
@@ -221,7 +224,15 @@ class HostLibrary:
         )
         return dict(
             zip(
-                (*rings, "first_blocks", "second_blocks", "third_blocks", "first_shared", "second_shared"),
+                (
+                    *rings,
+                    *(f"{n}_blocks" for n in ("first", "second", "third")),
+                    "first_shared",
+                    "second_shared",
+                    "step_blocks",
+                    "core_blocks",
+                    "step_shared",
+                ),
                 out,
                 strict=True,
             )

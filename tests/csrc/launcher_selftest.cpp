@@ -22,12 +22,18 @@ template <class T>
 DecodeKernel finish_kernel_of(const DecodePlan&) {
   return kernel<T, 3>;
 }
+template <class T>
+DecodeKernel step_kernel_of(const DecodePlan&) {
+  return kernel<T, 4>;
+}
 template DecodeKernel hidden_kernel_of<memvp::BFloat16>(const DecodePlan&);
 template DecodeKernel values_kernel_of<memvp::BFloat16>(const DecodePlan&);
 template DecodeKernel finish_kernel_of<memvp::BFloat16>(const DecodePlan&);
+template DecodeKernel step_kernel_of<memvp::BFloat16>(const DecodePlan&);
 template DecodeKernel hidden_kernel_of<memvp::Float16>(const DecodePlan&);
 template DecodeKernel values_kernel_of<memvp::Float16>(const DecodePlan&);
 template DecodeKernel finish_kernel_of<memvp::Float16>(const DecodePlan&);
+template DecodeKernel step_kernel_of<memvp::Float16>(const DecodePlan&);
 
 }  // namespace memvp::decode
 
@@ -61,25 +67,68 @@ FfnDecodeParams a_step(int tokens, int device) {
   return p;
 }
 
-std::vector<bool> early_launches(int ptx_version, int binary_version, int device) {
+void compiled_for(int ptx_version, int binary_version) {
   fake::machine.ptx_version = ptx_version;
   fake::machine.binary_version = binary_version;
+}
+
+// What one step of this form launched.
+std::vector<fake::Launch> launches_of(const FfnDecodeParams& step) {
   fake::machine.launches.clear();
-  check(ffn_decode_launch(a_step(1, device), nullptr) == 0, "a launch failed");
+  check(ffn_decode_launch(step, nullptr) == 0, "a launch failed");
+  return fake::machine.launches;
+}
+FfnDecodeParams in_form(DecodeForm form, int tokens, int device) {
+  FfnDecodeParams p = a_step(tokens, device);
+  p.form = form;
+  return p;
+}
+std::vector<bool> early_launches(int device, DecodeForm form = DecodeForm::kChained) {
   std::vector<bool> early;
-  for (const fake::Launch& launch : fake::machine.launches) early.push_back(launch.early);
+  for (const fake::Launch& launch : launches_of(in_form(form, 1, device))) early.push_back(launch.early);
   return early;
+}
+bool is_one_launch(const std::vector<fake::Launch>& all) {
+  return all.size() == 1 && all[0].cooperative && !all[0].early;
 }
 
 // Each on a device of its own: what is known of a kernel there is known for good.
 void begins_early_where_the_kernel_waits() {
-  check(early_launches(90, 90, 1) == std::vector<bool>{false, true, true}, "sm_90: the second and third begin early");
-  check(early_launches(80, 80, 2) == std::vector<bool>(3), "sm_80: none begins early");
-  check(early_launches(80, 90, 3) == std::vector<bool>(3), "compiled on a 9.0 for sm_80: no kernel waits");
-  check(early_launches(90, 120, 4) == std::vector<bool>{false, true, true}, "PTX of sm_90 on a newer chip waits");
+  const std::vector<bool> late(3), early{false, true, true};
+  compiled_for(90, 90);
+  check(early_launches(1) == early, "sm_90: the second and third begin early");
+  check(early_launches(1, DecodeForm::kAuto) == early, "sm_90: which is what it takes by itself");
+  compiled_for(80, 80);
+  check(early_launches(2) == late, "sm_80: none begins early");
+  compiled_for(80, 90);
+  check(early_launches(3) == late, "compiled on a 9.0 for sm_80: no kernel waits");
+  compiled_for(90, 120);
+  check(early_launches(4) == early, "PTX of sm_90 on a newer chip waits");
+}
+
+void is_one_launch_where_none_can_begin_early() {
+  compiled_for(80, 80);
+  check(is_one_launch(launches_of(in_form(DecodeForm::kAuto, 16, 11))), "sm_80: one launch");
+  check(fake::machine.launches[0].blocks <= 132, "a block on each multiprocessor");
+  check(launches_of(in_form(DecodeForm::kAuto, 17, 11)).size() == 3, "of many tokens three");
+  compiled_for(90, 90);
+  check(is_one_launch(launches_of(in_form(DecodeForm::kOneLaunch, 1, 12))), "sm_90: when asked for");
+}
+
+void goes_by_three_where_not_all_blocks_have_room() {
+  compiled_for(80, 80);
+  fake::machine.resident = 100;
+  const std::vector<fake::Launch> all = launches_of(in_form(DecodeForm::kAuto, 1, 13));
+  check(all.size() == 3 && !all[0].cooperative, "three launches need no room for all");
+  check(fake::machine.last_error == cudaSuccess, "no error is left for the caller's next call");
+  check(ffn_decode_launch(in_form(DecodeForm::kOneLaunch, 1, 13), nullptr) == cudaErrorCooperativeLaunchTooLarge,
+        "one launch that was asked for says why it can't be");
+  fake::machine.resident = 132;
+  fake::machine.last_error = cudaSuccess;
 }
 
 void prepares_a_kernel_once() {
+  compiled_for(90, 90);
   const int before = fake::machine.attribute_calls;
   for (int i = 0; i < 3; ++i) check(ffn_decode_launch(a_step(1, 5), nullptr) == 0, "a launch failed");
   check(fake::machine.attribute_calls - before == 2 * 3, "attributes are set once for each kernel");
@@ -124,6 +173,8 @@ void leaves_the_devices_as_they_were() {
 
 int main() {
   begins_early_where_the_kernel_waits();
+  is_one_launch_where_none_can_begin_early();
+  goes_by_three_where_not_all_blocks_have_room();
   prepares_a_kernel_once();
   threads_with_different_plans();
   a_larger_chip_is_read_further_ahead();

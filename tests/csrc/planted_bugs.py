@@ -41,6 +41,7 @@ class Bug:
 
 RING, BLOCK, MMA = "decode/ring.cuh", "decode/block_product.cuh", "common/mma.cuh"
 HIDDEN, VALUES, FINISH = "decode/hidden.cuh", "decode/values.cuh", "decode/finish.cuh"
+ORDER, STEP = "decode/order.cuh", "decode/step.cuh"
 TOKENS, PLAN = "decode/token_memory.cuh", "decode/plan.h"
 SYNC = "  __syncthreads();\n"
 
@@ -86,9 +87,9 @@ BUGS: dict[str, Bug] = {
     "a token's scores in another's row": Bug(HIDDEN, "static_cast<int64_t>(members[t]) * plan.slot_stride", "static_cast<int64_t>(t) * plan.slot_stride"),
     "value's position for the key's": Bug(HIDDEN, "position = row_of(p.key_position, low)", "position = row_of(p.value_position, low)"),
     # the second
-    "no wait for the first launch": Bug(VALUES, "  wait_for_previous_grid();\n  ring.run(sums);", "  ring.run(sums);", count=2),
-    "no wait for the first launch, by an image": Bug(VALUES, "  wait_for_previous_grid();\n  ring.run(sums);", "  ring.run(sums);", nth=1, count=2),
-    "wait after the read": Bug(VALUES, "  wait_for_previous_grid();\n  ring.run(sums);", "  ring.run(sums);\n  wait_for_previous_grid();", count=2),
+    "no wait for the first launch": Bug(VALUES, "  order.wait();\n  ring.run(sums);", "  ring.run(sums);", count=2),
+    "no wait for the first launch, by an image": Bug(VALUES, "  order.wait();\n  ring.run(sums);", "  ring.run(sums);", nth=1, count=2),
+    "wait after the read": Bug(VALUES, "  order.wait();\n  ring.run(sums);", "  ring.run(sums);\n  order.wait();", count=2),
     "no barrier between visual and u": Bug(VALUES, "  __syncthreads();  // visual", "  // visual"),
     "visual past a length": Bug(VALUES, "if (slot < group.slots) {", "if (slot < p.slots) {"),
     "two writers of one part": Bug(VALUES, "part_of(args, args.plan.parts - 1, members[t])", "part_of(args, 0, members[t])", count=2),
@@ -98,6 +99,12 @@ BUGS: dict[str, Bug] = {
     # the third
     "a part that nobody wrote": Bug(FINISH, "memory_of_token(p, n).row == kNoMemory;", "false;"),
     "a split forgotten": Bug(FINISH, "if (j < parts[i]) v", "if (j > 0 && j < parts[i]) v"),
+    # all phases in one launch
+    "blocks that never meet": Bug(ORDER, "if (!met_) meet_all_blocks();", ""),
+    "the third phase does not wait": Bug(ORDER, "    met_ = false;\n", ""),
+    "a block without work is not at the meeting": Bug(ORDER, "    wait();\n    met_ = false;", "    met_ = false;"),
+    "shared memory of the next piece of work while this one is read": Bug(STEP, "    renew_shared();\n", "", nth=1, count=3),
+    "a core that no block computes": Bug(PLAN, "plan.value_blocks + block - of_value", "plan.value_blocks + 1 + block - of_value"),
     # the plan
     "workspace too small": Bug(PLAN, "take(plan.at.bytes, 4 * tokens * p.width * plan.parts)", "take(plan.at.bytes, 2 * tokens * p.width * plan.parts)", build="address"),
     "a group of tokens without blocks": Bug(PLAN, "images + p.tokens / kTokenTile", "images"),
@@ -111,13 +118,13 @@ QUICK = ("one copy group too many in flight", "wait after the read")  # in every
 
 def build_cases(folder: Path, build: str, bug: Bug | None = None) -> Path:
     """The program of csrc/host_run/cases.cpp, with a mistake if one is given."""
-    sources = SOURCES
+    sources, flags = SOURCES, SANITIZERS[build]
     if bug is not None:
-        sources = folder / "csrc"
+        sources, flags = folder / "csrc", [*flags, "-Wno-error"]  # a mistake may leave something unused
         shutil.copytree(SOURCES, sources)
         bug.plant(sources)
     program = folder / f"cases-{build}"
-    compile_host(sources / "host_run" / "cases.cpp", program, *SANITIZERS[build], include=sources)
+    compile_host(sources / "host_run" / "cases.cpp", program, *flags, include=sources)
     return program
 
 

@@ -26,7 +26,12 @@ struct Shape {
 
 template <class Kernel>
 Launch launch_of(const Shape& shape, Kernel kernel, bool chained = false) {
-  return {shape.blocks, shape.threads, shape.shared_bytes, kernel, chained};
+  return {shape.blocks, shape.threads, shape.shared_bytes, kernel, chained, false};
+}
+
+template <class Kernel>
+Launch cooperative_launch_of(const Shape& shape, Kernel kernel) {
+  return {shape.blocks, shape.threads, shape.shared_bytes, kernel, false, true};
 }
 
 // `wanted`: part of the message; empty: no complaint.
@@ -127,6 +132,22 @@ void right_kernels() {
   expect("a chained launch that waits", "", {launch_of({6, 32}, maker), launch_of({1, 32}, taker, true)});
   failures += sum != 3 * 6;
 
+  static int met[9];
+  expect("blocks that meet, twice", "", {cooperative_launch_of({9, 64}, [] {
+           if (threadIdx.x == 7) met[blockIdx.x] = 1;
+           meet_all_blocks();
+           int found = 0;
+           for (const int one : met) found += one;
+           check(found == 9, "what a block wrote before the meeting");
+           meet_all_blocks();
+           if (threadIdx.x == 7) met[blockIdx.x] = 0;
+         })});
+  expect("shared memory put to another use", "", {2, 64, 256}, [] {
+    shared_at<float>(0, 64)[threadIdx.x] = 1;
+    renew_shared();
+    check(std::isnan(shared_at<float>(128, 32)[threadIdx.x / 2]), "nothing is left of the first use");
+  });
+
   for (unsigned bits = 0; bits < 65536; ++bits) {  // both number types survive the way to float and back
     const auto h = static_cast<uint16_t>(bits);
     if ((h & 0x7C00) != 0x7C00 || (h & 0x3FF) == 0) failures += half_of_float(float_of_half(h)) != h;
@@ -209,6 +230,14 @@ void wrong_kernels() {
   };
   expect("a chained launch that reads first", "read before",
          {launch_of({2, 32}, late_maker), launch_of({2, 32}, early, true)});
+  expect("a meeting of blocks that need not be resident", "not cooperative", {2, 32}, [] { meet_all_blocks(); });
+  expect("a block that is not at the meeting", "deadlock", {cooperative_launch_of({6, 32}, [] {
+           if (blockIdx.x != 4) meet_all_blocks();
+         })});
+  expect("a thread that is not at the meeting", "deadlock", {cooperative_launch_of({2, 64}, [] {
+           if (threadIdx.x == 63 && blockIdx.x == 1) __syncthreads();
+           meet_all_blocks();
+         })});
   expect("an impossible launch", "impossible", {1, 2048}, [] {});
 }
 

@@ -60,6 +60,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> Machine:
         tensor_names=TENSORS,
         type_codes={"bfloat16": 0, "float16": 1, "float32": 2},
         activation_codes={"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3},
+        form_codes={"auto": 0, "chained": 1, "one launch": 2},
         FfnDecodeParams=Params,
     )
     monkeypatch.setattr(Params, "made", [])

@@ -72,7 +72,8 @@ def test_any_strides(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(LAYOUTS[layout], monkeypatch)
 
 
-def test_the_fast_path_with_every_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["auto", "chained", "one launch"])
+def test_the_fast_path_with_every_argument(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = cases.memory(cases.ffn(torch.bfloat16, S=4, T=3, d=64, F=128, biased=True), R=3, M=16, r=8, wide=True)
     arguments |= {
         "visual_index": torch.tensor([2, -1, 0, 2]),
@@ -83,7 +84,14 @@ def test_the_fast_path_with_every_argument(monkeypatch: pytest.MonkeyPatch) -> N
         "visual_scale": 0.25,
     }
     assert decode.is_fast(on_gpu(problem_of(**arguments)))
-    check(arguments, monkeypatch)
+    with decode.forced(form):
+        check(arguments, monkeypatch)
+
+
+def test_an_unknown_form_is_refused() -> None:
+    problem = on_gpu(problem_of(**cases.ffn(torch.bfloat16, S=2, T=1)))
+    with decode.forced("two launches"), pytest.raises(KeyError, match="two launches"):
+        decode.forward(problem)
 
 
 def test_a_launch_past_the_limits_says_which() -> None:
@@ -95,7 +103,7 @@ def test_a_launch_past_the_limits_says_which() -> None:
 def test_bindings_refuse_what_is_no_tensor(host_extension: types.ModuleType) -> None:
     fields = dict.fromkeys(
         ("type", "cu_seqlens", "visual_index", "visual_lengths", "tokens", "width", "pairs", "slots", "rank", "memories",
-         "sequences", "length", "activation", "visual_activation", "multiprocessors", "shared_bytes", "device"), 0
+         "sequences", "length", "activation", "visual_activation", "form", "multiprocessors", "shared_bytes", "device"), 0
     )  # fmt: skip
     fields |= {"shared_memory": False, "visual_scale": 1.0}
     absent = [None] * len(host_extension.tensor_names)

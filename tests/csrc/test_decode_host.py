@@ -11,7 +11,7 @@ import torch
 from tests import yardstick
 from tests.csrc import decode_cases
 from tests.csrc.decode_cases import BF16, FP16, FP32, SMALL, make, small
-from tests.csrc.host_run import ACTIVATIONS, Case, HostLibrary, HostRunError, Params, compiler
+from tests.csrc.host_run import ACTIVATIONS, FORMS, Case, HostLibrary, HostRunError, Params, compiler
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 
@@ -27,9 +27,10 @@ def result(library: HostLibrary, arguments: dict[str, Any], **how: Any) -> torch
     return case.y
 
 
+@pytest.mark.parametrize("form", ["chained", "one launch"])
 @pytest.mark.parametrize("name", SMALL)
-def test_matches_float64(library: HostLibrary, name: str) -> None:
-    case = small(name)
+def test_matches_float64(library: HostLibrary, name: str, form: str) -> None:
+    case = small(name, form=form)
     library.run(case, seed=3)
     case.check()
 
@@ -52,6 +53,14 @@ def test_the_cases_reach_every_road(library: HostLibrary) -> None:
         }
         assert max(steps.values()) > 4, f"{part}: {steps}"
     assert any(plan["hidden_slices_per_stage"] > 1 for plan in ring.values())
+    together = {name: library.plan(small(name, form="one launch").params) for name in SMALL}
+    assert {name for name, plan in together.items() if plan["step_blocks"] > 0} == {
+        name for name in SMALL if fast[name] and small(name).params.tokens <= 16 and "contiguous" not in name
+    }
+    for part in ("first", "second", "third"):  # blocks with several pieces of work in a phase, and with none
+        pieces = [plan[f"{part}_blocks"] - plan["step_blocks"] for plan in together.values() if plan["step_blocks"] > 0]
+        assert max(pieces) > 0, part
+    assert any(plan["core_blocks"] > 0 for plan in together.values())
 
 
 @pytest.mark.parametrize(
@@ -62,21 +71,23 @@ def test_the_cases_reach_every_road(library: HostLibrary) -> None:
 @pytest.mark.slow
 def test_sweep(library: HostLibrary, sizes: dict[str, Any]) -> None:
     dtype = BF16 if sizes["seed"] % 2 else FP16
-    case = Case(make(**sizes, dtype=dtype), multiprocessors=1 + sizes["tokens"] % 5)
+    form = "one launch" if sizes["pairs"] % 3 else "chained"
+    case = Case(make(**sizes, dtype=dtype), multiprocessors=1 + sizes["tokens"] % 5, form=form)
     library.run(case, seed=sizes["seed"] + 1, resident=1 + sizes["width"] % 6)
     case.check()
 
 
+@pytest.mark.parametrize("form", ["chained", "one launch"])
 @pytest.mark.parametrize("name", ["long_rows", "formed", "factored", "odd_factored"])
-def test_the_same_bits_under_any_schedule(library: HostLibrary, name: str) -> None:
-    case, seen, early = small(name), set(), 0
+def test_the_same_bits_under_any_schedule(library: HostLibrary, name: str, form: str) -> None:
+    case, seen, early = small(name, form=form), set(), 0
     schedules = [("forward", 1, 4), ("reverse", 1, 4), *(("random", seed, 1 + seed) for seed in range(1, 7))]
     for order, seed, resident in schedules:
         case.y.fill_(float("nan"))
         early += library.run(case, order=order, seed=seed, resident=resident)["early_blocks"]
         seen.add(case.y.view(torch.int16).numpy().tobytes())
     assert len(seen) == 1
-    assert early > 0, (
+    assert (early > 0) == (library.plan(case.params)["step_blocks"] == 0), (
         "no launch began before the one ahead of it had ended: the order that the device may take was not tried"
     )
 
@@ -310,6 +321,28 @@ def test_plan_keeps_every_multiprocessor_busy(
             rounds = -(-blocks * splits // multiprocessors)
             busiest, mean = rounds * each * slices * 64, row_pairs * k / multiprocessors
             assert busiest <= 1.09 * mean, f"{tokens} tokens, {ring}: {plan}"
+
+
+@pytest.mark.parametrize("multiprocessors", [46, 108, 132])
+@pytest.mark.parametrize(("width", "pairs"), [(2048, 5632), (4096, 11008), (8192, 28672)])
+def test_plan_of_one_launch(library: HostLibrary, width: int, pairs: int, multiprocessors: int) -> None:
+    for tokens in (1, 4, 16, 17):
+        params = llama(tokens, width, pairs, multiprocessors)
+        params.form, params.shared_bytes = FORMS["one launch"], 164 << 10
+        plan = library.plan(params)
+        if tokens > 16:
+            assert plan["step_blocks"] == 0, "many tokens go by three launches"
+            continue
+        assert 0.95 * multiprocessors < plan["step_blocks"] <= multiprocessors, (
+            "a block on each multiprocessor, and no more: they wait for one another"
+        )
+        assert plan["step_shared"] <= 99 << 10
+        assert plan["core_blocks"] == -(-tokens // 4), "a block for four images"
+        blocks = plan["value_row_blocks"] * plan["value_splits"]
+        rounds = -(-blocks // (multiprocessors - plan["core_blocks"]))
+        each = plan["value_pairs_per_block"] * plan["value_slices_per_split"] * 64
+        mean = width // 2 * pairs / (multiprocessors - plan["core_blocks"])
+        assert rounds * each <= 1.09 * mean, f"{tokens} tokens: {plan}"
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 16, 64])

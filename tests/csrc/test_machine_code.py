@@ -39,7 +39,8 @@ def each(code: Code, pattern: str = "") -> list[tuple[str, Kernel]]:
     return found
 
 
-# Of the mangled names: hidden_kernel<T, kTokenTiles>, values_kernel<T, kTokenTiles, kAcross>, finish_kernel<T, kBy16>.
+# Of the mangled names: hidden_kernel<T, kTokenTiles>, values_kernel<T, kTokenTiles, kAcross>, finish_kernel<T, kBy16>,
+# step_kernel<T, kTokenTiles>.
 BFLOAT16, FLOAT16 = "8BFloat16", "7Float16"
 RING = r"(hidden|values)_kernelI\w+Li[1-9]E"
 SLOW = r"(hidden_kernelI\w+Li0EE|values_kernelI\w+Li0ELb0E|finish_kernelI\w+Lb0E)"
@@ -55,7 +56,7 @@ def test_every_architecture_has_every_kernel(library: Path, code: Code, tmp_path
     names = [set(kernels) for kernels in code.values()]
     assert all(found == names[0] for found in names)
     assert machine_code.ptx_kernels(library, tmp_path) == names[0]
-    for kernel in ("hidden_kernel", "values_kernel", "finish_kernel"):
+    for kernel in ("hidden_kernel", "values_kernel", "finish_kernel", "step_kernel"):
         for number in (BFLOAT16, FLOAT16):
             assert any(kernel in name and number in name for name in names[0]), (kernel, number)
 
@@ -82,7 +83,7 @@ def test_two_blocks_fit_a_multiprocessor(code: Code) -> None:
 
 
 def test_weights_are_read_16_bytes_at_a_time(code: Code) -> None:
-    for what, kernel in each(code, RING):
+    for what, kernel in each(code, f"{RING}|step_kernel"):
         assert kernel.count("LDGSTS", "128") > 0, f"{what}: no asynchronous 16-byte copy"
         assert kernel.count("LDGSTS") == kernel.count("LDGSTS", "128"), f"{what}: narrower asynchronous copies"
     for architecture, kernels in code.items():
@@ -92,9 +93,9 @@ def test_weights_are_read_16_bytes_at_a_time(code: Code) -> None:
 
 
 def test_shared_memory_is_read_by_matrices(code: Code) -> None:
-    for what, kernel in each(code, RING):
+    for what, kernel in each(code, f"{RING}|step_kernel"):
         assert kernel.count("LDSM") > 0, f"{what}: no ldmatrix"
-    for what, kernel in each(code, r"values_kernelI\w+Li[1-9]E"):  # an image's rows run across, value's may
+    for what, kernel in each(code, r"(values|step)_kernelI\w+Li[1-9]E"):  # an image's rows run across, value's may
         assert kernel.count("LDSM", "MT88") > 0, f"{what}: no ldmatrix.trans"
 
 
@@ -109,9 +110,17 @@ def test_launches_are_chained_where_the_chip_can(code: Code) -> None:
             assert kernel.count("ACQBULK") == 0, f"{what} waits, and nothing of the step is before it"
 
 
+def test_one_launch_meets_by_atomics_and_fences(code: Code) -> None:
+    """A barrier of all blocks: each adds itself to a counter, behind a fence, and reads it until all have."""
+    for what, kernel in each(code, "step_kernel"):
+        assert kernel.count("ACQBULK") == 0, f"{what} waits for a launch of the step, and there is none"
+        assert kernel.count("ATOMG") + kernel.count("ATOM") > 0, f"{what}: no atomic"
+        assert kernel.count("MEMBAR") >= 2, f"{what}: no fence"
+
+
 @pytest.mark.parametrize(("number", "suffix"), [(BFLOAT16, {"BF16"}), (FLOAT16, set())], ids=["bf16", "fp16"])
 def test_products_run_on_tensor_cores(code: Code, number: str, suffix: set[str]) -> None:
-    for what, kernel in each(code, rf"(hidden|values)_kernelI\w*{number}"):
+    for what, kernel in each(code, rf"(hidden|values|step)_kernelI\w*{number}"):
         products = [opcode.split(".") for opcode in kernel.opcodes if opcode.startswith("HMMA")]
         assert products, f"{what}: no tensor-core instruction"
         for _, *modifiers in products:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from memvp_kernels.backends.cuda.extension import device_limit, load
 from memvp_kernels.problem import Problem
 
-__all__ = ["forward", "is_fast", "unsupported"]
+__all__ = ["forced", "forward", "is_fast", "unsupported"]
 
 _TYPES = (torch.bfloat16, torch.float16)
 
@@ -28,6 +29,23 @@ class _Prepared(NamedTuple):
 
 
 _latest: _Prepared | None = None
+_form = "auto"
+
+
+@contextlib.contextmanager
+def forced(form: str) -> Iterator[None]:
+    """Within it the phases of a step follow one another in this form, for tests and benchmarks that compare them.
+
+    Args:
+        form: "chained", "one launch" (of up to 16 tokens, where the shapes allow it) or "auto", which goes by the chip: DecodeForm
+            in csrc/decode/ffn_decode.h.
+    """
+    global _form, _latest
+    known, _form, _latest = _form, form, None
+    try:
+        yield
+    finally:
+        _form, _latest = known, None
 
 
 @functools.cache
@@ -146,6 +164,7 @@ def _params(problem: Problem, cu_seqlens: Tensor | None, index: Tensor | None, l
         activation=extension.activation_codes[problem.activation],
         visual_activation=extension.activation_codes[problem.visual_activation],
         visual_scale=problem.visual_scale,
+        form=extension.form_codes[_form],
         multiprocessors=multiprocessors,
         shared_bytes=shared_bytes,
         device=device,

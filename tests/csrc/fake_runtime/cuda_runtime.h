@@ -5,11 +5,17 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <utility>
 #include <vector>
 
 #define CUDART_VERSION 13000
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorCooperativeLaunchTooLarge = 720,
+  cudaErrorNotSupported = 801
+};
 using cudaStream_t = void*;
 struct dim3 {
   dim3(unsigned size = 1) : x(size) {}
@@ -24,11 +30,14 @@ enum cudaFuncAttribute {
 };
 constexpr int cudaSharedmemCarveoutMaxShared = 100;
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeCooperative = 2,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6
+};
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   union {
-    int programmaticStreamSerializationAllowed;
+    int programmaticStreamSerializationAllowed, cooperative;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -47,13 +56,16 @@ struct Launch {
   const void* kernel;
   int device;
   size_t shared_bytes, allowed_bytes;
-  bool early;
+  bool early, cooperative;
+  unsigned blocks;
 };
 
 struct Machine {
   std::mutex mutex;
   int ptx_version = 90, binary_version = 90;  // of every kernel
   int shared_bytes = 99 << 10;                // that a block may have
+  unsigned resident = 132;                    // blocks at a time
+  cudaError_t last_error = cudaSuccess;       // until it is asked for
   std::set<int> contexts{0};
   std::map<std::pair<const void*, int>, size_t> allowed;  // dynamic shared memory
   int attribute_calls = 0;
@@ -109,9 +121,18 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, 
   const std::lock_guard<std::mutex> lock(fake::machine.mutex);
   const void* const key = reinterpret_cast<const void*>(kernel);
   const size_t allowed = fake::machine.allowed[{key, fake::current_device}];
-  const bool early = config->numAttrs == 1 && config->attrs->val.programmaticStreamSerializationAllowed != 0;
-  fake::machine.launches.push_back({key, fake::current_device, config->dynamicSmemBytes, allowed, early});
+  const auto has = [&](cudaLaunchAttributeID id) { return config->numAttrs == 1 && config->attrs->id == id; };
+  const bool early = has(cudaLaunchAttributeProgrammaticStreamSerialization) &&
+                     config->attrs->val.programmaticStreamSerializationAllowed != 0;
+  const bool cooperative = has(cudaLaunchAttributeCooperative) && config->attrs->val.cooperative != 0;
+  if (cooperative && config->gridDim.x > fake::machine.resident)
+    return fake::machine.last_error = cudaErrorCooperativeLaunchTooLarge;
+  fake::machine.launches.push_back(
+      {key, fake::current_device, config->dynamicSmemBytes, allowed, early, cooperative, config->gridDim.x});
   return config->dynamicSmemBytes <= allowed ? cudaSuccess : cudaErrorInvalidValue;
+}
+inline cudaError_t cudaGetLastError() {
+  return std::exchange(fake::machine.last_error, cudaSuccess);
 }
 inline const char* cudaGetErrorString(cudaError_t) {
   return "invalid argument";
