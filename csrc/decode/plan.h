@@ -2,43 +2,10 @@
 // arithmetic on the params, the same on every call: what makes the result repeatable, and the step capturable in a
 // graph.
 #pragma once
-#include "common/platform.cuh"
 #include "decode/limits.h"
+#include "decode/ring_plan.h"
 
 namespace memvp::decode {
-
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kTokenTile = 8;  // tokens of one mma
-constexpr int kRowTile = 16;   // weight rows of one mma
-constexpr int kPairTile =
-    8;  // the same in pairs: rows g and g + 8 of an mma belong together (a gate row and its key row)
-constexpr int kColumnTile = 64;  // columns of one block where the weight is contiguous along them
-constexpr int kSlice = 64;       // elements of k in a slice of the ring: a 128-byte line of every row
-constexpr int kSliceBytes = 2 * kSlice;
-constexpr int kMaxSplits = 16;
-// The ring, weights and tokens: within the 99 KB that every chip since sm_80 gives a block, and twice within an H100's
-// multiprocessor, where the next launch of the chain fills its ring while this one drains.
-constexpr int kRingBytes = 96 * 1024;
-
-// How the warps of a ring block share its work, by the tiles of eight tokens. Few tokens: each warp has rows of its
-// own, all tokens. Many: two warps have the same rows and half of the tokens each, so that rows and tokens are both
-// read from shared memory as seldom as the registers allow; at 64 tokens that traffic is next to the weights' own.
-struct RingShape {
-  int token_tiles;
-
-  MEMVP_HOST_DEVICE constexpr int fewest_stages() const { return token_tiles < 4 ? 4 : 3; }
-  constexpr int stage_bytes() const { return kRingBytes / fewest_stages(); }
-  MEMVP_HOST_DEVICE constexpr int token_warps() const { return token_tiles < 4 ? 1 : 2; }
-  MEMVP_HOST_DEVICE constexpr int row_warps() const { return kWarps / token_warps(); }
-  MEMVP_HOST_DEVICE constexpr int token_tiles_per_warp() const { return token_tiles / token_warps(); }
-  MEMVP_HOST_DEVICE constexpr int row_tiles_per_warp() const { return token_tiles < 4 ? 2 : 3; }
-  // The tallest block: what fits a stage of one slice, and the warps' registers.
-  constexpr int max_row_tiles() const {
-    return least((stage_bytes() / kSliceBytes - kTokenTile * token_tiles) / kRowTile,
-                 row_warps() * row_tiles_per_warp());
-  }
-};
 
 // Shared memory of a block that does not use the ring: sums of its warps, and the tokens that read one memory row.
 constexpr size_t kRowSumsBytes = kWarps * kRowTile * kTokenTile * sizeof(float);
@@ -48,16 +15,6 @@ constexpr size_t kGroupBytes = (3 * kDecodeMaxTokens + kTokenTile) * sizeof(int3
 constexpr int kMaxSharedBytes = kRingBytes / 3 * 4 + kGroupBytes;
 constexpr int kReservedBytes = 1024;  // of each block, by the device itself
 static_assert(kRingBytes >= kColumnSumsBytes, "a block that gathers its tokens needs no more without the ring");
-
-// A product of weight rows that run along k with all tokens: `row_blocks` blocks of rows for each of `splits` parts of
-// k.
-struct RingPlan {
-  int32_t pairs_per_block = 0, row_blocks = 0, splits = 0;
-  int32_t slices = 0, slices_per_split = 0, slices_per_stage = 0, stages = 0;
-
-  MEMVP_HOST_DEVICE int row_tiles() const { return ceil_div(pairs_per_block, kPairTile); }
-  MEMVP_HOST_DEVICE int blocks() const { return row_blocks * splits; }
-};
 
 // Bytes from the workspace's start.
 struct Workspace {
@@ -102,83 +59,6 @@ struct DecodeArgs {
   DecodePlan plan;
 };
 using DecodeKernel = void (*)(DecodeArgs);
-
-MEMVP_HOST_DEVICE inline size_t ring_bytes(const RingPlan& ring, int token_tiles) {
-  const size_t rows = ring.row_tiles() * kRowTile + token_tiles * kTokenTile;
-  return ring.stages * rows * ring.slices_per_stage * kSliceBytes;
-}
-
-// Matrices whose rows one ring shares out; a block takes rows of one of them.
-struct RowCounts {
-  int pairs[3];
-
-  int blocks(int pairs_per_block) const {
-    int blocks = 0;
-    for (int count : pairs) blocks += ceil_div(count, pairs_per_block);
-    return blocks;
-  }
-};
-
-// As many slices in a stage as there is room for.
-inline void fill_stages(RingPlan& ring, int token_tiles) {
-  ring.stages = RingShape{token_tiles}.fewest_stages();
-  const int slice_bytes = kSliceBytes * (ring.row_tiles() * kRowTile + token_tiles * kTokenTile);
-  ring.slices_per_stage =
-      least(greatest(RingShape{token_tiles}.stage_bytes() / slice_bytes, 1), greatest(ring.slices_per_split, 1));
-}
-
-// Cuts rows (by two, in whole `units`) and k so that every multiprocessor has the same number of bytes to read. A split
-// of k lets a block be taller, which reads the tokens fewer times, and costs partial sums: with 64 tokens both count.
-inline RingPlan plan_ring(const RowCounts& rows, int k, int tokens, int token_tiles, int multiprocessors,
-                          int max_splits, int unit) {
-  RingPlan best;
-  double least_bytes = 0;
-  const int slices = ceil_div(k, kSlice), all = round_up(rows.blocks(1), unit);
-  const int tallest = RingShape{token_tiles}.max_row_tiles() * kPairTile / unit * unit;
-  const auto consider = [&](int pairs, int splits) {
-    const int pairs_per_block = round_up(pairs, unit);
-    if (pairs_per_block < 1 || pairs_per_block > tallest) return;
-    RingPlan ring;
-    ring.pairs_per_block = pairs_per_block;
-    ring.row_blocks = rows.blocks(pairs_per_block);
-    ring.slices = slices;
-    ring.slices_per_split = ceil_div(slices, splits);
-    ring.splits = greatest(ceil_div(slices, greatest(ring.slices_per_split, 1)), 1);
-    // Tokens and partial sums come from L2, at about twice the rate of the weights; a block costs about 16 KB of
-    // waiting.
-    const int rounds = ceil_div(ring.blocks(), multiprocessors);
-    const double weights = 2.0 * pairs_per_block * kSliceBytes, from_l2 = 0.5 * tokens * kSliceBytes;
-    const double sums = max_splits > 1 ? 0.5 * 2 * 4 * tokens * 2.0 * pairs_per_block : 0;
-    const double bytes = rounds * ((weights + from_l2) * ring.slices_per_split + sums + 16384);
-    if (best.row_blocks > 0 && bytes >= least_bytes) return;
-    best = ring;
-    least_bytes = bytes;
-  };
-  const int fewest_rounds = ceil_div(all, multiprocessors * tallest);
-  for (int splits = 1; splits <= least(max_splits, greatest(slices, 1)); ++splits) {
-    consider(least(tallest, all), splits);
-    for (int rounds = fewest_rounds; rounds < fewest_rounds + 3; ++rounds) {
-      const int even = ceil_div(all, greatest(multiprocessors * rounds / splits, 1));
-      for (int more = 0; more < 4; ++more) consider(even + more, splits);  // a matrix's last block may be short
-    }
-  }
-  fill_stages(best, token_tiles);
-  return best;
-}
-
-// The rows of images, each `rows` by k, for groups of eight tokens: in blocks of at least `unit` row tiles, taller
-// where there would be more blocks than multiprocessors.
-inline RingPlan plan_images(int rows, int k, int groups, int unit, int multiprocessors) {
-  RingPlan ring;
-  const int tiles = ceil_div(rows, kRowTile), tallest = RingShape{1}.max_row_tiles() / unit * unit;
-  const int even = least(round_up(ceil_div(tiles * groups, multiprocessors), unit), tallest);
-  ring.row_blocks = ceil_div(tiles, even);
-  ring.pairs_per_block = round_up(ceil_div(tiles, ring.row_blocks), unit) * kPairTile;
-  ring.splits = 1;
-  ring.slices = ring.slices_per_split = ceil_div(k, kSlice);
-  fill_stages(ring, 1);
-  return ring;
-}
 
 // Dynamic shared memory of the three launches.
 inline size_t hidden_shared_bytes(const DecodePlan& plan) {
@@ -242,7 +122,7 @@ inline DecodePlan make_plan(const FfnDecodeParams& p, bool one_launch) {
     const int position_pairs = shared_in_ring && present(p.key_position) ? ceil_div(p.slots, 2) : 0;
     const RowCounts rows{{ffn_pairs, shared_in_ring ? plan.rank_stride / 2 : 0, position_pairs}};
     if (rows.blocks(1) > 0) {
-      plan.hidden = plan_ring(rows, p.width, p.tokens, plan.token_tiles, p.multiprocessors, 1, 1);
+      plan.hidden = plan_ring({rows, p.width, p.tokens, plan.token_tiles, p.multiprocessors, 1, 1});
       plan.ffn_blocks = ceil_div(rows.pairs[0], plan.hidden.pairs_per_block);
       plan.basis_blocks = ceil_div(rows.pairs[1], plan.hidden.pairs_per_block);
       plan.position_blocks = ceil_div(rows.pairs[2], plan.hidden.pairs_per_block);
@@ -264,8 +144,8 @@ inline DecodePlan make_plan(const FfnDecodeParams& p, bool one_launch) {
     if (plan.value_across && plan.token_tiles > 1) plan.value_tiles = 8;
     if (plan.fast) {
       const RowCounts rows{{ceil_div(p.width, 2), 0, 0}};
-      plan.value = plan_ring(rows, p.pairs, p.tokens, plan.value_tiles, greatest(p.multiprocessors - cores, 1),
-                             kMaxSplits, plan.value_across ? kColumnTile / 2 : 1);
+      plan.value = plan_ring({rows, p.pairs, p.tokens, plan.value_tiles, greatest(p.multiprocessors - cores, 1),
+                              kMaxSplits, plan.value_across ? kColumnTile / 2 : 1});
       plan.value_blocks = plan.value.blocks();
     } else {
       RingPlan& value = plan.value;  // only its cut along k is used

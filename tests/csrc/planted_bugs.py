@@ -42,7 +42,7 @@ class Bug:
 RING, BLOCK, MMA = "decode/ring.cuh", "decode/block_product.cuh", "common/mma.cuh"
 HIDDEN, VALUES, FINISH = "decode/hidden.cuh", "decode/values.cuh", "decode/finish.cuh"
 ORDER, STEP = "decode/order.cuh", "decode/step.cuh"
-TOKENS, PLAN = "decode/token_memory.cuh", "decode/plan.h"
+TOKENS, PLAN, RING_PLAN = "decode/token_memory.cuh", "decode/plan.h", "decode/ring_plan.h"
 SYNC = "  __syncthreads();\n"
 
 BUGS: dict[str, Bug] = {
@@ -62,7 +62,7 @@ BUGS: dict[str, Bug] = {
     "weights that were started copied to another stage": Bug(RING, "if (ahead >= rows_started_)", "if (ahead > rows_started_)"),
     "tokens of the other half of a slice": Bug(RING, "^ half * 4;", "^ (4 - half * 4);"),
     "k part of another block": Bug(RING, "k_begin_ = split * part;", "k_begin_ = split / 2 * part;"),
-    "ring cut short": Bug(PLAN, "return ring.stages * rows", "return (ring.stages - 1) * rows"),
+    "ring cut short": Bug(RING_PLAN, "return ring.stages * rows", "return (ring.stages - 1) * rows"),
     # fragments
     "row fragments swapped": Bug(MMA, "row.x, row8.x, row.y, row8.y", "row.x, row.y, row8.x, row8.y"),
     "k in another order": Bug(MMA, "token.z, token.w);", "token.w, token.z);"),
