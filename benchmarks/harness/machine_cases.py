@@ -18,6 +18,7 @@ from torch import Tensor
 from harness.machine_code import Compiled, offline
 from memvp_kernels.backends import triton as backend
 from memvp_kernels.backends.triton import tiles
+from memvp_kernels.backends.triton.shape import Shape
 from memvp_kernels.backends.triton.steps import forced
 from memvp_kernels.backends.triton.tiles import Tile
 from memvp_kernels.problem import SHARED, Problem, Segments
@@ -215,8 +216,8 @@ def _forced(tile: Tile | None) -> Iterator[None]:
         yield
         return
 
-    def hidden(*_: object, gated: bool, **__: object) -> Tile:
-        return Tile(tile.block_n, tile.columns // (1 + gated), tile.block_k, tile.warps, tile.stages)
+    def hidden(_: object, shape: Shape) -> Tile:
+        return Tile(tile.block_n, tile.columns // shape.branches, tile.block_k, tile.warps, tile.stages)
 
     with (
         mock.patch.object(tiles, "hidden_tile", hidden),

@@ -9,6 +9,8 @@ from harness.machine_cases import Case, launches, problem_of
 from harness.machine_code import Compiled, Machine, inspect
 from memvp_kernels.backends.triton import tiles
 from memvp_kernels.backends.triton.operands import BY_POINTER
+from memvp_kernels.backends.triton.roads import of_launch
+from memvp_kernels.backends.triton.shape import Shape
 from memvp_kernels.backends.triton.tiles import Chip, Tile
 
 __all__ = ["KERNELS", "Row", "complaints", "rows"]
@@ -100,15 +102,17 @@ def _predicted(launched: Compiled, case: Case, chip: Chip, tile: Tile) -> float 
         return None
     problem = problem_of(case)
     sequences = 1 if case.form == "factored" else case.sequences
-    size = (case.dtype, case.precision, problem.rows, problem.width)
+    shape = of_launch(
+        Shape(
+            case.dtype, case.precision, problem.rows, problem.width, pairs, slots, sequences, problem.segments.length,
+            gated=case.gated, descriptors=case.aligned,
+        ),
+        kernel.split("_")[0],
+    )  # fmt: skip
     if "hidden" in kernel:
-        gated = case.gated and kernel.startswith("hidden")
-        cycles = tiles.hidden_cycles(
-            chip, tile, *size, pairs, slots, sequences, gated, bool(launched.constant("PERSISTENT"))
-        )
+        cycles = tiles.hidden_cycles(chip, tile, shape, bool(launched.constant("PERSISTENT")))
     else:
-        both = 1 + (case.gated and kernel.startswith("dinput"))
-        cycles = tiles.output_cycles(chip, tile, *size, both * pairs, slots, sequences, case.packed)
+        cycles = tiles.output_cycles(chip, tile, shape, case.packed)
     return round(cycles / (chip.clock * 1e3), 1)
 
 

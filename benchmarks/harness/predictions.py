@@ -14,7 +14,7 @@ import torch
 from harness.presets import PRESETS
 from harness.rooflines import FFNShape, Roofs, ffn_backward, ffn_forward, kernel
 from memvp_kernels.backends.triton import roads, tiles
-from memvp_kernels.backends.triton.roads import Shape
+from memvp_kernels.backends.triton.shape import Shape
 
 __all__ = ["CASES", "Case", "Launch", "Prediction", "launches", "predict"]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from memvp_kernels.backends.triton import backward_tiles, tiles
+from memvp_kernels.backends.triton.shape import Shape
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 KINDS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
@@ -20,10 +21,10 @@ def test_everything_it_returns_fits(architecture: int, dtype: torch.dtype, preci
     chip = tiles.chip_of(architecture)
     common = {"descriptors": descriptors}
     for rows, width in itertools.product((1, 17, 512, 8192, 10**6), (1, 37, 136, 4096)):
-        sizes = {"rows": rows, "width": width, "pairs": 11008, "slots": 320, **common}
+        shape = Shape(dtype, precision, rows, width, 11008, 320, 4, 511, gated=False, descriptors=descriptors)
         found = [
-            backward_tiles.dhidden_tile(chip, dtype, precision, sequences=4, **sizes),
-            backward_tiles.dinput_tile(chip, dtype, precision, sequences=4, length=511, **sizes),
+            backward_tiles.dhidden_tile(chip, shape),
+            backward_tiles.dinput_tile(chip, shape),
             backward_tiles.dmemory_tile(chip, dtype, precision, width=width, **common),
             backward_tiles.dmemory_tile(chip, dtype, precision, width=width, together=True, **common),
         ]
@@ -39,10 +40,15 @@ def test_everything_it_returns_fits(architecture: int, dtype: torch.dtype, preci
 
 def test_rows_count_only_by_bucket() -> None:
     chip = tiles.chip_of(90)
-    size = {"width": 4096, "pairs": 11008, "slots": 320, "descriptors": True}
+
+    def shape(rows: int) -> Shape:
+        return Shape(
+            torch.bfloat16, "ieee", rows, 4096, 11008, 320, rows // 512 + 1, 512, gated=False, descriptors=True
+        )
+
     found = {
         (
-            backward_tiles.dhidden_tile(chip, torch.bfloat16, "ieee", rows=rows, sequences=rows // 512 + 1, **size),
+            backward_tiles.dhidden_tile(chip, shape(rows)),
             backward_tiles.core_backward_tile(chip, torch.bfloat16, "ieee", rows=rows, rank=136),
         )
         for rows in range(1, 8193, 13)

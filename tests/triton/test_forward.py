@@ -24,8 +24,8 @@ pytestmark = pytest.mark.device
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles from few numbers: 32 rows, 32 columns, steps of 16."""
-    monkeypatch.setattr(tiles, "hidden_tile", lambda *_, gated, **__: Tile(32, 16 if gated else 32, 16, 4, 2, group=2))
-    monkeypatch.setattr(tiles, "output_tile", lambda *_, **__: Tile(32, 32, 16, 4, 2, group=2))
+    monkeypatch.setattr(tiles, "hidden_tile", lambda _, shape: Tile(32, 32 // shape.branches, 16, 4, 2, group=2))
+    monkeypatch.setattr(tiles, "output_tile", lambda *_: Tile(32, 32, 16, 4, 2, group=2))
     monkeypatch.setattr(tiles, "core_tile", lambda *_, **__: Tile(32, 16, 16, 4, 2))
 
 
@@ -58,8 +58,8 @@ def test_tiles_that_straddle_sequences(form: str, M: int, packed: bool, operands
 @pytest.mark.parametrize("form", ["plain", "factored"])
 @pytest.mark.parametrize("packed", [False, True], ids=["uniform", "packed"])
 def test_the_papers_320_slots(form: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "hidden_tile", lambda *_, **__: Tile(32, 64, 64, 4, 2))
-    monkeypatch.setattr(tiles, "output_tile", lambda *_, **__: Tile(32, 64, 128, 4, 2))
+    monkeypatch.setattr(tiles, "hidden_tile", lambda *_: Tile(32, 64, 64, 4, 2))
+    monkeypatch.setattr(tiles, "output_tile", lambda *_: Tile(32, 64, 128, 4, 2))
     monkeypatch.setattr(tiles, "core_tile", lambda *_, **__: Tile(32, 32, 128, 4, 2))
     check(example(torch.bfloat16, lengths=[11, 1, 0, 33] if packed else [13] * 3, M=320, form=form, packed=packed))
 

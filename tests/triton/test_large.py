@@ -40,10 +40,10 @@ def poisoned() -> None:
 
 @pytest.fixture(autouse=True)
 def one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "hidden_tile", lambda *_, gated, **__: Tile(64, 64 // (1 + gated), 64, 4, 2))
-    monkeypatch.setattr(tiles, "output_tile", lambda *_, **__: TILE)
+    monkeypatch.setattr(tiles, "hidden_tile", lambda _, shape: Tile(64, 64 // shape.branches, 64, 4, 2))
+    monkeypatch.setattr(tiles, "output_tile", lambda *_: TILE)
     for name in ("dhidden_tile", "dinput_tile"):
-        monkeypatch.setattr(backward_tiles, name, lambda *_, **__: TILE)
+        monkeypatch.setattr(backward_tiles, name, lambda *_: TILE)
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from memvp_kernels import fused_ffn, philox
 from memvp_kernels.backends import triton as backend
 from memvp_kernels.backends.triton import library, pointwise, roads, steps, tiles
 from memvp_kernels.backends.triton.output import output_forward
-from memvp_kernels.problem import Problem
 from tests import cases, yardstick
 from tests.benchmarks import conftest as _benchmarks  # noqa: F401 - finds their modules
 from tests.triton.test_backward_needs import DEVICE, FORMS, assert_equal, dy, problem, trainable
@@ -139,7 +138,7 @@ def test_nothing_but_what_is_asked_for_is_allocated(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_a_memory_per_sequence_is_added_in_place(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "output_tile", lambda *_, **__: tiles.Tile(32, 32, 16, 4, 2, splits=splits))
+    monkeypatch.setattr(tiles, "output_tile", lambda *_: tiles.Tile(32, 32, 16, 4, 2, splits=splits))
     p = problem("plain")
     assert p.value is not None
     assert p.visual_value is not None
@@ -153,16 +152,12 @@ def test_a_memory_per_sequence_is_added_in_place(splits: int, monkeypatch: pytes
     assert torch.equal(library.output(hidden, p.value, None, visual, memory, p.segments, None, p.x), apart)
 
 
-def shape(problem: Problem, **changes: Any) -> roads.Shape:
-    return roads.Shape(**{**vars(steps.shape_of(problem)), **changes})
-
-
 def test_which_steps_the_choice_gives() -> None:
     """Unforced: IEEE float32 by the library, whose products block registers where `tl.dot` can't; a tiny problem in 16 bits fused."""
     with steps.forced(None):
-        large = {"rows": 8192, "width": 4096, "pairs": 11008}
+        large: dict[str, Any] = {"rows": 8192, "width": 4096, "pairs": 11008}
         chip = tiles.chip_of(90)
-        wide = shape(problem(dtype=torch.float32), **large, precision="ieee")
+        wide = steps.shape_of(problem(dtype=torch.float32))._replace(**large, precision="ieee")
         assert roads.by_library(chip, wide) == set(roads.STEPS)
         assert steps.steps_of(problem()) == steps.Steps()
     assert steps.steps_of(problem()).hidden is library.hidden

@@ -10,6 +10,7 @@ import torch
 from memvp_kernels import fused_ffn
 from memvp_kernels.backends.triton import backward_tiles, tiles
 from memvp_kernels.backends.triton.parts import add_parts, empty_parts
+from memvp_kernels.backends.triton.shape import Shape
 from memvp_kernels.backends.triton.tiles import Tile
 from tests import yardstick
 from tests.triton.test_backward import DEVICE, example
@@ -21,8 +22,8 @@ run = functools.partial(fused_ffn, backend="triton")
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Every output and dx kernel in so many parts, of steps that do not divide F or M."""
     splits = int(request.param)
-    monkeypatch.setattr(tiles, "output_tile", lambda *_, **__: Tile(32, 32, 16, 4, 2, group=2, splits=splits))
-    monkeypatch.setattr(backward_tiles, "dinput_tile", lambda *_, **__: Tile(32, 64, 32, 4, 2, group=2, splits=splits))
+    monkeypatch.setattr(tiles, "output_tile", lambda *_: Tile(32, 32, 16, 4, 2, group=2, splits=splits))
+    monkeypatch.setattr(backward_tiles, "dinput_tile", lambda *_: Tile(32, 64, 32, 4, 2, group=2, splits=splits))
     return splits
 
 
@@ -58,11 +59,13 @@ def test_the_parts_are_added_in_order_and_in_float32() -> None:
     assert torch.equal(add_parts(parts, bias, residual, out), expected)
 
 
-def chosen(rows: int, *, width: int = 2048, pairs: int = 5632, length: int | None = None) -> Tile:
-    return tiles.output_tile(
-        tiles.chip_of(90), torch.bfloat16, "ieee", rows=rows, width=width, pairs=pairs, slots=320, sequences=1,
-        length=length or rows, descriptors=True,
-    )  # fmt: skip
+def chosen(rows: int, *, width: int = 2048, pairs: int = 5632) -> Tile:
+    return tiles.output_tile(tiles.chip_of(90), shape(rows, width, pairs, 320))
+
+
+def shape(rows: int, width: int, pairs: int, slots: int) -> Shape:
+    """Of one sequence."""
+    return Shape(torch.bfloat16, "ieee", rows, width, pairs, slots, 1, rows, gated=False, descriptors=True)
 
 
 def test_only_thin_waves_are_cut() -> None:
@@ -80,22 +83,19 @@ def test_a_cut_pays_for_its_second_launch() -> None:
     """Never chosen where the model has a whole loop at the same price or less."""
     chip = tiles.chip_of(90)
     for rows in (16, 64, 256, 512, 1024):
-        cost = functools.partial(tiles.output_cycles, chip)
-        size = (torch.bfloat16, "ieee", rows, 2048, 5632, 320, 1, False)
-        least = min(cost(t, *size) for t in tiles.candidates(chip, torch.bfloat16, "ieee", descriptors=True))
+        cost = functools.partial(tiles.output_cycles, chip, shape=shape(rows, 2048, 5632, 320), cut=False)
+        least = min(cost(t) for t in tiles.candidates(chip, torch.bfloat16, "ieee", descriptors=True))
         tile = chosen(rows)
-        assert cost(tile, *size) <= least if tile.splits == 1 else cost(tile, *size) < least
+        assert cost(tile) <= least if tile.splits == 1 else cost(tile) < least
     assert tiles.joining_cycles(chip, 512 * 2048, 1) == 0
     assert tiles.joining_cycles(chip, 512 * 2048, 2) > tiles._LAUNCH_SECONDS * chip.clock * 1e9
 
 
 def test_one_memory_for_all_is_priced_once() -> None:
     """What all rows share is one sequence to the kernels, however the number of sequences is rounded."""
-    chip, size = tiles.chip_of(90), (torch.bfloat16, "ieee")
+    chip = tiles.chip_of(90)
     for rows in (16, 64, 128):
-        tile = tiles.output_tile(
-            chip, *size, rows=rows, width=4096, pairs=11008, slots=456, sequences=1, length=rows, descriptors=True
-        )
-        every = tiles.candidates(chip, *size, descriptors=True)
-        least = min(tiles.output_cycles(chip, t, *size, rows, 4096, 11008, 456, 1, False) for t in every)
-        assert tiles.output_cycles(chip, tile, *size, rows, 4096, 11008, 456, 1, False) <= least
+        of = shape(rows, 4096, 11008, 456)
+        every = tiles.candidates(chip, torch.bfloat16, "ieee", descriptors=True)
+        least = min(tiles.output_cycles(chip, t, of, cut=False) for t in every)
+        assert tiles.output_cycles(chip, tiles.output_tile(chip, of), of, cut=False) <= least

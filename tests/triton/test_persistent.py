@@ -10,6 +10,7 @@ import torch
 
 from memvp_kernels import fused_ffn
 from memvp_kernels.backends.triton import hidden, launch, tiles
+from memvp_kernels.backends.triton.shape import Shape
 from memvp_kernels.backends.triton.tiles import Tile
 from tests import yardstick
 from tests.triton.test_backward import DEVICE, example
@@ -26,7 +27,7 @@ def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(tiles, "persists", lambda *_: True)
     monkeypatch.setattr(tiles, "STORED_COLUMNS", 16)
     monkeypatch.setattr(hidden, "STORED_COLUMNS", type(hidden.STORED_COLUMNS)(16))
-    monkeypatch.setattr(tiles, "hidden_tile", lambda *_, gated, **__: Tile(32, 32, 16, 4, 2, group=2))
+    monkeypatch.setattr(tiles, "hidden_tile", lambda *_: Tile(32, 32, 16, 4, 2, group=2))
     return int(request.param)
 
 
@@ -86,9 +87,7 @@ def test_which_tiles_stay() -> None:
 
 def test_staying_is_never_priced_above_leaving() -> None:
     for rows, width in ((512, 4096), (8192, 1024), (8192, 4096)):
-        tile = tiles.hidden_tile(
-            HOPPER, torch.bfloat16, "ieee", rows=rows, width=width, pairs=11008, slots=456, sequences=1, gated=True, descriptors=True
-        )  # fmt: skip
-        size = (torch.bfloat16, "ieee", rows, width, 11008, 456, 1, True)
-        stays, leaves = (tiles.hidden_cycles(HOPPER, tile, *size, persistent=p) for p in (True, False))
+        shape = Shape(torch.bfloat16, "ieee", rows, width, 11008, 456, 1, rows, gated=True, descriptors=True)
+        tile = tiles.hidden_tile(HOPPER, shape)
+        stays, leaves = (tiles.hidden_cycles(HOPPER, tile, shape, persistent=p) for p in (True, False))
         assert 0.9 * leaves < stays < leaves

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memvp_kernels.backends import triton as backend
 from memvp_kernels.backends.triton import roads, steps, tiles
-from memvp_kernels.backends.triton.roads import Shape
+from memvp_kernels.backends.triton.shape import Shape
 from memvp_kernels.problem import Problem
 from tests.triton.conftest import INTERPRETED
 from tests.triton.test_backward_needs import dy, problem

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
 from memvp_kernels.backends.triton import tiles
+from memvp_kernels.backends.triton.shape import Shape
 from memvp_kernels.backends.triton.tiles import Chip, Tile
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 KINDS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
 LLAMA = {"width": 4096, "pairs": 11008, "slots": 320}
+
+
+def shape(dtype: torch.dtype, precision: str, rows: int, aligned: bool, *, gated: bool, **given: int) -> Shape:
+    """Sequences of 512 through LLaMA-7B's FFN, but for what is given."""
+    sizes: dict[str, Any] = {**LLAMA, "sequences": max(rows // 512, 1), "length": 512, **given}
+    return Shape(dtype, precision, rows, gated=gated, descriptors=aligned, **sizes)
 
 
 def hidden(
@@ -24,8 +32,7 @@ def hidden(
     aligned: bool = True,
     **given: int,
 ) -> Tile:
-    sizes = {**LLAMA, "sequences": max(rows // 512, 1), **given}
-    return tiles.hidden_tile(chip, dtype, precision, rows=rows, gated=True, descriptors=aligned, **sizes)
+    return tiles.hidden_tile(chip, shape(dtype, precision, rows, aligned, gated=True, **given))
 
 
 def output(
@@ -37,8 +44,7 @@ def output(
     aligned: bool = True,
     **given: int,
 ) -> Tile:
-    sizes = {**LLAMA, "sequences": max(rows // 512, 1), "length": 512, **given}
-    return tiles.output_tile(chip, dtype, precision, rows=rows, descriptors=aligned, **sizes)
+    return tiles.output_tile(chip, shape(dtype, precision, rows, aligned, gated=False, **given))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -127,10 +133,8 @@ def test_predictions_respect_the_roofs() -> None:
     chip = tiles.chip_of(90)
     previous = 0.0
     for rows in (16, 128, 512, 2048, 8192):
-        tile = hidden(chip, rows)
-        cycles = tiles.hidden_cycles(
-            chip, tile, torch.bfloat16, "ieee", rows, 4096, 11008, 320, max(rows // 512, 1), True
-        )
+        of = shape(torch.bfloat16, "ieee", rows, True, gated=True)
+        cycles = tiles.hidden_cycles(chip, tiles.hidden_tile(chip, of), of)
         flops = 2 * rows * 4096 * (2 * 11008 + 320)
         assert cycles >= flops / (chip.tensor * chip.multiprocessors)
         assert cycles >= 2 * 2 * 11008 * 4096 / chip.memory

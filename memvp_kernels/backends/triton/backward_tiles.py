@@ -9,6 +9,7 @@ from functools import cache
 import torch
 
 from memvp_kernels.backends.triton import tiles
+from memvp_kernels.backends.triton.shape import Shape
 from memvp_kernels.backends.triton.tiles import Chip, Tile
 
 __all__ = ["core_backward_tile", "dhidden_tile", "dinput_tile", "dmemory_tile", "row_splits"]
@@ -25,33 +26,21 @@ _OUTER_SHAPES = {
 }
 
 
-def dhidden_tile(
-    chip: Chip, dtype: torch.dtype, precision: str, *,
-    rows: int, width: int, pairs: int, slots: int, sequences: int, descriptors: bool,
-) -> Tile:  # fmt: skip
+def dhidden_tile(chip: Chip, shape: Shape) -> Tile:
     """The dHidden kernel's tile: that of a hidden kernel without a gate, whose epilogue works in column pieces and needs no more room."""
-    tile = tiles.hidden_tile(
-        chip, dtype, precision, rows=rows, width=width, pairs=pairs, slots=slots, sequences=sequences, gated=False,
-        descriptors=descriptors,
-    )  # fmt: skip
-    return _shorter_steps(tile, tiles.loading(chip, dtype, precision, descriptors))
+    return _shorter_steps(tiles.hidden_tile(chip, shape), chip, shape)
 
 
-def _shorter_steps(tile: Tile, loading: str) -> Tile:
+def dinput_tile(chip: Chip, shape: Shape) -> Tile:
+    """The dx kernel's tile: the output kernel's, with `pairs` the length of both dense loops together."""
+    return _shorter_steps(tiles.output_tile(chip, shape), chip, shape)
+
+
+def _shorter_steps(tile: Tile, chip: Chip, shape: Shape) -> Tile:
     """Half the K step where pointers to a step of 64, in only four warps, leave too few registers for accumulator and epilogue."""
     crowded = tile.block_n * tile.columns // (32 * tile.warps) >= 32 and tile.warps == 4 and tile.block_k > 32
+    loading = tiles.loading(chip, shape.dtype, shape.precision, shape.descriptors)
     return replace(tile, block_k=32) if crowded and loading == "pointers" else tile
-
-
-def dinput_tile(
-    chip: Chip, dtype: torch.dtype, precision: str, *,
-    rows: int, width: int, pairs: int, slots: int, sequences: int, length: int | None, descriptors: bool,
-) -> Tile:  # fmt: skip
-    """The dx kernel's tile: the output kernel's, with `pairs` the length of both dense loops together."""
-    tile = tiles.output_tile(
-        chip, dtype, precision, rows=rows, width=width, pairs=pairs, slots=slots, sequences=sequences, length=length, descriptors=descriptors
-    )  # fmt: skip
-    return _shorter_steps(tile, tiles.loading(chip, dtype, precision, descriptors))
 
 
 def dmemory_tile(

@@ -94,11 +94,8 @@ def dhidden_backward(
     aligned = all(launch.describable(t) for t in operands)
     aligned = aligned and (value is None or launch.form_of(value) != BY_POINTER.value)
     tma = aligned and launch.has_tma(grad.device)
-    precision = launch.precision(grad.dtype)
-    tile = backward_tiles.dhidden_tile(
-        launch.chip(grad.device), grad.dtype, precision, rows=rows, width=width, pairs=pairs, slots=slots,
-        sequences=segments.sequences, descriptors=aligned,
-    )  # fmt: skip
+    shape = launch.shape_of(grad, pairs, slots, segments, descriptors=aligned)
+    tile = backward_tiles.dhidden_tile(launch.chip(grad.device), shape)
     form = BY_ROW.value if tma else BY_POINTER.value
     form_value = launch.form_of(value, tma) if value is not None else BY_POINTER.value
     block_m = min(tile.columns, 2 * _PIECE)
@@ -121,7 +118,7 @@ def dhidden_backward(
             GATED=pre is not None and pre.shape[0] == 2, F=pairs, d=width, M=slots, BLOCK_N=tile.block_n, BLOCK_F=tile.columns,
             BLOCK_M=block_m, BLOCK_K=tile.block_k, PIECE=2 * _PIECE // grad.element_size(), GROUP=tile.group, ACTIVATION=activation,
             VISUAL_ACTIVATION=visual.activation if visual is not None else "none", FORM=form, FORM_VALUE=form_value,
-            PRECISION=precision, DTYPE=launch.element_type(grad.dtype), num_warps=tile.warps, num_stages=tile.stages,
+            PRECISION=shape.precision, DTYPE=launch.element_type(grad.dtype), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return made
 

@@ -50,11 +50,9 @@ def dinput_backward(
     weights = [t for t in (key, gate) if t is not None]
     aligned = all(launch.describable(t) for t in lefts) and all(launch.form_of(t) != BY_POINTER.value for t in weights)
     tma = aligned and launch.has_tma(like.device)
-    precision = launch.precision(like.dtype)
-    tile = backward_tiles.dinput_tile(
-        launch.chip(like.device), like.dtype, precision, rows=rows, width=width, pairs=pairs * (1 + (gate is not None)), slots=slots,
-        sequences=segments.sequences, length=segments.length, descriptors=aligned,
-    )  # fmt: skip
+    both = pairs * (1 + (gate is not None))
+    shape = launch.shape_of(like, both, slots, segments, descriptors=aligned)
+    tile = backward_tiles.dinput_tile(launch.chip(like.device), shape)
     form = BY_ROW.value if tma else BY_POINTER.value
     form_key = launch.form_of(key, tma) if key is not None else BY_POINTER.value
     form_gate = launch.form_of(gate, tma) if gate is not None else BY_POINTER.value
@@ -75,7 +73,7 @@ def dinput_backward(
             rows, segments.length or 0, segments.sequences, memory.shape[0] if memory is not None else 0,
             F=pairs, d=width, M=slots, BLOCK_N=tile.block_n, BLOCK_D=tile.columns, BLOCK_K=tile.block_k, GROUP=tile.group,
             STRADDLES=memory is not None and tiles.straddles(segments.sequences, segments.length, tile.block_n),
-            SPLITS=tile.splits, FORM=form, FORM_GATE=form_gate, FORM_KEY=form_key, PRECISION=precision,
+            SPLITS=tile.splits, FORM=form, FORM_GATE=form_gate, FORM_KEY=form_key, PRECISION=shape.precision,
             DTYPE=launch.element_type(like.dtype if parts is None else parts.dtype), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return dx if parts is None else add_parts(parts, None, None, dx)

@@ -94,10 +94,8 @@ def hidden_forward(
         BY_POINTER.value if not tma else BY_ROW.value if w is None else launch.form_of(w) for w in (key, gate)
     )
     paired = tma and gate is not None and key is not None and launch.pairable(gate, key)
-    tile = tiles.hidden_tile(
-        launch.chip(x.device), x.dtype, launch.precision(x.dtype), rows=rows, width=width, pairs=pairs, slots=slots,
-        sequences=segments.sequences, gated=gated, descriptors=aligned,
-    )  # fmt: skip
+    shape = launch.shape_of(x, pairs, slots, segments, gated=gated, descriptors=aligned)
+    tile = tiles.hidden_tile(launch.chip(x.device), shape)
     wide = (1 + paired) * tile.columns  # of one accumulator
     block_weight, block_memory = (tile.columns, tile.block_k), (1, wide, tile.block_k)
 
@@ -140,7 +138,7 @@ def hidden_forward(
             F=pairs, d=width, M=slots, BLOCK_N=tile.block_n, BLOCK_F=tile.columns, BLOCK_K=tile.block_k, GROUP=tile.group,
             ACTIVATION=activation, VISUAL_ACTIVATION=visual.activation if visual is not None else "none",
             FORM=form, FORM_GATE=form_gate, FORM_KEY=form_key, FORM_STORE=form_store, PERSISTENT=persistent,
-            PRECISION=launch.precision(x.dtype), DTYPE=launch.element_type(x.dtype),
+            PRECISION=shape.precision, DTYPE=launch.element_type(x.dtype),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return made

@@ -13,8 +13,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memvp_kernels.backends.triton.operands import BY_COLUMN, BY_POINTER, BY_ROW
+from memvp_kernels.backends.triton.shape import Shape
 from memvp_kernels.backends.triton.tiles import Chip, chip_of
 from memvp_kernels.precision import tf32_allowed
+from memvp_kernels.problem import Segments
 
 __all__ = [
     "architecture",
@@ -30,6 +32,7 @@ __all__ = [
     "on_device",
     "pairable",
     "precision",
+    "shape_of",
 ]
 
 _ELEMENT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -73,6 +76,14 @@ def element_type(dtype: torch.dtype) -> tl.dtype:
 def precision(dtype: torch.dtype) -> str:
     """How `tl.dot` treats float32: IEEE, unless the user allowed TF32 for PyTorch's own products."""
     return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
+
+
+def shape_of(x: Tensor, pairs: int, slots: int, segments: Segments, *, gated: bool = False, descriptors: bool) -> Shape:
+    """A launch over the rows of x, or of what has its shape, as the cost model sees it."""
+    rows, width = x.shape
+    return Shape(
+        x.dtype, precision(x.dtype), rows, width, pairs, slots, segments.sequences, segments.length, gated, descriptors
+    )
 
 
 @contextlib.contextmanager

@@ -58,10 +58,8 @@ def output_forward(
     aligned = all(launch.describable(t) for t in lefts) and (value is None or launch.form_of(value) != BY_POINTER.value)
     tma = aligned and launch.has_tma(like.device)
     form_value = BY_ROW.value if value is None else launch.form_of(value, tma)
-    tile = tiles.output_tile(
-        launch.chip(like.device), like.dtype, launch.precision(like.dtype), rows=rows, width=width, pairs=pairs, slots=slots,
-        sequences=segments.sequences, length=segments.length, descriptors=aligned,
-    )  # fmt: skip
+    shape = launch.shape_of(like, pairs, slots, segments, descriptors=aligned)
+    tile = tiles.output_tile(launch.chip(like.device), shape)
     form = BY_ROW.value if tma else BY_POINTER.value
     left = (tile.block_n, tile.block_k)
 
@@ -81,7 +79,7 @@ def output_forward(
             rows, segments.length or 0, segments.sequences, memory.shape[0] if memory is not None else 0,
             F=pairs, d=width, M=slots, BLOCK_N=tile.block_n, BLOCK_D=tile.columns, BLOCK_K=tile.block_k, GROUP=tile.group,
             STRADDLES=memory is not None and tiles.straddles(segments.sequences, segments.length, tile.block_n),
-            SPLITS=tile.splits, FORM=form, FORM_VALUE=form_value, PRECISION=launch.precision(like.dtype),
+            SPLITS=tile.splits, FORM=form, FORM_VALUE=form_value, PRECISION=shape.precision,
             DTYPE=launch.element_type(like.dtype if parts is None else parts.dtype), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y if parts is None else add_parts(parts, value_bias, residual, y)

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 
 from memvp_kernels.backends.triton import tiles
+from memvp_kernels.backends.triton.shape import Shape
 from memvp_kernels.backends.triton.tiles import Chip, Tile
 
-__all__ = ["ROADS", "STEPS", "Shape", "by_library", "fused_tile", "product_cycles", "step_cycles"]
+__all__ = ["ROADS", "STEPS", "by_library", "fused_tile", "of_launch", "product_cycles", "step_cycles"]
 
 ROADS = ("fused", "library")
 STEPS = ("hidden", "output", "dhidden", "dinput")
@@ -30,39 +30,6 @@ _FUSED_RATE = {"wgmma": 0.95, "tcgen05": 0.80, "mma": 0.95, "pointer": 0.68, "ie
 #: 8192 x 8192 x 8192 runs at the 790 TFLOP/s that an H200 was measured at. Taken for every chip.
 _LIBRARY_RATE = 1.03
 _PASS_RATE = 0.90  # of the memory's bandwidth that an elementwise pass reaches; assumed
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One FFN call as the model sees it.
-
-    Attributes:
-        dtype, precision: of the products, see `launch.precision`.
-        rows, width, pairs: N, d, F.
-        slots: columns of the memory's operand: M, or r + M (r without positions) for a factored memory.
-        sequences: S; 1 where one memory serves all rows.
-        length: T, None when packed.
-        gated: gate and key, or key alone.
-        dense: the memory's products are dense ones over all rows.
-        descriptors: x and the weights can have descriptors, also on a chip without TMA, which then loads vectors.
-    """
-
-    dtype: torch.dtype
-    precision: str
-    rows: int
-    width: int
-    pairs: int
-    slots: int
-    sequences: int
-    length: int | None
-    gated: bool
-    dense: bool
-    descriptors: bool
-
-    @property
-    def branches(self) -> int:
-        """P, the pre-activations."""
-        return 1 + self.gated
 
 
 @cache
@@ -89,33 +56,27 @@ def _launches(shape: Shape, step: str, road: str) -> int:
 
 def fused_tile(chip: Chip, shape: Shape, step: str) -> Tile:
     """The tile that the fused kernel of a step runs with; dHidden's may take shorter steps, which cost the same."""
-    s = shape
-    if step in ("hidden", "dhidden"):
-        return tiles.hidden_tile(
-            chip, s.dtype, s.precision, rows=s.rows, width=s.width, pairs=s.pairs, slots=s.slots, sequences=s.sequences,
-            gated=s.gated and step == "hidden", descriptors=s.descriptors,
-        )  # fmt: skip
-    return tiles.output_tile(
-        chip, s.dtype, s.precision, rows=s.rows, width=s.width, pairs=s.pairs * (s.branches if step == "dinput" else 1),
-        slots=s.slots, sequences=s.sequences, length=s.length, descriptors=s.descriptors,
-    )  # fmt: skip
+    launched = of_launch(shape, step)
+    return tiles.hidden_tile(chip, launched) if step in ("hidden", "dhidden") else tiles.output_tile(chip, launched)
+
+
+def of_launch(shape: Shape, step: str) -> Shape:
+    """A call's shape as its fused launch of one step has it: dHidden has one product, dx's loops add up to P · F."""
+    pairs = shape.pairs * (shape.branches if step == "dinput" else 1)
+    return shape._replace(pairs=pairs, gated=shape.gated and step == "hidden")
 
 
 def _fused_cycles(chip: Chip, shape: Shape, step: str) -> float:
-    s, tile = shape, fused_tile(chip, shape, step)
-    size = (s.dtype, s.precision, s.rows, s.width)
+    s, tile, launched = shape, fused_tile(chip, shape, step), of_launch(shape, step)
     if step in ("hidden", "dhidden"):
         hidden = step == "hidden"
         persistent = hidden and s.descriptors and (s.dense or not s.slots) and s.dtype != torch.float32
-        cycles = tiles.hidden_cycles(
-            chip, tile, *size, s.pairs, s.slots, s.sequences, s.gated and hidden, persistent
-        )  # fmt: skip
+        cycles = tiles.hidden_cycles(chip, tile, launched, persistent)
         # What an epilogue moves beyond one result per column: hidden beside the pre-activations; those, and the gradient of each but one.
         beyond = 1 if hidden else 2 * s.branches - 1
         return cycles / _fused_rate(chip, s) + _through_l2(chip, s, beyond * s.rows * s.pairs)
-    pairs = s.pairs * (s.branches if step == "dinput" else 1)
     cut = s.slots > 0 and not s.dense and tiles.straddles(s.sequences, s.length, tile.block_n)
-    return tiles.output_cycles(chip, tile, *size, pairs, s.slots, s.sequences, cut) / _fused_rate(chip, s)
+    return tiles.output_cycles(chip, tile, launched, cut) / _fused_rate(chip, s)
 
 
 def _library_cycles(chip: Chip, shape: Shape, step: str) -> Iterator[float]:
@@ -136,18 +97,13 @@ def _library_cycles(chip: Chip, shape: Shape, step: str) -> Iterator[float]:
     if not s.slots:
         return
     if not s.dense:
-        yield _fused_cycles(chip, _alone(s), step)
+        yield _fused_cycles(chip, s._replace(pairs=0), step)  # the memory's part alone
     elif step in ("hidden", "dhidden"):
         yield product_cycles(chip, s.dtype, s.precision, n, s.slots, d)
     else:
         yield product_cycles(chip, s.dtype, s.precision, n, d, s.slots)
     if f and step in ("output", "dinput"):
         yield _moving(chip, s, n * d)
-
-
-def _alone(shape: Shape) -> Shape:
-    """The memory's part of a call, by the fused kernels without an FFN."""
-    return Shape(**{**vars(shape), "pairs": 0})
 
 
 def product_cycles(chip: Chip, dtype: torch.dtype, precision: str, rows: int, columns: int, depth: int) -> float:

@@ -18,6 +18,7 @@ from memvp_kernels.backends.triton.dinput import dinput_backward
 from memvp_kernels.backends.triton.hidden import Products, hidden_forward
 from memvp_kernels.backends.triton.operands import BY_POINTER
 from memvp_kernels.backends.triton.output import output_forward
+from memvp_kernels.backends.triton.shape import Shape
 from memvp_kernels.problem import Problem
 
 __all__ = ["ON_ROAD", "Steps", "forced", "shape_of", "steps_of"]
@@ -65,12 +66,12 @@ def _chosen(by_library: frozenset[str]) -> Steps:
     return Steps(**{step: _LIBRARY[step] for step in by_library})  # type: ignore[arg-type]
 
 
-def shape_of(problem: Problem) -> roads.Shape:
+def shape_of(problem: Problem) -> Shape:
     """The problem as the cost model sees it."""
     p = problem
     dense = p.factored or p.segments.shared
     slots = p.rank + (p.slots if p.key_position is not None else 0) if p.factored else p.slots
-    return roads.Shape(
+    return Shape(
         dtype=p.x.dtype, precision=launch.precision(p.x.dtype), rows=p.rows, width=p.width, pairs=p.pairs, slots=slots,
         sequences=1 if dense else p.segments.sequences, length=p.rows if dense else p.segments.length, gated=p.gated, dense=dense,
         # One weight speaks for all: they come from one model, and nothing but a prediction hangs on it.

@@ -16,6 +16,8 @@ from functools import cache
 
 import torch
 
+from memvp_kernels.backends.triton.shape import Shape
+
 __all__ = [
     "STORED_COLUMNS",
     "Chip",
@@ -138,6 +140,7 @@ STORED_COLUMNS = 64  # of a piece of an epilogue that stores through shared memo
 _WIDE_EFFICIENCY = {256: 1.0, 192: 0.95, 128: 0.9, 64: 0.75, 32: 0.5}  # of the tensor cores' rate, by accumulator width
 _PER_MULTIPROCESSOR_REGISTERS = 65536
 _SPLITS = (1, 2, 3, 4, 6, 8)
+_LONGEST_EDGE = 1 << 10  # rows; no tile has more
 _CUT_MARGIN = (
     1.05  # a cut loop must promise this much: the model is no better, and one launch less is one thing less to go wrong
 )
@@ -184,59 +187,21 @@ def straddles(sequences: int, length: int | None, block_n: int) -> bool:
     return length is None or (sequences > 1 and length % block_n != 0)
 
 
-def hidden_tile(
-    chip: Chip,
-    dtype: torch.dtype,
-    precision: str,
-    *,
-    rows: int,
-    width: int,
-    pairs: int,
-    slots: int,
-    sequences: int,
-    gated: bool,
-    descriptors: bool,
-) -> Tile:
+def hidden_tile(chip: Chip, shape: Shape) -> Tile:
     """The hidden kernel's tile."""
-    return _hidden_tile(
-        chip, dtype, precision, _bucket(rows), width, pairs, slots, _sequences(sequences), gated, descriptors
-    )
+    return _hidden_tile(chip, _bucketed(shape, None))
 
 
 @cache
-def _hidden_tile(
-    chip: Chip,
-    dtype: torch.dtype,
-    precision: str,
-    rows: int,
-    width: int,
-    pairs: int,
-    slots: int,
-    sequences: int,
-    gated: bool,
-    descriptors: bool,
-) -> Tile:
-    def cycles(tile: Tile) -> float:
-        return hidden_cycles(chip, tile, dtype, precision, rows, width, pairs, slots, sequences, gated)
-
-    return min(candidates(chip, dtype, precision, descriptors=descriptors, halves=1 + gated), key=cycles)
+def _hidden_tile(chip: Chip, shape: Shape) -> Tile:
+    fitting = candidates(chip, shape.dtype, shape.precision, descriptors=shape.descriptors, halves=shape.branches)
+    return min(fitting, key=lambda tile: hidden_cycles(chip, tile, shape))
 
 
-def hidden_cycles(
-    chip: Chip,
-    tile: Tile,
-    dtype: torch.dtype,
-    precision: str,
-    rows: int,
-    width: int,
-    pairs: int,
-    slots: int,
-    sequences: int,
-    gated: bool,
-    persistent: bool = False,
-) -> float:
+def hidden_cycles(chip: Chip, tile: Tile, shape: Shape, persistent: bool = False) -> float:
     """Predicted clock cycles of one hidden launch; `persistent`: where `persists` allows it."""
-    wide = tile.columns * (1 + gated)
+    rows, width, pairs, slots, sequences = shape.rows, shape.width, shape.pairs, shape.slots, shape.sequences
+    wide = tile.columns * shape.branches
     row_tiles = math.ceil(rows / tile.block_n)
     memory = (
         (row_tiles + min(sequences, rows)) * math.ceil(slots / wide)
@@ -244,12 +209,12 @@ def hidden_cycles(
         else row_tiles * math.ceil(slots / wide)
     )
     count = row_tiles * math.ceil(pairs / tile.columns) + memory
-    moved = rows * width + pairs * width * (1 + gated) + sequences * slots * width + rows * (pairs + slots)
-    steps = math.ceil(width / tile.block_k)
-    cycles = _cycles(chip, tile, dtype, precision, wide, count, steps, moved * dtype.itemsize)
-    if persistent and persists(chip, tile, dtype, wide, count):
+    numbers = rows * width + pairs * width * shape.branches + sequences * slots * width + rows * (pairs + slots)
+    moved = numbers * shape.dtype.itemsize
+    cycles = _cycles(chip, tile, shape.dtype, shape.precision, wide, count, math.ceil(width / tile.block_k), moved)
+    if persistent and persists(chip, tile, shape.dtype, wide, count):
         between = (math.ceil(count / chip.multiprocessors) - 1) * (_FILL - _REFILL)
-        cycles = max(cycles - between, moved * dtype.itemsize / chip.memory)
+        cycles = max(cycles - between, moved / chip.memory)
     return cycles
 
 
@@ -266,59 +231,27 @@ def persists(chip: Chip, tile: Tile, dtype: torch.dtype, wide: int, count: int) 
     )
 
 
-def output_tile(
-    chip: Chip,
-    dtype: torch.dtype,
-    precision: str,
-    *,
-    rows: int,
-    width: int,
-    pairs: int,
-    slots: int,
-    sequences: int,
-    length: int | None,
-    descriptors: bool,
-) -> Tile:
-    """The output kernel's tile; `length` None: packed."""
+def output_tile(chip: Chip, shape: Shape) -> Tile:
+    """The output kernel's tile."""
     # The largest power of two in T decides which tiles a sequence's edge may cut, and nothing else about T matters.
-    whole = 0 if length is None else length & -length if sequences > 1 else 1 << 30
-    return _output_tile(
-        chip,
-        dtype,
-        precision,
-        _bucket(rows),
-        width,
-        pairs,
-        slots,
-        _sequences(sequences),
-        min(whole, 1 << 10),
-        descriptors,
-    )
+    length = shape.length
+    whole = length if length is None else min(length & -length, _LONGEST_EDGE) if shape.sequences > 1 else _LONGEST_EDGE
+    return _output_tile(chip, _bucketed(shape, whole))
 
 
 @cache
-def _output_tile(
-    chip: Chip,
-    dtype: torch.dtype,
-    precision: str,
-    rows: int,
-    width: int,
-    pairs: int,
-    slots: int,
-    sequences: int,
-    whole: int,
-    descriptors: bool,
-) -> Tile:
+def _output_tile(chip: Chip, shape: Shape) -> Tile:
+    kind = (chip, shape.dtype, shape.precision)
+    single = list(candidates(*kind, descriptors=shape.descriptors))
+    double = set(candidates(*kind, descriptors=shape.descriptors, accumulators=2))
     found: list[tuple[float, int, Tile]] = []
-    single = list(candidates(chip, dtype, precision, descriptors=descriptors))
-    double = set(candidates(chip, dtype, precision, descriptors=descriptors, accumulators=2))
     for order, tile in enumerate(single):
-        cut = slots > 0 and (whole == 0 or whole % tile.block_n != 0)
+        cut = shape.slots > 0 and (not shape.length or shape.length % tile.block_n != 0)
         if cut and tile not in double:
             continue
-        for splits in split_choices(chip, tile, rows, width, pairs):
+        for splits in split_choices(chip, tile, shape.rows, shape.width, shape.pairs):
             tile = replace(tile, splits=splits)
-            cycles = output_cycles(chip, tile, dtype, precision, rows, width, pairs, slots, sequences, cut)
+            cycles = output_cycles(chip, tile, shape, cut)
             found.append((cycles * (_CUT_MARGIN if splits > 1 else 1.0), order, tile))
     return min(found, key=lambda f: f[:2])[2]
 
@@ -330,26 +263,16 @@ def split_choices(chip: Chip, tile: Tile, rows: int, columns: int, depth: int) -
     return tuple(s for s in _SPLITS if s <= max(most, 1))
 
 
-def output_cycles(
-    chip: Chip,
-    tile: Tile,
-    dtype: torch.dtype,
-    precision: str,
-    rows: int,
-    width: int,
-    pairs: int,
-    slots: int,
-    sequences: int,
-    cut: bool,
-) -> float:
+def output_cycles(chip: Chip, tile: Tile, shape: Shape, cut: bool) -> float:
     """Predicted clock cycles of one output launch; `cut`: sequences end inside row tiles."""
+    rows, width, pairs, slots, sequences = shape.rows, shape.width, shape.pairs, shape.slots, shape.sequences
     row_tiles = math.ceil(rows / tile.block_n)
     touched = 1 + (min(sequences, rows) - 1) / row_tiles if cut else 1.0
     part = tile.block_k * tile.splits
     steps = math.ceil(pairs / part) + touched * math.ceil(slots / part)
     count = row_tiles * math.ceil(width / tile.columns) * tile.splits
-    moved = rows * (pairs + slots) + pairs * width + sequences * slots * width + rows * width
-    cycles = _cycles(chip, tile, dtype, precision, tile.columns, count, steps, moved * dtype.itemsize)
+    moved = (rows * (pairs + slots) + pairs * width + sequences * slots * width + rows * width) * shape.dtype.itemsize
+    cycles = _cycles(chip, tile, shape.dtype, shape.precision, tile.columns, count, steps, moved)
     return cycles + joining_cycles(chip, rows * width, tile.splits)
 
 
@@ -393,11 +316,13 @@ def core_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: int, rank
     return Tile(block_n, columns, 32 if odd else 64, 8 if block_n == 64 else 4, 2)
 
 
+def _bucketed(shape: Shape, length: int | None) -> Shape:
+    """What of a shape a tile depends on: rows and sequences in powers of two."""
+    # One sequence, as a memory that all rows share looks to the kernels, is its own bucket.
+    sequences = _bucket(shape.sequences) if shape.sequences > 1 else shape.sequences
+    return shape._replace(rows=_bucket(shape.rows), sequences=sequences, length=length, dense=False)
+
+
 def _bucket(count: int, least: int = 16) -> int:
     """The next power of two."""
     return max(least, 1 << max(count - 1, 0).bit_length())
-
-
-def _sequences(count: int) -> int:
-    """One sequence, as a memory that all rows share looks to the kernels, is its own bucket."""
-    return _bucket(count) if count > 1 else count
