@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memvp_kernels import philox, reference
 from memvp_kernels.backends.triton import activations, dropout, launch, segments
@@ -211,3 +213,32 @@ def test_what_a_descriptor_can_read() -> None:
     assert not launch.describable(x[:0])
     assert not launch.describable(x[:1].expand(6, 40))
     assert launch.describable(launch.empty_rows(6, 41, x))
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (1, 40), (6, 41), (3, 5, 40), (1, 1, 41)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_descriptor_is_the_one_that_triton_would_check(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Made without its constructor, which would refuse what `form_of` refuses."""
+    padded = torch.randn(*shape[:-1], 48, device=DEVICE).to(dtype)[..., : shape[-1]]
+    forms = [(padded, BY_ROW.value, padded)] + ([(padded.T, BY_COLUMN.value, padded)] if len(shape) == 2 else [])
+    for tensor, form, stored in forms:
+        assert launch.form_of(tensor) == form
+        block = tuple(16 * 2**i for i in range(len(shape)))
+        made = launch.describe(tensor, block, form)
+        strides = [s if n > 1 else made.strides[i] for i, (n, s) in enumerate(zip(shape, stored.stride(), strict=True))]
+        checked = TensorDescriptor(stored, list(shape), strides, list(block if form == BY_ROW.value else block[::-1]))
+        for field in dataclasses.fields(TensorDescriptor):
+            if field.name != "base":
+                assert getattr(made, field.name) == getattr(checked, field.name), field.name
+        assert made.base.data_ptr() == stored.data_ptr()
+
+
+def test_what_is_remembered_of_an_operand_is_not_its_address() -> None:
+    """A weight of one layout at two addresses, one of them unaligned, and another layout at the first one's address."""
+    storage = torch.randn(2, 6 * 48, device=DEVICE)
+    first, second = (s[: 6 * 40].view(6, 40) for s in storage)
+    assert launch.describe(first, (16, 16)).base is first
+    assert launch.describe(second, (16, 16)).base is second
+    assert launch.describe(storage[0].view(6, 48), (16, 16)).shape == [6, 48]
+    assert launch.describable(first)
+    assert not launch.describable(storage[0][1 : 1 + 6 * 40].view(6, 40))

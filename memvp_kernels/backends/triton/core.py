@@ -50,7 +50,7 @@ def core_forward(
     scores = (c.new_zeros if outside else c.new_empty)(rows, slots) if save_scores else None
     precision = launch.precision(c.dtype)
     tile = tiles.core_tile(launch.chip(c.device), c.dtype, precision, rows=rows, rank=rank)
-    grid = (triton.cdiv(rows, tile.block_n) + segments.sequences, triton.cdiv(rank, tile.columns))
+    grid = (launch.programs(rows, tile.block_n) + segments.sequences, launch.programs(rank, tile.columns))
     with launch.on_device(c):
         core_fwd_kernel[grid](
             c, key_core, value_core, middle, middle[:, rank:] if value_position else None, scores, visual.seed,

@@ -69,9 +69,9 @@ def core_backward(
     )
     precision = launch.precision(scores.dtype)
     tile = backward_tiles.core_backward_tile(launch.chip(scores.device), scores.dtype, precision, rows=rows, rank=rank)
-    parts = triton.cdiv(rank, tile.columns) if through_key or through_value else 1
+    parts = launch.programs(rank, tile.columns) if through_key or through_value else 1
     with launch.on_device(scores):
-        core_bwd_kernel[(triton.cdiv(rows, tile.block_n) + segments.sequences, parts)](
+        core_bwd_kernel[(launch.programs(rows, tile.block_n) + segments.sequences, parts)](
             e, scores, key_core, value_core, made.key, made.value,
             made.key[:, rank:] if made.key is not None else None, made.value[:, rank:] if made.value is not None else None,
             visual.seed, segments.cu_seqlens, segments.index, segments.lengths,

@@ -100,9 +100,9 @@ def dhidden_backward(
     form_value = launch.form_of(value, tma) if value is not None else BY_POINTER.value
     block_m = min(tile.columns, 2 * _PIECE)
 
-    row_tiles = triton.cdiv(rows, tile.block_n)
-    ffn_tiles = row_tiles * triton.cdiv(pairs, tile.columns)
-    memory_tiles = (row_tiles + segments.sequences) * triton.cdiv(slots, block_m)
+    row_tiles = launch.programs(rows, tile.block_n)
+    ffn_tiles = row_tiles * launch.programs(pairs, tile.columns)
+    memory_tiles = (row_tiles + segments.sequences) * launch.programs(slots, block_m)
     with launch.on_device(grad):
         dhidden_bwd_kernel[(ffn_tiles + memory_tiles,)](
             launch.describe(grad, (tile.block_n, tile.block_k), form),

@@ -59,7 +59,7 @@ def dinput_backward(
     left, right = (tile.block_n, tile.block_k), (tile.block_k, tile.columns)
 
     parts = empty_parts(tile.splits, dx)
-    grid = (triton.cdiv(rows, tile.block_n) * triton.cdiv(width, tile.columns), tile.splits)
+    grid = (launch.programs(rows, tile.block_n) * launch.programs(width, tile.columns), tile.splits)
     with launch.on_device(like):
         dinput_bwd_kernel[grid](
             launch.describe(dgate, left, form) if dgate is not None else None,

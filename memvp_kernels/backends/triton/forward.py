@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -43,6 +44,7 @@ def visual_of(problem: Problem) -> Visual:
     return Visual(problem.visual_activation, scale, problem.seed if problem.dropout_p > 0 else None, threshold)
 
 
+@functools.lru_cache(4096)
 def dense_segments(rows: int) -> Segments:
     """All rows as one sequence: how the d-wide operands of a factored memory, shared by the batch, look to the kernels."""
     return Segments(rows=rows, sequences=1, length=rows, shared=True)

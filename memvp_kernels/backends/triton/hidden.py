@@ -87,15 +87,14 @@ def hidden_forward(
         scores=_scores(rows, slots, x, segments) if memory is not None and save_scores else None,
     )
 
-    aligned = launch.describable(x) and (memory is None or launch.describable(memory))
-    aligned = aligned and all(w is None or launch.form_of(w) != BY_POINTER.value for w in (key, gate))
+    forms = [BY_ROW.value if w is None else launch.form_of(w) for w in (key, gate)]
+    aligned = launch.describable(x) and (memory is None or launch.describable(memory)) and BY_POINTER.value not in forms
     tma = aligned and launch.has_tma(x.device)
-    form_key, form_gate = (
-        BY_POINTER.value if not tma else BY_ROW.value if w is None else launch.form_of(w) for w in (key, gate)
-    )
+    form_key, form_gate = forms if tma else (BY_POINTER.value, BY_POINTER.value)
     paired = tma and gate is not None and key is not None and launch.pairable(gate, key)
     shape = launch.shape_of(x, pairs, slots, segments, gated=gated, descriptors=aligned)
-    tile = tiles.hidden_tile(launch.chip(x.device), shape)
+    chip = launch.chip(x.device)
+    tile = tiles.hidden_tile(chip, shape)
     wide = (1 + paired) * tile.columns  # of one accumulator
     block_weight, block_memory = (tile.columns, tile.block_k), (1, wide, tile.block_k)
 
@@ -112,16 +111,16 @@ def hidden_forward(
         gate_operand = launch.describe(gate, block_weight, form_gate) if gate is not None else None
     form = BY_ROW.value if tma else BY_POINTER.value
 
-    row_tiles = triton.cdiv(rows, tile.block_n)
-    ffn_tiles = row_tiles * triton.cdiv(pairs, tile.columns)
-    memory_tiles = (row_tiles + segments.sequences) * triton.cdiv(slots, wide)
+    row_tiles = launch.programs(rows, tile.block_n)
+    ffn_tiles = row_tiles * launch.programs(pairs, tile.columns)
+    memory_tiles = (row_tiles + segments.sequences) * launch.programs(slots, wide)
     programs = ffn_tiles + memory_tiles
     # Beside visual tiles, with dropout and an activation of their own, the registers are full without either.
     kept = [t for t in (made.hidden, made.pre) if t is not None]
     stored = tma and visual is None and x.dtype != torch.float32 and all(launch.describable(t) for t in kept)
     form_store = (BY_ROW if stored else BY_POINTER).value
     block_store = (tile.block_n, min(tile.columns, tiles.STORED_COLUMNS))
-    chip, accumulated = launch.chip(x.device), tile.columns * (1 + gated)
+    accumulated = tile.columns * (1 + gated)
     persistent = stored and tiles.persists(chip, tile, x.dtype, accumulated, programs)
     with launch.on_device(x):
         hidden_fwd_kernel[(min(programs, chip.multiprocessors) if persistent else programs,)](

@@ -1,10 +1,12 @@
-"""The host's side of a launch: which device, which dtype and precision, and whether an operand can have a TMA descriptor."""
+"""The host's side of a launch: which device, which dtype and precision, and whether an operand can have a TMA descriptor.
+
+All of it runs before every launch, so what a shape and its strides decide is remembered by them, and an operand's address looked at again:
+a cache that holds no tensor and no address can be wrong about none, whatever an optimiser or the allocator did meanwhile.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -32,19 +34,23 @@ __all__ = [
     "on_device",
     "pairable",
     "precision",
+    "programs",
     "shape_of",
 ]
 
 _ELEMENT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _LARGEST_STRIDE = 2**40  # bytes, cuTensorMapEncodeTiled
 _INTERPRETED_AS = 90
+_REMEMBERED = 4096  # layouts, of the sizes of a batch too, so not without end
 
 
+@functools.cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 before triton is imported), on CPU tensors."""
     return bool(triton.knobs.runtime.interpret)
 
 
+@functools.cache
 def architecture(device: torch.device) -> int:
     """The compute capability as a two- or three-digit number (80, 90, 100); the interpreter stands for Hopper."""
     if interpreted():
@@ -86,58 +92,78 @@ def shape_of(x: Tensor, pairs: int, slots: int, segments: Segments, *, gated: bo
     )
 
 
-@contextlib.contextmanager
-def on_device(tensor: Tensor) -> Iterator[None]:
-    """Launch on the tensor's own device; Triton takes that device's current stream."""
-    if tensor.device.type == "cuda":
-        with torch.cuda.device(tensor.device):
-            yield
-    else:
-        yield
+#: The context in which to launch, with the tensor's own device as the current one; Triton takes that device's current stream.
+on_device = torch.cuda.device_of
+
+
+def programs(count: int, block: int) -> int:
+    """How many blocks hold so many; `triton.cdiv` unwraps constexprs first and takes forty times as long."""
+    return -(-count // block)
 
 
 def describable(tensor: Tensor) -> bool:
     """Whether TMA can read this tensor: contiguous last dimension, base and other strides multiples of 16 bytes, not empty."""
-    *outer, inner = tensor.stride()
-    if inner != 1 or tensor.data_ptr() % 16 or tensor.numel() == 0:
-        return False
-    size = tensor.element_size()
-    walked = (stride * size for stride, count in zip(outer, tensor.shape, strict=False) if count > 1)
-    return all(0 < step < _LARGEST_STRIDE and step % 16 == 0 for step in walked)
+    return tensor.data_ptr() % 16 == 0 and _form(tensor.shape, tensor.stride(), tensor.element_size()) == BY_ROW.value
 
 
 def form_of(tensor: Tensor, device_has_tma: bool = True) -> int:
     """BY_ROW, BY_COLUMN or BY_POINTER for a matrix: how `operands.load_tile` can read it."""
-    if device_has_tma and describable(tensor):
+    if not device_has_tma or tensor.data_ptr() % 16:
+        return BY_POINTER.value
+    return _form(tensor.shape, tensor.stride(), tensor.element_size())
+
+
+@functools.lru_cache(_REMEMBERED)
+def _form(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> int:
+    """`form_of` an aligned tensor of elements of `size` bytes."""
+    if _walkable(shape, strides, size):
         return BY_ROW.value
-    if device_has_tma and tensor.dim() == 2 and describable(tensor.T):
-        return BY_COLUMN.value
-    return BY_POINTER.value
+    return BY_COLUMN.value if len(shape) == 2 and _walkable(shape[::-1], strides[::-1], size) else BY_POINTER.value
 
 
-def describe(tensor: Tensor, block: Sequence[int], form: int = BY_ROW.value) -> Tensor | TensorDescriptor:
+def _walkable(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> bool:
+    if strides[-1] != 1 or 0 in shape:
+        return False
+    walked = (stride * size for stride, count in zip(strides[:-1], shape, strict=False) if count > 1)
+    return all(0 < step < _LARGEST_STRIDE and step % 16 == 0 for step in walked)
+
+
+def describe(tensor: Tensor, block: tuple[int, ...], form: int = BY_ROW.value) -> Tensor | TensorDescriptor:
     """The kernel's argument for an operand in this form; `block` is the tile in the operand's own order."""
     if form == BY_POINTER.value:
         return tensor
+    return _descriptor(tensor, _fields(tensor.shape, tensor.stride(), tensor.element_size(), block, form))
+
+
+@functools.lru_cache(_REMEMBERED)
+def _fields(
+    shape: tuple[int, ...], strides: tuple[int, ...], size: int, block: tuple[int, ...], form: int
+) -> dict[str, list[int]]:
+    """What a descriptor holds beside its base; nobody changes it."""
     if form == BY_COLUMN.value:
-        tensor, block = tensor.T, block[::-1]
-    shape = list(tensor.shape)
+        shape, strides, block = shape[::-1], strides[::-1], block[::-1]
     # The stride of a dimension of size 1 is never walked and may be anything, but TMA checks it all the same.
-    unit = 16 // tensor.element_size()
+    unit = 16 // size
     row = -(-shape[-1] // unit) * unit
-    strides = [row if n == 1 else s for s, n in zip(tensor.stride(), shape, strict=True)]
-    strides[-1] = 1
-    return TensorDescriptor(tensor, shape, strides, list(block))
+    walked = [row if n == 1 else s for s, n in zip(strides[:-1], shape, strict=False)]
+    return {"shape": list(shape), "strides": [*walked, 1], "block_shape": list(block)}
+
+
+def _descriptor(base: Tensor, fields: dict[str, list[int]]) -> TensorDescriptor:
+    """Made without Triton's own checks, which take ten times as long and which `_form` made once."""
+    made = TensorDescriptor.__new__(TensorDescriptor)
+    vars(made).update(fields, base=base)
+    return made
 
 
 def pairable(first: Tensor, second: Tensor) -> bool:
     """Whether one descriptor can span two matrices of one layout, wherever the allocator put them."""
     distance = abs(first.data_ptr() - second.data_ptr())
     same = first.shape == second.shape and first.stride() == second.stride() and first.dtype == second.dtype
-    return same and describable(first) and describable(second) and 0 < distance < _LARGEST_STRIDE
+    return same and 0 < distance < _LARGEST_STRIDE and distance % 16 == 0 and describable(first)
 
 
-def describe_pair(first: Tensor, second: Tensor, block: Sequence[int]) -> TensorDescriptor:
+def describe_pair(first: Tensor, second: Tensor, block: tuple[int, int]) -> TensorDescriptor:
     """One descriptor (2, rows, columns) over two separate matrices, the one at the lower address in front.
 
     A descriptor needs a stride between them, not one allocation, so a tile of both arrives as one operand and feeds one wide
@@ -145,7 +171,8 @@ def describe_pair(first: Tensor, second: Tensor, block: Sequence[int]) -> Tensor
     """
     low, high = (first, second) if first.data_ptr() < second.data_ptr() else (second, first)
     distance = (high.data_ptr() - low.data_ptr()) // low.element_size()
-    return TensorDescriptor(low, [2, *low.shape], [distance, *low.stride()], [2, *block])
+    fields = {"shape": [2, *low.shape], "strides": [distance, *low.stride()], "block_shape": [2, *block]}
+    return _descriptor(low, fields)
 
 
 def empty_rows(rows: int, columns: int, like: Tensor, *, zero: bool = False) -> Tensor:
@@ -153,5 +180,7 @@ def empty_rows(rows: int, columns: int, like: Tensor, *, zero: bool = False) -> 
 
     TMA asks for 16 bytes; Triton vectorises pointers whose stride it knows to be a multiple of 16.
     """
-    make = torch.zeros if zero else torch.empty
-    return make(rows, -(-columns // 16) * 16, dtype=like.dtype, device=like.device)[:, :columns]
+    make = like.new_zeros if zero else like.new_empty
+    padded = programs(columns, 16) * 16
+    made = make(rows, padded)
+    return made if padded == columns else made[:, :columns]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memvp_kernels.backends.triton.launch import describable, element_type, on_device
+from memvp_kernels.backends.triton import launch
 from memvp_kernels.backends.triton.segments import valid_slots
 from memvp_kernels.problem import Problem
 
@@ -32,16 +32,21 @@ def form_memory(
     Returns:
         (R, M, d) in `dtype`: `memory` itself where nothing has to be done.
     """
-    if position is None and lengths is None and memory.dtype == dtype and (describable(memory) or not descriptors):
+    if (
+        position is None
+        and lengths is None
+        and memory.dtype == dtype
+        and (launch.describable(memory) or not descriptors)
+    ):
         return memory
     memories, slots, width = memory.shape
     formed = torch.empty(memories, slots, width, dtype=dtype, device=memory.device)
     if formed.numel():
-        grid = (memories * triton.cdiv(slots, _BLOCK_SLOTS), triton.cdiv(width, _BLOCK_COLUMNS))
-        with on_device(memory):
+        grid = (memories * launch.programs(slots, _BLOCK_SLOTS), launch.programs(width, _BLOCK_COLUMNS))
+        with launch.on_device(memory):
             form_memory_kernel[grid](
                 memory, position, lengths, formed, *memory.stride(), *(position.stride() if position is not None else (0, 0)),
-                slots, width, _BLOCK_SLOTS, _BLOCK_COLUMNS, element_type(dtype),
+                slots, width, _BLOCK_SLOTS, _BLOCK_COLUMNS, launch.element_type(dtype),
             )  # fmt: skip
     return formed
 

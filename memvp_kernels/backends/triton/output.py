@@ -55,9 +55,11 @@ def output_forward(
     y = torch.empty(rows, width, dtype=like.dtype, device=like.device) if into is None else into
 
     lefts = [t for t in (hidden, visual, memory) if t is not None]
-    aligned = all(launch.describable(t) for t in lefts) and (value is None or launch.form_of(value) != BY_POINTER.value)
+    form_value = BY_ROW.value if value is None else launch.form_of(value)
+    aligned = form_value != BY_POINTER.value and all(launch.describable(t) for t in lefts)
     tma = aligned and launch.has_tma(like.device)
-    form_value = BY_ROW.value if value is None else launch.form_of(value, tma)
+    if not tma and value is not None:
+        form_value = BY_POINTER.value
     shape = launch.shape_of(like, pairs, slots, segments, descriptors=aligned)
     tile = tiles.output_tile(launch.chip(like.device), shape)
     form = BY_ROW.value if tma else BY_POINTER.value
@@ -65,7 +67,7 @@ def output_forward(
 
     parts = empty_parts(tile.splits, y)
     start = (value_bias, residual) if parts is None else (None, None)
-    grid = (triton.cdiv(rows, tile.block_n) * triton.cdiv(width, tile.columns), tile.splits)
+    grid = (launch.programs(rows, tile.block_n) * launch.programs(width, tile.columns), tile.splits)
     with launch.on_device(like):
         output_fwd_kernel[grid](
             launch.describe(hidden, left, form) if hidden is not None else None,

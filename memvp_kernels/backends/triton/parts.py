@@ -29,7 +29,7 @@ def add_parts(parts: Tensor, bias: Tensor | None, residual: Tensor | None, out: 
         out: (N, d), contiguous; also returned.
     """
     splits, rows, width = parts.shape
-    grid = (triton.cdiv(rows, _BLOCK_ROWS), triton.cdiv(width, _BLOCK_COLUMNS))
+    grid = (launch.programs(rows, _BLOCK_ROWS), launch.programs(width, _BLOCK_COLUMNS))
     with launch.on_device(out):
         add_parts_kernel[grid](
             parts, bias, residual, out, bias.stride(0) if bias is not None else 0, *(residual.stride() if residual is not None else (0, 0)),

@@ -24,7 +24,7 @@ def form_hidden(pre: Tensor, activation: str, into: Tensor | None = None) -> Ten
     hidden = torch.empty_like(pre[0]) if into is None else into
     size = hidden.numel()
     with launch.on_device(pre):
-        form_hidden_kernel[(triton.cdiv(size, _BLOCK),)](
+        form_hidden_kernel[(launch.programs(size, _BLOCK),)](
             pre, hidden, size, GATED=pre.shape[0] == 2, ACTIVATION=activation, DTYPE=launch.element_type(pre.dtype), BLOCK=_BLOCK
         )  # fmt: skip
     return hidden
@@ -37,7 +37,7 @@ def form_dpre(dhidden: Tensor, pre: Tensor, dpre: Tensor, activation: str) -> No
     """
     size = dhidden.numel()
     with launch.on_device(pre):
-        form_dpre_kernel[(triton.cdiv(size, _BLOCK),)](
+        form_dpre_kernel[(launch.programs(size, _BLOCK),)](
             dhidden, pre, dpre, size, GATED=pre.shape[0] == 2, ACTIVATION=activation, DTYPE=launch.element_type(pre.dtype), BLOCK=_BLOCK
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -32,7 +32,7 @@ _LIBRARY_RATE = 1.03
 _PASS_RATE = 0.90  # of the memory's bandwidth that an elementwise pass reaches; assumed
 
 
-@cache
+@lru_cache(4096)
 def by_library(chip: Chip, shape: Shape) -> frozenset[str]:
     """The steps that the library's road should finish first; of equal cost the fused kernel wins."""
     return frozenset(

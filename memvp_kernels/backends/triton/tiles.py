@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -141,6 +141,7 @@ _WIDE_EFFICIENCY = {256: 1.0, 192: 0.95, 128: 0.9, 64: 0.75, 32: 0.5}  # of the 
 _PER_MULTIPROCESSOR_REGISTERS = 65536
 _SPLITS = (1, 2, 3, 4, 6, 8)
 _LONGEST_EDGE = 1 << 10  # rows; no tile has more
+_REMEMBERED = 4096  # shapes as they come, of which few buckets are searched
 _CUT_MARGIN = (
     1.05  # a cut loop must promise this much: the model is no better, and one launch less is one thing less to go wrong
 )
@@ -187,6 +188,7 @@ def straddles(sequences: int, length: int | None, block_n: int) -> bool:
     return length is None or (sequences > 1 and length % block_n != 0)
 
 
+@lru_cache(_REMEMBERED)
 def hidden_tile(chip: Chip, shape: Shape) -> Tile:
     """The hidden kernel's tile."""
     return _hidden_tile(chip, _bucketed(shape, None))
@@ -231,6 +233,7 @@ def persists(chip: Chip, tile: Tile, dtype: torch.dtype, wide: int, count: int) 
     )
 
 
+@lru_cache(_REMEMBERED)
 def output_tile(chip: Chip, shape: Shape) -> Tile:
     """The output kernel's tile."""
     # The largest power of two in T decides which tiles a sequence's edge may cut, and nothing else about T matters.
