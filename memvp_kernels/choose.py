@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from memvp_kernels.cost import predict, rates_of
+from memvp_kernels.cost import Rates, fastest, rates_of, sizes_of
 from memvp_kernels.problem import Problem
 
 __all__ = ["available", "choose", "missing"]
@@ -110,9 +110,13 @@ def choose(problem: Problem, backend: str, *, training: bool) -> ModuleType:
     device = problem.x.device
     if device.type != "cuda" or torch.version.hip is not None:
         return _module("torch")
-    rates = rates_of(torch.cuda.get_device_capability(device))
-    names = [n for n in _MODULES if _fits(n, problem, training)]
-    return _module(min(names, key=lambda n: predict(problem, n, rates)))
+    names = tuple(n for n in _MODULES if _fits(n, problem, training))
+    return _module(fastest(sizes_of(problem), names, _rates(device)))
+
+
+@functools.cache
+def _rates(device: torch.device) -> Rates:
+    return rates_of(torch.cuda.get_device_capability(device))
 
 
 def _fits(name: str, problem: Problem, training: bool) -> bool:

@@ -6,17 +6,19 @@ only the order of the predictions matters: it is the same on every rank and in e
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from memvp_kernels.precision import tf32_allowed
 from memvp_kernels.problem import Problem
 
-__all__ = ["Rates", "predict", "rates_of"]
+__all__ = ["Rates", "Sizes", "fastest", "predict", "rates_of", "sizes_of"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object per chip, so that it hashes fast as a key
 class Rates:
     """Peaks of one GPU: FLOP per second on tensor cores in 16 bits (dense), outside them in float32, and bytes per second."""
 
@@ -51,38 +53,80 @@ def rates_of(capability: tuple[int, int]) -> Rates:
     return _RATES[max((c for c in _RATES if c <= number), default=min(_RATES))]
 
 
-def predict(problem: Problem, backend: str, rates: Rates) -> float:
-    """Predicted seconds of one forward of `problem` in "torch", "triton" (its faster road) or "cuda"."""
-    return min(_predict(problem, road, rates) for road in _ROADS[backend])
+class Sizes(NamedTuple):
+    """What a prediction depends on.
+
+    Attributes:
+        dtype, rows, width: of x.
+        pairs, gated: of the FFN.
+        memories, slots, rank: of the memory; as in `Problem` 0 where there is none.
+        wide: the memory's elements are larger than x's.
+        tf32: float32 products may round to TF32.
+    """
+
+    dtype: torch.dtype
+    rows: int
+    width: int
+    pairs: int
+    gated: bool
+    memories: int
+    slots: int
+    rank: int
+    wide: bool
+    tf32: bool
 
 
-def _predict(problem: Problem, road: str, rates: Rates) -> float:
-    p = problem
-    size = p.x.element_size()
-    matrices = (2 if p.gated else 1) + 1 if p.key is not None else 0
+def sizes_of(problem: Problem) -> Sizes:
+    """The problem as the predictions see it."""
+    x, key, memory, basis = problem.x, problem.key, problem.visual_key, problem.visual_basis
+    rows, width = x.shape
+    memories, slots = (0, 0) if memory is None else memory.shape[:2]
+    return Sizes(
+        dtype=x.dtype, rows=rows, width=width, pairs=0 if key is None else key.shape[0], gated=problem.gate is not None,
+        memories=memories, slots=slots, rank=0 if basis is None else basis.shape[0],
+        wide=memory is not None and memory.element_size() > x.element_size(), tf32=x.dtype == torch.float32 and tf32_allowed(),
+    )  # fmt: skip
+
+
+@functools.lru_cache(4096)
+def fastest(sizes: Sizes, backends: tuple[str, ...], rates: Rates) -> str:
+    """The backend with the least predicted time, of several the first."""
+    return min(backends, key=lambda backend: predict(sizes, backend, rates))
+
+
+def predict(sizes: Sizes, backend: str, rates: Rates) -> float:
+    """Predicted seconds of one forward in "torch", "triton" (its faster road) or "cuda"."""
+    return min(_predict(sizes, road, rates) for road in _ROADS[backend])
+
+
+def _predict(sizes: Sizes, road: str, rates: Rates) -> float:
+    p = sizes
+    size = p.dtype.itemsize
+    factored, has_memory = p.rank > 0, p.memories > 0
+    matrices = 2 + p.gated if p.pairs else 0
     branches = max(matrices - 1, 0)
     weights = matrices * p.pairs * p.width
-    if p.factored:
+    if factored:
         shared, own = 2 * (p.rank + p.slots) * p.width, 2 * p.memories * p.slots * p.rank
     else:
         shared, own = 0, 2 * p.memories * p.slots * p.width
-        if road == "cuda" and p.visual_key is not None and p.visual_key.element_size() > size:
+        if road == "cuda" and p.wide:
             own *= 4  # twice the bytes, added to the positions in registers and not in a ring: about half the rate
-    per_row = weights + 2 * p.slots * p.width if not p.factored else weights + shared + 2 * p.slots * p.rank
+    per_row = weights + 2 * p.slots * p.width if not factored else weights + shared + 2 * p.slots * p.rank
     flops = 2.0 * p.rows * per_row
     moved = (weights + shared + own + 2 * p.rows * p.width + 2 * p.rows * p.pairs) * size
     # The decode kernel has three, each begun before the one ahead of it has ended.
     launches = {
-        "torch": 4 + 5 * p.has_memory + 2 * p.factored,
-        "fused": 2 + p.factored,
-        "library": 2 + branches + 2 * p.has_memory + p.factored,
+        "torch": 4 + 5 * has_memory + 2 * factored,
+        "fused": 2 + factored,
+        "library": 2 + branches + 2 * has_memory + factored,
         "cuda": 2,
     }[road]
     # A library's products write the pre-activations and a pass reads them again; PyTorch takes two passes for a gate, and more for the memory.
     passes = {"torch": 2 * (branches + p.gated) * p.pairs + 4 * p.slots, "library": 2 * branches * p.pairs + p.width}
-    half = p.x.dtype in (torch.float16, torch.bfloat16)
+    half = p.dtype in (torch.float16, torch.bfloat16)
     peak = rates.tensor if half else rates.cuda
-    if not half and tf32_allowed():
+    if not half and p.tf32:
         peak = rates.tensor / 2
         half = True
     efficiency = (_EFFICIENCY if half else _EFFICIENCY_FLOAT32)[road]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import pytest
 import torch
 
 from memvp_kernels import choose, cost, ops
-from memvp_kernels.problem import Problem
+from memvp_kernels.cost import Sizes
 from tests import cases
 
 HOPPER = cost.rates_of((9, 0))
 
 
-def llama_7b(rows: int, dtype: torch.dtype = torch.bfloat16, images: int = 1, factored: bool = True) -> Problem:
+def llama_7b(rows: int, dtype: torch.dtype = torch.bfloat16, images: int = 1, factored: bool = True) -> Sizes:
     """LLaMA-7B's FFN with 320 slots, on no device at all."""
     with torch.device("meta"):
         a: dict[str, Any] = {n: torch.empty(11008, 4096, dtype=dtype) for n in ("key", "value", "gate")}
@@ -25,11 +27,11 @@ def llama_7b(rows: int, dtype: torch.dtype = torch.bfloat16, images: int = 1, fa
             a["visual_basis"] = torch.empty(136, 4096, dtype=dtype)
     tensors = {n: a.get(n) for n in ops._CROSSING}
     scalars = {"activation": "silu", "visual_activation": "silu", "visual_scale": 0.1, "dropout_p": 0.0}
-    return ops.normalise(tensors, scalars)
+    return cost.sizes_of(ops.normalise(tensors, scalars))
 
 
-def fastest(problem: Problem) -> str:
-    return min(("torch", "triton", "cuda"), key=lambda n: cost.predict(problem, n, HOPPER))
+def fastest(sizes: Sizes) -> str:
+    return cost.fastest(sizes, ("torch", "triton", "cuda"), HOPPER)
 
 
 @pytest.mark.parametrize("factored", [False, True])
@@ -45,12 +47,12 @@ def test_prefill_and_training_go_to_triton(rows: int) -> None:
 
 def test_ieee_float32_goes_by_the_library_and_tf32_too() -> None:
     """PyTorch's own products either way, with fewer passes between them; `tl.dot` in IEEE float32 would not pay."""
-    problem = llama_7b(4096, torch.float32)
-    assert cost._predict(problem, "library", HOPPER) < cost.predict(problem, "torch", HOPPER)
-    assert cost.predict(problem, "torch", HOPPER) < cost._predict(problem, "fused", HOPPER)
+    sizes = llama_7b(4096, torch.float32)
+    assert cost._predict(sizes, "library", HOPPER) < cost.predict(sizes, "torch", HOPPER)
+    assert cost.predict(sizes, "torch", HOPPER) < cost._predict(sizes, "fused", HOPPER)
     torch.set_float32_matmul_precision("high")
     try:
-        assert fastest(problem) == "triton"
+        assert fastest(llama_7b(4096, torch.float32)) == "triton"
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -98,3 +100,50 @@ def test_the_decode_kernel_is_refused_for_training(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(choose._module("cuda"), "unsupported", lambda problem: None)
     with pytest.raises(RuntimeError, match=r"backend: wanted 'cuda', but it has no backward.*backend='auto'"):
         choose.choose(problem, "cuda", training=True)
+
+
+class _OnGpu:
+    """A tensor as a GPU's would look to the choice."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tensor, name)
+
+
+def test_auto_predicts_once_for_each_set_of_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is asked once, a prediction is made once, and what an input rules out is still looked at in every call."""
+    a = cases.build("one_each-plain", torch.bfloat16)
+    scalars = {"activation": "silu", "visual_activation": "silu", "visual_scale": 1.0, "dropout_p": 0.0}
+    problem = ops.normalise({n: a.get(n) for n in ops._CROSSING}, scalars)
+    problem = dataclasses.replace(problem, x=_OnGpu(problem.x))  # type: ignore[arg-type]
+    asked: list[str] = []
+    predict = cost._predict
+
+    def capability(device: torch.device) -> tuple[int, int]:
+        asked.append("capability")
+        return 9, 0
+
+    def predicted(sizes: Sizes, road: str, rates: cost.Rates) -> float:
+        asked.append(road)
+        return predict(sizes, road, rates)
+
+    monkeypatch.setattr(choose, "missing", lambda name, device: "not here" if name == "cuda" else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(cost, "_predict", predicted)
+    # The same caches, empty and this test's own.
+    monkeypatch.setattr(choose, "_rates", functools.cache(choose._rates.__wrapped__))
+    monkeypatch.setattr(choose, "fastest", functools.lru_cache(choose.fastest.__wrapped__))
+    reason: str | None = None
+    monkeypatch.setattr(choose._module("triton"), "unsupported", lambda problem: reason)
+
+    first = choose.choose(problem, "auto", training=False)
+    assert sorted(asked) == ["capability", "fused", "library", "torch"]
+    asked.clear()
+    assert choose.choose(problem, "auto", training=False) is first
+    assert not asked
+    reason = "not this one"
+    assert choose.choose(problem, "auto", training=False).__name__.endswith("eager")
