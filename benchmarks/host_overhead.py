@@ -8,6 +8,9 @@ Compare on one quiet machine: microseconds of another say nothing, which is why 
 
 The operands of the overhead tests are so small that the arithmetic takes next to nothing: what is left is the road through
 checks, dispatcher and autograd. The same two branches in plain PyTorch stand beside them.
+
+The Triton backend's launches are prepared as for a Hopper and not made: tiles, descriptors and arguments, up to where Triton takes over.
+A launch costs Triton's own 15 µs or so beside that.
 """
 
 from __future__ import annotations
@@ -17,8 +20,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from triton.runtime.jit import JITFunction
 
 from memvp_kernels import fused_ffn
+from memvp_kernels.arguments import TENSORS
+from memvp_kernels.backends import triton as backend
+from memvp_kernels.backends.triton import launch
+from memvp_kernels.ops import normalise
+from memvp_kernels.problem import Problem
 
 SMALL = {"sequences": 2, "tokens": 1, "width": 16, "pairs": 32, "slots": 4, "rank": 8}
 DECODE = {"sequences": 16, "tokens": 1, "width": 512, "pairs": 1408, "slots": 320, "rank": 136}
@@ -99,6 +108,31 @@ def test_step_in_plain_pytorch(benchmark: Any) -> None:
     arguments = operands(SMALL, form="plain", trained=True)
     leaves = [t for t in arguments.values() if t.requires_grad]
     benchmark(lambda: torch.autograd.grad(two_branches(**arguments).sum(), leaves))
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels whose launch was prepared, by name; none is made."""
+    names: list[str] = []
+    monkeypatch.setattr(launch, "architecture", lambda device: 90)
+    monkeypatch.setattr(JITFunction, "run", lambda self, *_, **__: names.append(self.__name__))
+    return names
+
+
+def problem(form: str) -> Problem:
+    arguments = {name: t.bfloat16() for name, t in operands(SMALL, form=form).items()}
+    scalars = {"activation": "silu", "visual_activation": "silu", "visual_scale": 0.1, "dropout_p": 0.0}
+    return normalise({name: arguments.get(name) for name in TENSORS}, scalars)
+
+
+@pytest.mark.skipif(launch.interpreted(), reason="TRITON_INTERPRET is set: kernels would be interpreted, not launched")
+@pytest.mark.benchmark(group="triton backend, preparing the launches")
+@pytest.mark.parametrize("form", ["plain", "factored"])
+def test_triton_launches(benchmark: Any, form: str, launched: list[str]) -> None:
+    given = problem(form)
+    backend.forward(given, save_hidden=False, save_scores=False)
+    assert {"hidden_fwd_kernel", "output_fwd_kernel"} <= set(launched)
+    benchmark(lambda: backend.forward(given, save_hidden=False, save_scores=False))
 
 
 @pytest.mark.benchmark(group="torch backend")
