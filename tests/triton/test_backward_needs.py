@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from memvp_kernels import reference
 from memvp_kernels.arguments import TENSORS
 from memvp_kernels.backends import triton as backend
-from memvp_kernels.backends.triton.steps import Steps
+from memvp_kernels.backends.triton import roads
 from memvp_kernels.ops import normalise
 from memvp_kernels.problem import Problem, Segments
 from tests import cases, yardstick
@@ -145,9 +146,7 @@ def test_nothing_runs_that_nobody_needs(needs: tuple[str, ...], monkeypatch: pyt
     p = problem()
     _, pre, scores = backend.forward(p, save_hidden=True, save_scores=True)
     steps = passes.steps_of(p)
-    watched = Steps(
-        **{name: recorded(name, getattr(steps, name)) for name in ("hidden", "output", "dhidden", "dinput")}
-    )
+    watched = types.SimpleNamespace(**{name: recorded(name, getattr(steps, name)) for name in roads.STEPS})
     monkeypatch.setattr(passes, "steps_of", lambda problem: watched)
     for name in ("memory_gradients", "dense_gradients"):
         monkeypatch.setattr(passes, name, recorded(name, getattr(passes, name)))

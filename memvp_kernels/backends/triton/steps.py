@@ -7,37 +7,44 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-
-from torch import Tensor
+from collections.abc import Iterator
+from typing import TypeAlias
 
 from memvp_kernels.backends.triton import launch, library, roads
-from memvp_kernels.backends.triton.dhidden import HiddenGradients, dhidden_backward
+from memvp_kernels.backends.triton.dhidden import dhidden_backward
 from memvp_kernels.backends.triton.dinput import dinput_backward
-from memvp_kernels.backends.triton.hidden import Products, hidden_forward
+from memvp_kernels.backends.triton.hidden import hidden_forward
 from memvp_kernels.backends.triton.operands import BY_POINTER
 from memvp_kernels.backends.triton.output import output_forward
 from memvp_kernels.backends.triton.shape import Shape
 from memvp_kernels.problem import Problem
 
-__all__ = ["ON_ROAD", "Steps", "forced", "shape_of", "steps_of"]
+__all__ = ["ON_ROAD", "Fused", "Library", "Steps", "forced", "shape_of", "steps_of"]
 
 
-@dataclass(frozen=True)
-class Steps:
-    """The functions that compute the steps: those of :mod:`.library`, or the fused kernels' launchers, which take the same arguments."""
+class Library:
+    """Every step by the library. A step's signature is that of its function here, and its fused twin is checked against it."""
 
-    hidden: Callable[..., Products] = hidden_forward
-    output: Callable[..., Tensor] = output_forward
-    dhidden: Callable[..., HiddenGradients] = dhidden_backward
-    dinput: Callable[..., Tensor] = dinput_backward
+    hidden = staticmethod(library.hidden)
+    output = staticmethod(library.output)
+    dhidden = staticmethod(library.dhidden)
+    dinput = staticmethod(library.dinput)
 
 
-_LIBRARY = {"hidden": library.hidden, "output": library.output, "dhidden": library.dhidden, "dinput": library.dinput}
+class Fused(Library):
+    """Every step by its fused kernel."""
+
+    hidden = staticmethod(hidden_forward)
+    output = staticmethod(output_forward)
+    dhidden = staticmethod(dhidden_backward)
+    dinput = staticmethod(dinput_backward)
+
+
+#: The functions that compute the steps of a problem.
+Steps: TypeAlias = type[Library]
 
 #: Every step on one road, by `roads.ROADS`.
-ON_ROAD = {"fused": Steps(), "library": Steps(**_LIBRARY)}  # type: ignore[arg-type]
+ON_ROAD: dict[str, Steps] = {"fused": Fused, "library": Library}
 
 # Not a context variable: autograd runs a backward on threads of its own, which would not see it.
 _forced: str | None = None
@@ -63,7 +70,7 @@ def steps_of(problem: Problem) -> Steps:
 
 @functools.cache
 def _chosen(by_library: frozenset[str]) -> Steps:
-    return Steps(**{step: _LIBRARY[step] for step in by_library})  # type: ignore[arg-type]
+    return type("Chosen", (Fused,), {step: vars(Library)[step] for step in by_library})
 
 
 def shape_of(problem: Problem) -> Shape:
