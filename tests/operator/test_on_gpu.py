@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from memvp_kernels import fused_ffn, philox
 from tests import cases, yardstick
 from tests.cases import DEVICE
+from tests.gpu import assert_same, captured
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ("torch", "triton")
@@ -28,12 +29,6 @@ def step(a: dict[str, Any], **options: Any) -> list[Tensor]:
     y = fused_ffn(**{**a, **leaves}, **options)
     grad = torch.arange(y.numel(), device=y.device).reshape(y.shape).remainder(7).to(y.dtype)
     return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), grad)]
-
-
-def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(found) == len(expected)
-    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
-        assert torch.equal(one, other), f"tensor {i}"
 
 
 def integers(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -124,15 +119,7 @@ def test_in_a_cuda_graph_with_dropout(backend: str, form: str, monkeypatch: pyte
     monkeypatch.setattr("memvp_kernels.ffn.draw_seed", draw)
     a = cases.build(f"index-{form}", torch.bfloat16, DEVICE)
     run = functools.partial(step, a, backend=backend, dropout_p=0.4)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run()
+    graph, found = captured(run)
     seed, seeds = drawn[-1], []
     for _ in range(3):
         graph.replay()

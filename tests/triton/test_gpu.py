@@ -13,6 +13,7 @@ from torch import Tensor
 from memvp_kernels import fused_ffn, philox, reference
 from tests import cases, yardstick
 from tests.cases import DEVICE
+from tests.gpu import assert_same, captured
 
 pytestmark = pytest.mark.gpu
 run = functools.partial(fused_ffn, backend="triton")
@@ -36,26 +37,6 @@ def step(a: dict[str, Any], grad: Tensor, **options: Any) -> list[Tensor]:
     leaves = {n: a[n].detach().requires_grad_() for n in names}
     y = run(**{**a, **leaves}, **options)
     return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), grad)]
-
-
-def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(found) == len(expected)
-    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
-        assert torch.equal(one, other), f"tensor {i}"
-
-
-def captured(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """The graph of one call and what that call returns, after the calls on a side stream that PyTorch asks for."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
-    return graph, result
 
 
 @pytest.fixture
