@@ -20,12 +20,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from triton.runtime.jit import JITFunction
 
 from memvp_kernels import fused_ffn
 from memvp_kernels.arguments import TENSORS
-from memvp_kernels.backends import triton as backend
-from memvp_kernels.backends.triton import launch
 from memvp_kernels.ops import normalise
 from memvp_kernels.problem import Problem
 
@@ -113,9 +110,14 @@ def test_step_in_plain_pytorch(benchmark: Any) -> None:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels whose launch was prepared, by name; none is made."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    from memvp_kernels.backends.triton import launch
+
+    if launch.interpreted():
+        pytest.skip("TRITON_INTERPRET is set: kernels would be interpreted, not launched")
     names: list[str] = []
     monkeypatch.setattr(launch, "architecture", lambda device: 90)
-    monkeypatch.setattr(JITFunction, "run", lambda self, *_, **__: names.append(self.__name__))
+    monkeypatch.setattr(jit.JITFunction, "run", lambda self, *_, **__: names.append(self.__name__))
     return names
 
 
@@ -125,10 +127,11 @@ def problem(form: str) -> Problem:
     return normalise({name: arguments.get(name) for name in TENSORS}, scalars)
 
 
-@pytest.mark.skipif(launch.interpreted(), reason="TRITON_INTERPRET is set: kernels would be interpreted, not launched")
 @pytest.mark.benchmark(group="triton backend, preparing the launches")
 @pytest.mark.parametrize("form", ["plain", "factored"])
 def test_triton_launches(benchmark: Any, form: str, launched: list[str]) -> None:
+    from memvp_kernels.backends import triton as backend
+
     given = problem(form)
     backend.forward(given, save_hidden=False, save_scores=False)
     assert {"hidden_fwd_kernel", "output_fwd_kernel"} <= set(launched)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -11,19 +10,16 @@ from torch import Tensor
 
 from harness.cli import Setting
 from harness.inputs import hidden_states
-from harness.measure import Candidate, Truth, held_bytes
+from harness.kernel_candidates import Outputs, of_kernel
+from harness.measure import Candidate, held_bytes
 from harness.operands import Adapter
-from harness.rooflines import FFNShape, kernel
-from harness.timer import Run
-from memvp_kernels.choose import missing
+from harness.rooflines import FFNShape
 from memvp_kernels.problem import Segments
 
 __all__ = ["KERNELS", "candidates"]
 
 #: [u | visual] and the scores from x's columns; [t | dS] and [u | visual] from dy's.
 KERNELS = ("core", "dcore")
-
-Outputs = dict[str, Tensor]
 
 
 class _Operands:
@@ -68,8 +64,8 @@ class _Operands:
             "value": torch.cat([visual @ core, visual], -1).flatten(0, 1),
         }
 
-    def triton(self, name: str) -> Callable[[], Outputs]:
-        """The launch of a kernel."""
+    def triton(self, name: str, road: str) -> Callable[[], Outputs]:
+        """The launch of a kernel; there is one road."""
         from memvp_kernels.backends.triton.core import core_forward
         from memvp_kernels.backends.triton.core_backward import core_backward
         from memvp_kernels.backends.triton.visual import Visual
@@ -109,39 +105,11 @@ class _Operands:
             return lambda: [c @ core.transpose(1, 2), scores @ core]
         return lambda: [e @ core.transpose(1, 2), scores @ core, scores @ core]
 
+    def held(self, name: str) -> int:
+        """Bytes of what a kernel reads."""
+        return held_bytes(self.core, self.c) if name == "core" else held_bytes(self.core, self.e, self.scores)
 
-def candidates(setting: Setting, name: str, *, sequences: int, text_length: int, visual_tokens: int) -> list[Candidate]:
-    """One kernel and the products within it.
 
-    Args:
-        setting: device, dtype, preset.
-        name: one of KERNELS.
-        sequences, text_length, visual_tokens: S, T, tokens of an image.
-    """
-    shape = FFNShape.of(
-        setting.preset, sequences=sequences, tokens=text_length, visual_tokens=visual_tokens, element=setting.element
-    )
-
-    @functools.cache
-    def operands() -> _Operands:
-        return _Operands(setting, shape)
-
-    def truth() -> Truth:
-        return Truth(operands().reference(name, setting.dtype), operands().reference(name, torch.float64))
-
-    def held() -> int:
-        o = operands()
-        return held_bytes(o.core, o.c) if name == "core" else held_bytes(o.core, o.e, o.scores)
-
-    def triton() -> tuple[Callable[[], Outputs], Run, int]:
-        call = operands().triton(name)
-        return call, Run([call]), held()
-
-    def products() -> tuple[Outputs, Run, int]:
-        return operands().reference(name, setting.dtype), Run([operands().products(name)]), held()
-
-    count = kernel(name, shape)
-    return [
-        Candidate("matmul", products, truth, count, note="the kernel's matrix products alone, one after the other"),
-        Candidate("triton", triton, truth, count, missing=missing("triton", setting.device)),
-    ]
+def candidates(setting: Setting, name: str, **sizes: int) -> list[Candidate]:
+    """One kernel and the products within it, see `of_kernel`."""
+    return of_kernel(_Operands, ("fused",), setting, name, **sizes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -11,19 +10,16 @@ from torch import Tensor
 
 from harness.cli import Setting
 from harness.inputs import hidden_states
-from harness.measure import Candidate, Truth, held_bytes
+from harness.kernel_candidates import Outputs, of_kernel
+from harness.measure import Candidate, held_bytes
 from harness.operands import Adapter, Weights
-from harness.rooflines import FFNShape, kernel
-from harness.timer import Run
+from harness.rooflines import FFNShape
 from harness.variants import Formed
-from memvp_kernels.choose import missing
 from memvp_kernels.problem import Segments
 
 __all__ = ["KERNELS", "candidates"]
 
 KERNELS = ("hidden", "output", "dhidden", "dinput", "dmemory")
-
-Outputs = dict[str, Tensor]
 
 
 class _Operands:
@@ -159,46 +155,13 @@ class _Operands:
         }
         return lambda: [call() for call in calls[name]]
 
+    def held(self, name: str) -> int:
+        """Bytes of what a kernel reads."""
+        formed = (self.pre, self.scores, self.hidden, self.visual, self.dpre, self.dscores)
+        return held_bytes(self.weights, self.memory, self.x, self.grad, *formed)
 
-def candidates(setting: Setting, name: str, *, sequences: int, text_length: int, visual_tokens: int) -> list[Candidate]:
-    """One kernel and the products within it.
 
-    Args:
-        setting: device, dtype, preset.
-        name: one of KERNELS.
-        sequences, text_length, visual_tokens: S, T, tokens of an image.
-    """
-    shape = FFNShape.of(
-        setting.preset, sequences=sequences, tokens=text_length, visual_tokens=visual_tokens, element=setting.element
-    )
-
-    @functools.cache
-    def operands() -> _Operands:
-        return _Operands(setting, shape)
-
-    def truth() -> Truth:
-        o = operands()
-        return Truth(o.reference(name, setting.dtype), o.reference(name, torch.float64))
-
-    def held() -> int:
-        o = operands()
-        return held_bytes(o.weights, o.memory, o.x, o.grad, o.pre, o.scores, o.hidden, o.visual, o.dpre, o.dscores)
-
-    def triton(road: str) -> tuple[Callable[[], Outputs], Run, int]:
-        call = operands().triton(name, road)
-        return call, Run([call]), held()
-
-    def products() -> tuple[Outputs, Run, int]:
-        return operands().reference(name, setting.dtype), Run([operands().products(name)]), held()
-
-    count, absent = kernel(name, shape), missing("triton", setting.device)
-    found = [
-        Candidate("matmul", products, truth, count, note="the kernel's matrix products alone, one after the other"),
-        Candidate("triton", functools.partial(triton, "fused"), truth, count, missing=absent),
-    ]
-    if name != "dmemory":  # which has one road
-        note = "the shared products by torch.mm, with the backend's passes and memory kernels around them"
-        found.append(
-            Candidate("library", functools.partial(triton, "library"), truth, count, missing=absent, note=note)
-        )
-    return found
+def candidates(setting: Setting, name: str, **sizes: int) -> list[Candidate]:
+    """One kernel and the products within it, see `of_kernel`."""
+    roads = ("fused",) if name == "dmemory" else ("fused", "library")  # its products are never the library's
+    return of_kernel(_Operands, roads, setting, name, **sizes)
