@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -43,6 +43,7 @@ def _shorter_steps(tile: Tile, chip: Chip, shape: Shape) -> Tile:
     return replace(tile, block_k=32) if crowded and loading == "pointers" else tile
 
 
+@lru_cache(tiles.REMEMBERED)
 def dmemory_tile(
     chip: Chip, dtype: torch.dtype, precision: str, *, width: int, descriptors: bool, together: bool = False
 ) -> Tile:
@@ -82,6 +83,7 @@ def row_splits(multiprocessors: int, outputs: int, steps: int) -> int:
     return min((s for s in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if s <= steps), key=cost, default=1)
 
 
+@lru_cache(tiles.REMEMBERED)
 def core_backward_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: int, rank: int) -> Tile:
     """The core backward's tile: `columns` of dS A and of visual A at once, steps of `block_k` slots."""
     odd = rank % 8 != 0  # then a core is loaded element by element

@@ -81,12 +81,12 @@ def dense_gradients(
     tile = backward_tiles.dmemory_tile(
         launch.chip(right.device), right.dtype, launch.precision(right.dtype), width=width, descriptors=_describable(pairs)
     )  # fmt: skip
-    outputs = len(pairs) * triton.cdiv(slots, tile.block_n) * triton.cdiv(width, tile.columns)
-    steps = triton.next_power_of_2(triton.cdiv(rows, tile.block_k))
+    outputs = len(pairs) * launch.programs(slots, tile.block_n) * launch.programs(width, tile.columns)
+    steps = triton.next_power_of_2(launch.programs(rows, tile.block_k))
     splits = backward_tiles.row_splits(launch.chip(right.device).multiprocessors, outputs, steps)
     if splits == 1:
         return [g.view(slots, width) for g in _launch(pairs, Segments(rows, 1, rows), 1, dtype, totals)]
-    parts = _launch(pairs, Segments(rows, splits, triton.cdiv(rows, splits)), splits, torch.float32)
+    parts = _launch(pairs, Segments(rows, splits, launch.programs(rows, splits)), splits, torch.float32)
     sums = [p.sum(0).to(dtype) for p in parts]
     return [s if t is None else t.add_(s) for s, t in zip(sums, totals, strict=False)]
 
@@ -120,7 +120,7 @@ def _launch(
     tile = backward_tiles.dmemory_tile(
         launch.chip(right.device), right.dtype, precision, width=width, descriptors=aligned, together=together
     )
-    tiles = triton.cdiv(slots, tile.block_n) * triton.cdiv(width, tile.columns)
+    tiles = launch.programs(slots, tile.block_n) * launch.programs(width, tile.columns)
 
     def run() -> None:
         # Descriptors built on the device need room there, for the length of the launch.

@@ -14,6 +14,7 @@ from memvp_kernels.backends.triton import launch
 from memvp_kernels.backends.triton.core import core_forward
 from memvp_kernels.backends.triton.memory import form_memory, key_operand, value_operand
 from memvp_kernels.backends.triton.steps import steps_of
+from memvp_kernels.backends.triton.tiles import REMEMBERED
 from memvp_kernels.backends.triton.visual import Visual
 from memvp_kernels.problem import Problem, Segments
 
@@ -44,7 +45,7 @@ def visual_of(problem: Problem) -> Visual:
     return Visual(problem.visual_activation, scale, problem.seed if problem.dropout_p > 0 else None, threshold)
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(REMEMBERED)
 def dense_segments(rows: int) -> Segments:
     """All rows as one sequence: how the d-wide operands of a factored memory, shared by the batch, look to the kernels."""
     return Segments(rows=rows, sequences=1, length=rows, shared=True)

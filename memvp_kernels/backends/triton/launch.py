@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memvp_kernels.backends.triton.operands import BY_COLUMN, BY_POINTER, BY_ROW
 from memvp_kernels.backends.triton.shape import Shape
-from memvp_kernels.backends.triton.tiles import Chip, chip_of
+from memvp_kernels.backends.triton.tiles import REMEMBERED, Chip, chip_of
 from memvp_kernels.precision import tf32_allowed
 from memvp_kernels.problem import Segments
 
@@ -41,7 +41,6 @@ __all__ = [
 _ELEMENT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _LARGEST_STRIDE = 2**40  # bytes, cuTensorMapEncodeTiled
 _INTERPRETED_AS = 90
-_REMEMBERED = 4096  # layouts, of the sizes of a batch too, so not without end
 
 
 @functools.cache
@@ -113,7 +112,7 @@ def form_of(tensor: Tensor, device_has_tma: bool = True) -> int:
     return _form(tensor.shape, tensor.stride(), tensor.element_size())
 
 
-@functools.lru_cache(_REMEMBERED)
+@functools.lru_cache(REMEMBERED)
 def _form(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> int:
     """`form_of` an aligned tensor of elements of `size` bytes."""
     if _walkable(shape, strides, size):
@@ -135,7 +134,7 @@ def describe(tensor: Tensor, block: tuple[int, ...], form: int = BY_ROW.value) -
     return _descriptor(tensor, _fields(tensor.shape, tensor.stride(), tensor.element_size(), block, form))
 
 
-@functools.lru_cache(_REMEMBERED)
+@functools.lru_cache(REMEMBERED)
 def _fields(
     shape: tuple[int, ...], strides: tuple[int, ...], size: int, block: tuple[int, ...], form: int
 ) -> dict[str, list[int]]:

@@ -32,7 +32,7 @@ _LIBRARY_RATE = 1.03
 _PASS_RATE = 0.90  # of the memory's bandwidth that an elementwise pass reaches; assumed
 
 
-@lru_cache(4096)
+@lru_cache(tiles.REMEMBERED)
 def by_library(chip: Chip, shape: Shape) -> frozenset[str]:
     """The steps that the library's road should finish first; of equal cost the fused kernel wins."""
     return frozenset(

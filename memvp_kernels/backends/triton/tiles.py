@@ -19,6 +19,7 @@ import torch
 from memvp_kernels.backends.triton.shape import Shape
 
 __all__ = [
+    "REMEMBERED",
     "STORED_COLUMNS",
     "Chip",
     "Tile",
@@ -141,7 +142,7 @@ _WIDE_EFFICIENCY = {256: 1.0, 192: 0.95, 128: 0.9, 64: 0.75, 32: 0.5}  # of the 
 _PER_MULTIPROCESSOR_REGISTERS = 65536
 _SPLITS = (1, 2, 3, 4, 6, 8)
 _LONGEST_EDGE = 1 << 10  # rows; no tile has more
-_REMEMBERED = 4096  # shapes as they come, of which few buckets are searched
+REMEMBERED = 4096  # shapes and layouts as they come, with every length of a batch: so many, and not without end
 _CUT_MARGIN = (
     1.05  # a cut loop must promise this much: the model is no better, and one launch less is one thing less to go wrong
 )
@@ -188,7 +189,7 @@ def straddles(sequences: int, length: int | None, block_n: int) -> bool:
     return length is None or (sequences > 1 and length % block_n != 0)
 
 
-@lru_cache(_REMEMBERED)
+@lru_cache(REMEMBERED)
 def hidden_tile(chip: Chip, shape: Shape) -> Tile:
     """The hidden kernel's tile."""
     return _hidden_tile(chip, _bucketed(shape, None))
@@ -233,7 +234,7 @@ def persists(chip: Chip, tile: Tile, dtype: torch.dtype, wide: int, count: int) 
     )
 
 
-@lru_cache(_REMEMBERED)
+@lru_cache(REMEMBERED)
 def output_tile(chip: Chip, shape: Shape) -> Tile:
     """The output kernel's tile."""
     # The largest power of two in T decides which tiles a sequence's edge may cut, and nothing else about T matters.
@@ -309,6 +310,7 @@ def step_cycles(chip: Chip, tile: Tile, dtype: torch.dtype, precision: str, wide
     return max(flops / rate, delivered)
 
 
+@lru_cache(REMEMBERED)
 def core_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: int, rank: int) -> Tile:
     """The core kernel's tile: `columns` of u at once, steps of `block_k` slots; few rows take short tiles, for more programs."""
     odd = rank % 8 != 0  # then a core is loaded element by element, each with its own address
