@@ -14,7 +14,7 @@ from memvp_kernels.arguments import check_scalars, check_tensors
 from memvp_kernels.choose import require
 from memvp_kernels.philox import draw_seed
 
-__all__ = ["check", "fused_ffn", "unwatched"]
+__all__ = ["add_seed", "autocast_of", "check", "fused_ffn", "unwatched"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -120,7 +120,8 @@ def fused_ffn(
         "visual_index": visual_index,
         "cu_seqlens": cu_seqlens,
     }
-    autocast = check(tensors, backend)
+    autocast = autocast_of(x)
+    check(tensors, backend, autocast)
     scalars = {
         "activation": activation,
         "visual_activation": visual_activation or activation,
@@ -129,10 +130,7 @@ def fused_ffn(
     }
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
     plain = unwatched(tensors.values(), training)
-    if dropout_p > 0 and visual_key is not None:
-        if plain:
-            ops.admit(tensors, scalars, training, backend, autocast)  # a refused call leaves the generator alone
-        tensors["seed"] = draw_seed(x.device)
+    add_seed(tensors, scalars, training, backend, autocast, admit=plain)
     if plain and not training:
         return ops.run_forward(tensors, scalars, 0, False, backend, autocast)[0]
     keep = 0
@@ -146,14 +144,40 @@ def _requires_grad(tensors: dict[str, Tensor | None], names: tuple[str, ...]) ->
     return any(t is not None and t.requires_grad for t in map(tensors.get, names))
 
 
-def check(tensors: dict[str, Tensor | None], backend: str) -> torch.dtype | None:
-    """Raise what the arguments deserve before anything is done; the dtype that autocast wants, None outside it."""
-    x = tensors["x"]
-    autocast = ops.autocast_dtype(x.device) if isinstance(x, Tensor) else None
+def autocast_of(x: object) -> torch.dtype | None:
+    """The dtype that autocast wants; None outside it, and for what is no tensor and is refused by the checks."""
+    return ops.autocast_dtype(x.device) if isinstance(x, Tensor) else None
+
+
+def check(tensors: dict[str, Tensor | None], backend: str, autocast: torch.dtype | None) -> None:
+    """Raise what the arguments deserve before anything is done."""
     check_tensors(tensors, autocast)
+    x = tensors["x"]
     assert x is not None
     require(backend, x.device)
-    return autocast
+
+
+def add_seed(
+    tensors: dict[str, Tensor | None],
+    scalars: dict[str, Any],
+    training: bool,
+    backend: str,
+    autocast: torch.dtype | None,
+    *,
+    admit: bool,
+) -> None:
+    """Draw dropout's seed where there is something to drop.
+
+    Args:
+        admit: look at values and backend first, so that a refused call leaves the generator alone.
+    """
+    if scalars["dropout_p"] == 0 or tensors["visual_key"] is None:
+        return
+    if admit:
+        ops.admit(tensors, scalars, training, backend, autocast)
+    x = tensors["x"]
+    assert x is not None
+    tensors["seed"] = draw_seed(x.device)
 
 
 def unwatched(tensors: Collection[Tensor | None], training: bool) -> bool:

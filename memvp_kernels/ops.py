@@ -338,7 +338,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(pre, scores)
     ctx.set_materialize_grads(False)
     saved = unpack(tensors, present)
-    residual = saved["residual"]
     # A residual's gradient is the output's own, and a carrier's numbers are never read.
     saved |= dict.fromkeys(("residual", *CARRIERS))
     saved["pre"] = pre if keep & KEEP_HIDDEN else None
@@ -346,7 +345,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     flat, ctx.saved = pack(saved)
     ctx.save_for_backward(*flat)
     ctx.present, ctx.scalars, ctx.backend, ctx.autocast = present, scalars, backend, autocast
-    ctx.residual_dtype = None if residual is None else residual.dtype
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -355,7 +353,8 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
         return [None] * len(names), *rest
     wants = dict(zip(names, ctx.needs_input_grad[0], strict=True))
-    residual = grad.to(ctx.residual_dtype) if wants.pop("residual", False) else None
+    # Under autocast it may be wider than y: autograd casts a gradient to the dtype of its input.
+    residual = grad if wants.pop("residual", False) else None
     needs = sum(1 << _CROSSING.index(name) for name, want in wants.items() if want)
     arguments = (list(ctx.saved_tensors), ctx.saved, *ctx.scalars, needs, ctx.backend, ctx.autocast)
     found = iter(backward_op(grad, *arguments) if needs else ())

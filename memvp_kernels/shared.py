@@ -22,8 +22,7 @@ from torch import Tensor
 
 from memvp_kernels import ops
 from memvp_kernels.arguments import TENSORS, cast_dtype, check_scalars
-from memvp_kernels.ffn import check, unwatched
-from memvp_kernels.philox import draw_seed
+from memvp_kernels.ffn import add_seed, autocast_of, check, unwatched
 from memvp_kernels.problem import SHARED
 
 __all__ = ["Restore", "SharedMemory", "fused_ffn_shared"]
@@ -149,10 +148,10 @@ def fused_ffn_shared(
     check_scalars(activation, None, visual_scale, dropout_p, recompute, backend)
     tensors: dict[str, Tensor | None] = dict.fromkeys(TENSORS)
     tensors.update(weights, x=x, residual=residual, visual_index=visual_index)
-    autocast = ops.autocast_dtype(x.device) if isinstance(x, Tensor) else None
+    autocast = autocast_of(x)
     if isinstance(x, Tensor):
         tensors.update(memory.operands(caller, cast_dtype("x", x.dtype, autocast)))
-    check(tensors, backend)
+    check(tensors, backend, autocast)
     scalars = {
         "activation": activation,
         "visual_activation": activation,
@@ -163,10 +162,7 @@ def fused_ffn_shared(
     wants = [t is not None and t.requires_grad for t in (*map(tensors.get, _OWN), *carriers)]
     training = torch.is_grad_enabled() and any(wants)
     direct = restore is not None or unwatched((*tensors.values(), *carriers), training)
-    if dropout_p > 0:
-        if direct and restore is None:
-            ops.admit(tensors, scalars, training, backend, autocast)  # a refused call leaves the generator alone
-        tensors["seed"] = draw_seed(x.device)
+    add_seed(tensors, scalars, training, backend, autocast, admit=direct and restore is None)
     if direct and not training:
         return ops.run_forward(_with_matrices(tensors, restore), scalars, 0, False, backend, autocast)[0]
     keep = 0
@@ -214,8 +210,6 @@ class _Chained(torch.autograd.Function):
         ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
         ctx.call = call._replace(fixed={})
-        residual = given["residual"]
-        ctx.residual_dtype = None if residual is None else residual.dtype
         return y, *trained[len(_OWN) :]
 
     @staticmethod
@@ -241,7 +235,7 @@ class _Chained(torch.autograd.Function):
             grad, tensors, call.scalars, [n for n in wanted if n != "residual"], call.backend, call.autocast, sums
         )
         if "residual" in wanted:
-            found["residual"] = grad.to(ctx.residual_dtype)
+            found["residual"] = grad
         return None, *map(found.get, names)
 
 

@@ -70,6 +70,18 @@ def test_within_twice_pytorchs_own_error(dtype: torch.dtype, index: bool) -> Non
         yardstick.assert_within_twice(grads[name], exact_grads[name], [g[name] for _, g in theirs], name)
 
 
+def test_a_residual_wider_than_autocasts_output_gets_a_gradient_as_wide() -> None:
+    a = stack.arguments(torch.float32)
+    residual = torch.randn_like(a["x"]).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = stack.call(a, a["x"], stack.memory(a), 0, residual=residual)
+    grad = _grad(a).bfloat16()
+    (found,) = torch.autograd.grad(y, residual, grad)
+    assert y.dtype == torch.bfloat16
+    assert found.dtype == torch.float32
+    assert torch.equal(found, grad.float())
+
+
 def test_sums_stay_float32_under_a_half_precision_base() -> None:
     """256 calls of one FFN: each adds the same gradient, and a bfloat16 sum of them stops growing after some."""
     a = stack.arguments(torch.bfloat16)

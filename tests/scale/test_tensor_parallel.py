@@ -316,7 +316,7 @@ def test_ranks_stay_equal_whatever_their_dropout_draws(two: Group, tmp_path: Any
 
 def _seeds(folder: str) -> list[int]:
     """Under one seed, dropout's own in each FFN."""
-    from memvp_kernels import shared
+    from memvp_kernels import ffn
 
     torch.manual_seed(5)
     model = parallel_model(folder, config=replace(CONFIG, dropout=0.3))
@@ -327,11 +327,11 @@ def _seeds(folder: str) -> list[int]:
         seeds.append(int(seed))
         return seed
 
-    shared.draw_seed = recorded
+    ffn.draw_seed = recorded
     try:
         model(**batch())
     finally:
-        shared.draw_seed = draw_seed
+        ffn.draw_seed = draw_seed
     return [*seeds, int(draw_seed(torch.device("cpu")))]
 
 
