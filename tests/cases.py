@@ -158,6 +158,18 @@ def build(name: str, dtype: torch.dtype, device: torch.device | None = None) -> 
     return a if device is None else moved(a, device)
 
 
+#: Cases with the rows of x, by the first dimension, that read no slot: no image, or one of length 0.
+IDLE = {
+    f"{sharing}-{form}": rows
+    for sharing, rows in {
+        "index": slice(1, 2),
+        "lengths": slice(0, 1),
+        "packed_index_lengths": slice(15, 20),
+    }.items()
+    for form in _FORMS
+}
+
+
 def strided(a: Arguments) -> Iterator[tuple[str, Arguments]]:
     """The same numbers in other layouts: a transposed weight, every second column, x with its axes swapped."""
     for name in ("x", "key", "gate", "visual_key", "key_position"):

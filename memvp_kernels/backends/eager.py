@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memvp_kernels.backends.memory_rows import MemoryRows, add_transposed, memory_rows, only_readers, row_of
+from memvp_kernels.backends.memory_rows import MemoryRows, add_transposed, memory_rows, row_of
 from memvp_kernels.philox import keep_mask
 from memvp_kernels.problem import SHARED, Problem
 
@@ -115,6 +115,27 @@ class _Memory:
         row = row_of(segments, self.p.memories, self.p.x.device)
         absent = (row < 0)[:, None]
         return absent if self.valid is None else absent | ~self.valid[row.clamp(min=0)]
+
+    def only_readers(self, a: Tensor) -> Tensor:
+        """`a` (N, ·) with the rows that read no slot zeroed, for a product over all rows: 0 · NaN of such a row would be NaN.
+
+        A library's product has no mask, so this is a copy, made where some row may read none: on a CPU where one does, on a GPU,
+        where looking would synchronise, wherever the form of the call allows it.
+        """
+        idle = self._idle
+        return a if idle is None else a.masked_fill(idle, 0)
+
+    @functools.cached_property
+    def _idle(self) -> Tensor | None:
+        """(N, 1), True for rows that read no slot; None when every row reads some."""
+        segments, device = self.p.segments, self.p.x.device
+        if self.valid is None and segments.index is None and segments.cu_seqlens is None:
+            return None
+        row = row_of(segments, self.p.memories, device)
+        idle = row < 0
+        if self.valid is not None:
+            idle |= ~self.valid.any(1)[row.clamp(min=0)]
+        return None if device.type == "cpu" and not idle.any() else idle[:, None]
 
     def scores(self) -> Tensor:
         """x Kvᵀ (N, M): (x Wᵀ) Aᵀ + x p^kᵀ when factored."""
@@ -282,8 +303,9 @@ def _memory_backward(
             continue
         assert left is not None
         if memory_name not in wanted:
-            # Rows without memory and slots that don't exist hold zeros in `left`, so the sum over images is one dense product.
-            grads[position_name] = left.T @ only_readers(right, p.segments, p.memories)
+            # Rows without memory and slots that don't exist hold zeros in `left`, so the sum over images is one dense product;
+            # but for a row whose image has no slot these zeros are a product with its x and dy, of which either may be NaN.
+            grads[position_name] = m.only_readers(left).T @ m.only_readers(right)
             continue
         grads[memory_name] = m.memory_gradient(left, right)
         if position_name in wanted:
@@ -316,7 +338,7 @@ def _factored_backward(
         assert visual is not None and dy_basis is not None
         grads["visual_value"] = m.memory_gradient(visual, dy_basis)
     readers = {"visual_basis", "key_position", "value_position", "key_operand", "value_operand"} & wanted
-    x, dy = (only_readers(t, p.segments, p.memories) if readers else t for t in (p.x, grad))
+    x, dy = (m.only_readers(t) if readers else t for t in (p.x, grad))
     if "visual_basis" in wanted:
         assert visual is not None and dx_basis is not None
         grads["visual_basis"] = (dx_basis.T @ x).addmm_(m.rows.product(visual, m.value).T, dy)

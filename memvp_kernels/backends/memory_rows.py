@@ -18,9 +18,7 @@ from torch import Tensor
 
 from memvp_kernels.problem import Segments
 
-__all__ = [
-    "Blocked", "Grouped", "MemoryRows", "Padded", "Shared", "add_transposed", "memory_rows", "only_readers", "row_of",
-]  # fmt: skip
+__all__ = ["Blocked", "Grouped", "MemoryRows", "Padded", "Shared", "add_transposed", "memory_rows", "row_of"]
 
 
 def add_transposed(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -209,10 +207,3 @@ def memory_rows(segments: Segments, memories: int, device: torch.device) -> Memo
     if device.type == "cpu":
         return Grouped(segments, memories)
     return Blocked(segments, memories, device)
-
-
-def only_readers(a: Tensor, segments: Segments, memories: int) -> Tensor:
-    """`a` (N, ·) with the rows that read no memory zeroed, for a product over all rows: 0 · NaN of such a row would be NaN."""
-    if segments.shared or (segments.index is None and segments.cu_seqlens is None):
-        return a
-    return a.masked_fill((row_of(segments, memories, a.device) < 0)[:, None], 0)

@@ -116,10 +116,10 @@ def test_the_papers_320_slots(form: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("form", ["plain", "factored"])
 @pytest.mark.parametrize("packed", [False, True], ids=["uniform", "packed"])
 def test_rows_of_memory_shared_unread_and_absent(form: str, packed: bool) -> None:
-    """Sums over the sequences that read a row, in blocks of the index; exact zeros where nobody reads and past the lengths."""
+    """Sums over runs of sequences that read a row, in blocks of the index; exact zeros where nobody reads and past the lengths."""
     lengths = [7, 0, 12, 3, 5, 1] if packed else [7] * 6
     a = example(torch.bfloat16, lengths=lengths, M=17, R=4, form=form, packed=packed)
-    a["visual_index"] = integers(2, 0, -1, 2, 0, 2)
+    a["visual_index"] = integers(2, 2, -1, 2, 0, 0)
     a["visual_lengths"] = integers(17, 17, 5, 17)
     yardstick.check(run, a)
     found = gradients(a)
@@ -128,6 +128,13 @@ def test_rows_of_memory_shared_unread_and_absent(form: str, packed: bool) -> Non
         assert not found[name][2, 5:].any(), f"{name}: slots past the length"
         assert found[name][0].any()
         assert found[name][2, :5].any()
+    # Between two runs of readers, in more than one part of the rows: neither moves a bit of what the readers share.
+    grad = torch.randn(a["x"].shape, generator=torch.Generator().manual_seed(3)).to(a["x"])
+    shared = [n for n in ("visual_basis", "key_position", "value_position") if n in a]
+    idle = slice(7, 19) if packed else 2
+    dirty = a["x"].clone()
+    dirty[idle], grad[idle] = float("nan"), float("inf")
+    assert_equal(gradients(dict(a, x=dirty), shared, grad), {n: found[n] for n in shared})
 
 
 @pytest.mark.parametrize("form", ["plain", "factored"])

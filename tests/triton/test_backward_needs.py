@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memvp_kernels import reference
 from memvp_kernels.arguments import TENSORS
@@ -161,6 +162,41 @@ def test_memory_trained_under_a_frozen_ffn_reads_no_weight() -> None:
     poisoned = Problem(**{**vars(p), **{n: torch.full_like(getattr(p, n), float("nan")) for n in FFN}})
     found = backend.backward(poisoned, dy(p), None, scores, frozenset(MEMORY[:2]))
     assert all(g.isfinite().all() for g in found.values())
+
+
+class _Made(TorchDispatchMode):
+    """What makes a matrix of x's shape, by name, but for the room that a kernel's result is written to."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.names = shape, set[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = (
+            isinstance(out, Tensor) and out.shape == self.shape and not func.is_view and all(out is not t for t in args)
+        )
+        if made and not func.name().startswith(("aten::empty", "aten::new_empty")):
+            self.names.add(func.name())
+        return out
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("packed", [False, True], ids=["uniform", "packed"])
+def test_rows_without_memory_are_walked_past_and_not_copied_away(form: str, packed: bool) -> None:
+    """x and dy (N, d) are read where they lie, whoever has no image."""
+    p = problem(form)
+    if packed:
+        cu = torch.tensor([2, 9, 20, 20, 31, 40], dtype=torch.int32, device=DEVICE)
+        p = Problem(**{**vars(p), "segments": Segments(45, 5, None, cu_seqlens=cu, index=p.segments.index)})
+    _, pre, scores = backend.forward(p, save_hidden=True, save_scores=True)
+    grad = dy(p)
+    with _Made(p.x.shape) as made:
+        backend.backward(p, grad, pre, scores, trainable(p).intersection(("x", *MEMORY)))
+    assert not made.names
+    with _Made(p.x.shape) as made:
+        backend.backward(p, grad.T.contiguous().T, pre, scores, trainable(p).intersection(MEMORY))
+    assert made.names == {"aten::clone"}, "a copy was meant to be seen"
 
 
 @pytest.mark.parametrize("form", FORMS)

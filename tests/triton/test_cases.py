@@ -54,16 +54,15 @@ def test_a_dropped_nan_is_still_one(form: str) -> None:
     assert grads["visual_key"][2, 4:].abs().sum() == 0
 
 
-@pytest.mark.parametrize("name", ["index-plain", "index-factored", "packed_index_lengths-factored"])
+@pytest.mark.parametrize("name", cases.IDLE)
 def test_a_row_without_memory_gives_what_is_shared_no_gradient(name: str) -> None:
     """As on the torch backend: 0 · NaN of a text-only row reaches no position and no basis."""
     a = cases.build(name, torch.bfloat16)
     wanted = [n for n in ("key_position", "value_position", "visual_basis") if n in a]
     grad = torch.randn_like(a["x"])
     _, clean = yardstick.gradients(run, a, wanted, grad)
-    text = (1,) if a["x"].dim() == 3 else slice(15, 17)
-    a["x"][text] = float("nan")
-    grad[text] = float("inf")
+    a["x"][cases.IDLE[name]] = float("nan")
+    grad[cases.IDLE[name]] = float("inf")
     _, found = yardstick.gradients(run, a, wanted, grad)
     for n in wanted:
         torch.testing.assert_close(found[n], clean[n])

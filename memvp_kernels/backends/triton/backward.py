@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from memvp_kernels.backends import eager
-from memvp_kernels.backends.memory_rows import only_readers
 from memvp_kernels.backends.triton import launch
 from memvp_kernels.backends.triton.core import core_forward
 from memvp_kernels.backends.triton.core_backward import CoreGradients, core_backward
@@ -153,7 +152,7 @@ def _plain_backward(
         dtypes = {getattr(problem, name).dtype for name in memory}
         out = dtypes.pop() if len(dtypes) == 1 else torch.float32
         grads |= zip(memory, memory_gradients(list(memory.values()), segments, problem.memories, out), strict=True)
-    # A position's gradient is the sum of its memory's over the images; where that was rounded to 16 bits, the product over all rows.
+    # A position's gradient is the sum of its memory's over the images; where that was rounded to 16 bits, the product over all their rows.
     dense = {}
     for side, operands in sides.items():
         if f"{side}_position" not in needs:
@@ -162,10 +161,9 @@ def _plain_backward(
         if summand is not None and summand.dtype == torch.float32:
             grads[f"{side}_position"] = summand.sum(0)
         else:
-            left, right = operands
-            dense[f"{side}_position"] = (left, only_readers(right, segments, problem.memories))
+            dense[f"{side}_position"] = operands
     if dense:
-        grads |= zip(dense, dense_gradients(list(dense.values()), torch.float32), strict=True)
+        grads |= zip(dense, _over_readers(problem, list(dense.values())), strict=True)
     return made.dpre, grads
 
 
@@ -231,6 +229,11 @@ def _factored_backward(
     return dpre, grads | _shared_gradients(problem, grad, core, needs)
 
 
+def _over_readers(problem: Problem, pairs: list[Pair], totals: Sequence[Tensor | None] = (None, None)) -> list[Tensor]:
+    """leftᵀ right over all rows that read a memory, in float32 and added to the totals where there are any."""
+    return dense_gradients(pairs, problem.segments, problem.memories, problem.slots, torch.float32, totals)
+
+
 def _through_basis(problem: Problem) -> Tensor:
     """x Wᵀ (N, r), formed again: it is not kept."""
     assert problem.visual_basis is not None
@@ -246,22 +249,22 @@ def _through_basis(problem: Problem) -> Tensor:
 def _operand_gradients(
     problem: Problem, grad: Tensor, core: CoreGradients, needs: frozenset[str], sums: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Gradients of [W; p^k] and [W; p^v], whole: [t | dS]ᵀ x and [u | visual]ᵀ dy over all rows."""
+    """Gradients of [W; p^k] and [W; p^v], whole: [t | dS]ᵀ x and [u | visual]ᵀ dy over the rows that read a memory."""
     pairs: dict[str, Pair] = {}
     for name, left, right in (("key_operand", core.key, problem.x), ("value_operand", core.value, grad)):
         if name in needs:
             assert left is not None
-            pairs[name] = (left, _with_rows(only_readers(right, problem.segments, problem.memories)))
+            pairs[name] = (left, _with_rows(right))
     if not pairs:
         return {}
     totals = [sums.get(name) for name in pairs]
     if len({total is None for total in totals}) == 2:  # one launch adds to both or to none
-        return {n: dense_gradients([pair], torch.float32, [sums.get(n)])[0] for n, pair in pairs.items()}
-    return dict(zip(pairs, dense_gradients(list(pairs.values()), torch.float32, totals), strict=True))
+        return {n: _over_readers(problem, [pair], [sums.get(n)])[0] for n, pair in pairs.items()}
+    return dict(zip(pairs, _over_readers(problem, list(pairs.values()), totals), strict=True))
 
 
 def _shared_gradients(problem: Problem, grad: Tensor, core: CoreGradients, needs: frozenset[str]) -> dict[str, Tensor]:
-    """Gradients of the basis and the positions: [t | dS]ᵀ x and [u | visual]ᵀ dy over all rows, the columns that are asked for."""
+    """Gradients of the basis and the positions: [t | dS]ᵀ x and [u | visual]ᵀ dy, the columns that are asked for."""
     rank = problem.rank
     first = 0 if "visual_basis" in needs else rank
     products = {}
@@ -269,12 +272,12 @@ def _shared_gradients(problem: Problem, grad: Tensor, core: CoreGradients, needs
         end = rank + problem.slots if f"{side}_position" in needs else rank
         if first < end:
             assert left is not None
-            products[side] = (left[:, first:end], _with_rows(only_readers(right, problem.segments, problem.memories)))
+            products[side] = (left[:, first:end], _with_rows(right))
     pairs = list(products.values())
     if len(pairs) == 2 and pairs[0][0].shape != pairs[1][0].shape:
-        sums = [dense_gradients([pair], torch.float32)[0] for pair in pairs]
+        sums = [_over_readers(problem, [pair])[0] for pair in pairs]
     else:
-        sums = dense_gradients(pairs, torch.float32) if pairs else []
+        sums = _over_readers(problem, pairs) if pairs else []
     found = dict(zip(products, sums, strict=True))
     grads = {f"{side}_position": g[rank - first :] for side, g in found.items() if f"{side}_position" in needs}
     if "visual_basis" in needs:
