@@ -17,7 +17,17 @@ from memvp_kernels.backends.triton import library, pointwise, roads, steps, tile
 from memvp_kernels.backends.triton.output import output_forward
 from tests import cases, yardstick
 from tests.benchmarks import conftest as _benchmarks  # noqa: F401 - finds their modules
-from tests.triton.test_backward_needs import DEVICE, FORMS, assert_equal, dy, problem, trainable
+from tests.triton.test_backward_needs import (
+    DEVICE,
+    FORMS,
+    arguments,
+    assert_equal,
+    dy,
+    judge,
+    problem,
+    problem_of,
+    trainable,
+)
 
 run = functools.partial(fused_ffn, backend="triton")
 
@@ -83,16 +93,16 @@ def test_saved_or_formed_again_the_same_bits_every_time(form: str, alone: bool) 
 @pytest.mark.parametrize("form", FORMS)
 def test_either_road_takes_up_what_the_other_kept(form: str) -> None:
     """Forward and backward choose each for itself: both keep the same numbers, biases included, up to their own rounding."""
-    p = problem(form, dtype=torch.float32)
+    a = arguments(form, torch.float32)
+    p = problem_of(a)
     kept = backend.forward(p, save_hidden=True, save_scores=True)
     with steps.forced("fused"):
         expected = backend.forward(p, save_hidden=True, save_scores=True)
-        fused = backend.backward(p, dy(p), kept[1], kept[2], trainable(p))
+        judge(backend.backward(p, dy(p), kept[1], kept[2], trainable(p)), a, dy(p))
     for found, wanted in zip(kept, expected, strict=True):
         assert found is not None
         torch.testing.assert_close(found, wanted)
-    for name, g in backend.backward(p, dy(p), expected[1], expected[2], trainable(p)).items():
-        torch.testing.assert_close(g, fused[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+    judge(backend.backward(p, dy(p), expected[1], expected[2], trainable(p)), a, dy(p))
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
