@@ -23,6 +23,9 @@ FLOATING = (
     "key_position", "value_position", "residual",
 )  # fmt: skip
 
+#: How far two results in float64 may be apart, relatively: its own rounding is as far below as float32's is above, which so shows.
+FLOAT64 = (torch.finfo(torch.float64).eps * torch.finfo(torch.float32).eps) ** 0.5
+
 _ACTIVATIONS = {
     "relu": F.relu,
     "gelu": F.gelu,

@@ -12,6 +12,7 @@ import transformers as tf
 from torch import nn
 
 from memvp_kernels import MemVPConfig, MemVPModel
+from tests import yardstick
 from tests.models.tiny import (
     CONFIG,
     ENCODER_DECODERS,
@@ -24,7 +25,7 @@ from tests.models.tiny import (
     with_memory,
 )
 
-EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-10}
+EXACT: dict[str, Any] = {"rtol": yardstick.FLOAT64, "atol": yardstick.FLOAT64}
 
 
 def _inputs(family: str) -> dict[str, torch.Tensor]:

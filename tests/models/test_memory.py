@@ -115,7 +115,7 @@ def test_dropout_is_unbiased() -> None:
         _logits(model.train(), images * 400, ids.expand(400, -1))
     quiet, noisy = outputs
     deviation = noisy.std(0) / 400**0.5
-    assert ((noisy.mean(0) - quiet[0]).abs() <= 5 * deviation + 1e-6).all() and deviation.max() > 1e-4
+    assert ((noisy.mean(0) - quiet[0]).abs() <= 5 * deviation).all() and deviation.max() > 1e-4
 
 
 def test_mixed_batches_are_their_samples_alone() -> None:
