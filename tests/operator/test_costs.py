@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop
 
 from memvp_kernels import fused_ffn
@@ -76,13 +77,19 @@ _IN_PLACE = {
 }
 
 
-def flops(a: dict[str, Any], needs: set[str]) -> int:
+def backward_under(mode: Any, a: dict[str, Any], needs: set[str]) -> None:
+    """The backend's own backward, watched by `mode`."""
     tensors = {n: a.get(n) for n in ("x", *yardstick.FLOATING, "visual_lengths", "visual_index", "cu_seqlens")}
     scalars = {"activation": "silu", "visual_activation": "silu", "visual_scale": 1.0, "dropout_p": 0.0}
     problem = normalise(tensors, scalars)
     _, pre, scores = eager.forward(problem, save_hidden=True, save_scores=True)
-    with FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
+    with mode:
         eager.backward(problem, torch.randn(problem.rows, problem.width), pre, scores, frozenset(needs))
+
+
+def flops(a: dict[str, Any], needs: set[str]) -> int:
+    counter = FlopCounterMode(display=False, custom_mapping=_IN_PLACE)
+    backward_under(counter, a, needs)
     return counter.get_total_flops()
 
 
@@ -122,3 +129,27 @@ def test_every_matrix_of_frozen_and_trainable(form: str) -> None:
         found = torch.autograd.grad(out, [bound[n] for n in chosen], grad)
         for n, g in zip(chosen, found, strict=True):
             torch.testing.assert_close(g, full[n], msg=lambda m, n=n, c=chosen: f"{n} of {c}: {m}")
+
+
+class _Masked(TorchDispatchMode):
+    """How many matrices of x's width are copied with rows of them zeroed."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.copies = width, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.copies += func.name().startswith("aten::masked_fill.") and out.shape[-1] == self.width
+        return out
+
+
+@pytest.mark.parametrize("form", ["plain", "factored"])
+def test_nothing_is_copied_where_every_row_reads(form: str) -> None:
+    """Rows without memory are zeroed in copies of x and dy, for want of a masked product; a mask that hides nothing costs none."""
+    a = cases.build(f"index-{form}", torch.float32)
+    for index, copies in (([2, 1, 2, 0], 0), ([2, -1, 2, 0], 2)):
+        a["visual_index"] = torch.tensor(index)
+        masked = _Masked(a["x"].shape[-1])
+        backward_under(masked, a, {"key_position", "value_position"})
+        assert masked.copies == copies
