@@ -143,7 +143,7 @@ def _launch(
             left, right, outs[0], other_left, other_right, outs[-1],
             segments.cu_seqlens, segments.index, segments.lengths,
             left.stride(0), right.stride(0), other_left.stride(0), other_right.stride(0),
-            segments.rows, segments.length or 0, segments.sequences, memories, slots, results, triton.cdiv(segments.rows, results),
+            segments.rows, segments.length or 0, segments.sequences, memories, slots, results, launch.programs(segments.rows, results),
             M=columns, d=width, BLOCK_M=tile.block_n, BLOCK_D=tile.columns, BLOCK_K=tile.block_k, SCAN=_SCAN,
             DENSE=parts > 0, TOGETHER=together, ADDS=adds, FORM=(BY_ROW if tma else BY_POINTER).value, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
