@@ -96,7 +96,7 @@ on_device = torch.cuda.device_of
 
 
 def programs(count: int, block: int) -> int:
-    """How many blocks hold so many; `triton.cdiv` unwraps constexprs first and takes forty times as long."""
+    """How many blocks hold so many; `triton.cdiv` unwraps constexprs first, which takes many times as long."""
     return -(-count // block)
 
 
@@ -149,7 +149,7 @@ def _fields(
 
 
 def _descriptor(base: Tensor, fields: dict[str, list[int]]) -> TensorDescriptor:
-    """Made without Triton's own checks, which take ten times as long and which `_form` made once."""
+    """Made without Triton's own checks, which take many times as long and which `_form` made once."""
     made = TensorDescriptor.__new__(TensorDescriptor)
     vars(made).update(fields, base=base)
     return made
