@@ -31,7 +31,7 @@ from memvp_kernels.problem import Segments
 
 __all__ = ["HiddenGradients", "dhidden_backward", "dhidden_bwd_kernel", "store_visual_gradient"]
 
-_PIECE = 64  # columns of 16-bit numbers, half as many of float32
+_PIECE = 64  # columns of 16-bit numbers in vectors; of float32 a quarter, of what is loaded one by one half
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ def dhidden_backward(
     form = BY_ROW.value if tma else BY_POINTER.value
     form_value = launch.form_of(value, tma) if value is not None else BY_POINTER.value
     block_m = min(tile.columns, 2 * _PIECE)
+    piece = (_PIECE if grad.element_size() == 2 else _PIECE // 4) // (1 if aligned else 2)
 
     row_tiles = launch.programs(rows, tile.block_n)
     ffn_tiles = row_tiles * launch.programs(pairs, tile.columns)
@@ -116,7 +117,7 @@ def dhidden_backward(
             rows, segments.length or 0, segments.sequences, memories,
             visual.scale if visual is not None else 1.0, visual.threshold if visual is not None else 0,
             GATED=pre is not None and pre.shape[0] == 2, F=pairs, d=width, M=slots, BLOCK_N=tile.block_n, BLOCK_F=tile.columns,
-            BLOCK_M=block_m, BLOCK_K=tile.block_k, PIECE=2 * _PIECE // grad.element_size(), GROUP=tile.group, ACTIVATION=activation,
+            BLOCK_M=block_m, BLOCK_K=tile.block_k, PIECE=piece, GROUP=tile.group, ACTIVATION=activation,
             VISUAL_ACTIVATION=visual.activation if visual is not None else "none", FORM=form, FORM_VALUE=form_value,
             PRECISION=shape.precision, DTYPE=launch.element_type(grad.dtype), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -232,7 +233,7 @@ def _memory_tile(
 
 @triton.jit
 def _column_pieces(block, WIDTH: tl.constexpr):
-    """The block cut into pieces of at most WIDTH columns (at least a quarter of the block), left to right.
+    """The block cut into pieces of at most WIDTH columns, left to right.
 
     A thread holds columns of every piece, so this moves no data. An epilogue that reads other tensors after the K loop spills on a
     whole 128 x 256 tile; on 64 columns at a time it does not.
@@ -243,12 +244,7 @@ def _column_pieces(block, WIDTH: tl.constexpr):
         return (block,)
     else:
         left, right = tl.split(tl.permute(tl.reshape(block, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
-        if COLUMNS <= 2 * WIDTH:
-            return left, right
-        else:
-            a, b = tl.split(tl.permute(tl.reshape(left, (ROWS, 2, COLUMNS // 4)), (0, 2, 1)))
-            c, d = tl.split(tl.permute(tl.reshape(right, (ROWS, 2, COLUMNS // 4)), (0, 2, 1)))
-            return a, b, c, d
+        return _column_pieces(left, WIDTH) + _column_pieces(right, WIDTH)
 
 
 @triton.jit
