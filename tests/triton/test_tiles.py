@@ -82,8 +82,8 @@ def test_what_no_vector_can_load_takes_small_tiles() -> None:
     """An address for each element beside the accumulator: larger tiles spill, on every chip."""
     for architecture in ARCHITECTURES:
         chip = tiles.chip_of(architecture)
-        for rows in (16, 512, 8192):
-            tile = output(chip, rows, aligned=False)
+        for rows, (dtype, precision) in itertools.product((16, 512, 8192), KINDS):
+            tile = output(chip, rows, dtype=dtype, precision=precision, aligned=False)
             assert tile.block_n * tile.columns // (32 * tile.warps) <= 32
             assert (tile.block_n + tile.columns) * tile.block_k // (32 * tile.warps) <= 32
         assert tiles.core_tile(chip, torch.bfloat16, "ieee", rows=8192, rank=137).columns <= 64

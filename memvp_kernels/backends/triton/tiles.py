@@ -129,10 +129,12 @@ _SHAPES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
         (32, 64, 64, 4, 4),
         (16, 64, 64, 4, 5),
     ),
-    # One load for every element, each with its own address: anything larger spills.
+    # One load for every element, each with its own address: anything larger spills, 128x128 of TF32 88 bytes on sm_90.
     "elements": ((64, 64, 32, 4, 3), (32, 64, 32, 4, 3), (16, 64, 32, 4, 3)),
-    "tf32": ((128, 128, 32, 8, 4), (64, 64, 32, 8, 4), (32, 64, 32, 4, 4)),
-    "ieee": ((64, 64, 16, 8, 3), (32, 64, 32, 4, 3)),
+    # Of 64x64 in steps of 32, dx of a packed batch spilled 8 bytes on sm_100.
+    "tf32": ((128, 128, 32, 8, 4), (64, 64, 64, 8, 2), (32, 64, 32, 4, 4)),
+    # Eight warps would let 64x64 have two accumulators, which spilled 8 bytes on sm_100; so did three stages of 32x64 on sm_90.
+    "ieee": ((64, 64, 16, 4, 3), (32, 64, 32, 4, 2)),
 }
 _RESERVE = 2 * _KIB  # barriers and the epilogue's scratch beside the stages
 _FILL = 900  # cycles before a tile's first product: launch, first loads
@@ -152,8 +154,11 @@ _LAUNCH_SECONDS = (
 
 
 def loading(chip: Chip, dtype: torch.dtype, precision: str, descriptors: bool) -> str:
-    """How tiles come in: "descriptors" through TMA, "pointers" in vectors, "elements" one by one; float32 by its precision alone."""
-    if dtype == torch.float32:
+    """How tiles come in: "descriptors" through TMA, "pointers" in vectors, "elements" one by one; float32's in vectors by its precision.
+
+    IEEE's, which no matrix instruction multiplies, are one kind: small either way.
+    """
+    if dtype == torch.float32 and (descriptors or precision == "ieee"):
         return precision
     if not descriptors:
         return "elements"
@@ -177,6 +182,8 @@ def candidates(
     """
     kind = loading(chip, dtype, precision, descriptors)
     for block_n, wide, block_k, warps, most in _SHAPES[kind]:
+        if kind == "ieee" and not descriptors:
+            block_k = 16  # two accumulators of 32x64 in steps of 32 spilled 40 bytes on sm_100
         stage = (block_n + wide) * block_k * dtype.itemsize
         stages = min(most, (chip.shared - _RESERVE) // stage)
         registers = accumulators * block_n * wide // (32 * warps)
@@ -315,8 +322,10 @@ def core_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: int, rank
     """The core kernel's tile: `columns` of u at once, steps of `block_k` slots; few rows take short tiles, for more programs."""
     odd = rank % 8 != 0  # then a core is loaded element by element, each with its own address
     columns = min(64 if odd or dtype == torch.float32 else 256, _bucket(rank, 16))
+    if dtype == torch.float32 and precision == "ieee":
+        return Tile(16, min(columns, 32) if odd else columns, 16, 4, 2)  # 64 odd ones spilled 8 bytes on sm_80
     if dtype == torch.float32:
-        return Tile(16, columns, 16, 4, 2) if precision == "ieee" else Tile(32, columns, 32, 4, 2)
+        return Tile(32, columns, 32, 4, 2)
     block_n = 64 if _bucket(rows) >= 64 * chip.multiprocessors // 2 else 32 if rows > 256 else 16
     return Tile(block_n, columns, 32 if odd else 64, 8 if block_n == 64 else 4, 2)
 
