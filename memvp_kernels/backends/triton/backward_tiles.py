@@ -19,10 +19,10 @@ _RESERVE = 2 * 1024  # bytes of barriers and descriptors beside the stages
 # (slots, columns, rows per step, warps, most stages) of a tile of a memory gradient. Slots come in multiples of 64 (320 = 5 · 64).
 _OUTER_SHAPES = {
     "descriptors": (64, 256, 64, 4, 4),
-    "pointers": (64, 128, 64, 8, 3),
-    "elements": (64, 64, 32, 4, 3),
-    "tf32": (64, 128, 32, 4, 3),
-    "ieee": (64, 64, 32, 8, 2),
+    "pointers": (64, 128, 32, 8, 4),  # steps of 64 spilled 16 bytes on sm_80 with Triton 3.6
+    "elements": (64, 64, 16, 4, 3),  # steps of 32 spilled 80 bytes on sm_100
+    "tf32": (64, 128, 16, 4, 4),  # steps of 32 spilled 8 bytes on sm_80 with Triton 3.6
+    "ieee": (32, 64, 32, 4, 2),  # 64 slots spilled 8 bytes on sm_90 and sm_100
 }
 
 
@@ -52,7 +52,8 @@ def dmemory_tile(
     Args:
         together: both products go into one result, in two loops one after the other.
     """
-    kind = tiles.loading(chip, dtype, precision, descriptors)
+    # IEEE's tile in vectors, loaded one by one, spilled 120 bytes on sm_80.
+    kind = tiles.loading(chip, dtype, precision, descriptors) if descriptors else "elements"
     slots, columns, step, warps, most = _OUTER_SHAPES[kind]
     if kind == "descriptors" and chip.family != "wgmma":
         # tcgen05 wants 128 rows, and its float32 results spill at 256 columns; mma.sync keeps its accumulators in registers.
@@ -63,6 +64,8 @@ def dmemory_tile(
                 4,
             )  # between two loops the sum leaves tensor memory; 128 columns, or eight warps, spilled
     columns = min(columns, tiles._bucket(width))
+    if kind == "pointers" and columns <= 64:
+        warps = 4  # eight spilled 16 bytes on sm_80 at a rank of 48
     stages = min(most, (chip.shared - _RESERVE) // ((slots + columns) * step * dtype.itemsize))
     return Tile(slots, columns, step, warps, stages)
 
@@ -94,6 +97,6 @@ def core_backward_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: 
     if odd:
         return Tile(min(block_n, 32), columns, 16, 4, 2)
     # Steps of 64 slots spill: scores, their slope and dropout's generator are alive beside the accumulators of t and u. So did steps
-    # of 32 on sm_80 at a rank of 48.
-    step = 16 if block_n == 64 and columns <= 64 and chip.family == "mma" else 32
-    return Tile(block_n, columns, step, 8 if block_n == 64 else 4, 2)
+    # of 32 on sm_80 at a rank of 48, and on sm_100 in tiles of 16 rows, with Triton 3.6.
+    crowded = {"mma": block_n == 64 and columns <= 64, "tcgen05": block_n == 16}.get(chip.family, False)
+    return Tile(block_n, columns, 16 if crowded else 32, 8 if block_n == 64 else 4, 2)
