@@ -40,6 +40,8 @@ def _shorter_steps(tile: Tile, chip: Chip, shape: Shape) -> Tile:
     """Half the K step where pointers to a step of 64, in only four warps, leave too few registers for accumulator and epilogue."""
     crowded = tile.block_n * tile.columns // (32 * tile.warps) >= 32 and tile.warps == 4 and tile.block_k > 32
     loading = tiles.loading(chip, shape.dtype, shape.precision, shape.descriptors)
+    if loading == "ieee" and tile.block_k > 16:
+        return replace(tile, stages=2)  # three spilled 8 bytes of dhidden on sm_90
     return replace(tile, block_k=32) if crowded and loading == "pointers" else tile
 
 
