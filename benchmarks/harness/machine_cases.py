@@ -126,7 +126,7 @@ def _by_tile(case: Case, single: list[Tile], double: list[Tile]) -> Iterator[Cas
             yield _variant(case, tile=tile, backward=backward)
         if case.number == "float16":
             continue
-        for tile in double if case.aligned else double[:1]:
+        for tile in double:
             yield _variant(case, tile=tile, packed=True, length=500, backward=backward)
         # The core kernels' tiles go by the rows.
         for sequences, length in ((16, 512), (1, 512), (1, 128)) if case.aligned else ((16, 512),):
