@@ -41,7 +41,8 @@ def test_runner_names_mistakes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize(("build", "schedules"), [("address", 2), ("thread", 1)])
+# Two schedules: a step's phases in each of their forms.
+@pytest.mark.parametrize(("build", "schedules"), [("address", 2), ("thread", 2)])
 def test_clean_under_the_sanitizer(
     build: str, schedules: int, tmp_path: Path, all_cases: Path, thread_cases: Path
 ) -> None:
