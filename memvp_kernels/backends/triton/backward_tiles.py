@@ -41,7 +41,8 @@ def _shorter_steps(tile: Tile, chip: Chip, shape: Shape) -> Tile:
     crowded = tile.block_n * tile.columns // (32 * tile.warps) >= 32 and tile.warps == 4 and tile.block_k > 32
     loading = tiles.loading(chip, shape.dtype, shape.precision, shape.descriptors)
     if loading == "ieee" and tile.block_k > 16:
-        return replace(tile, stages=2)  # three spilled 8 bytes of dhidden on sm_90
+        # Three stages spilled 8 bytes of dhidden on sm_90, and four warps 16 bytes of it on sm_80 with Triton 3.6.
+        return replace(tile, warps=8 if chip.family == "mma" else tile.warps, stages=2)
     return replace(tile, block_k=32) if crowded and loading == "pointers" else tile
 
 
@@ -65,6 +66,8 @@ def dmemory_tile(
                 64,
                 4,
             )  # between two loops the sum leaves tensor memory; 128 columns, or eight warps, spilled
+    if kind == "ieee" and chip.family == "mma":
+        warps = 8  # four spilled 8 bytes with Triton 3.6
     columns = min(columns, tiles._bucket(width))
     if kind == "pointers" and columns <= 64:
         warps = 4  # eight spilled 16 bytes on sm_80 at a rank of 48
