@@ -10,14 +10,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from memvp_kernels import ops
-from memvp_kernels.arguments import check_scalars, check_tensors
+from memvp_kernels.arguments import TENSORS, check_scalars, check_tensors
 from memvp_kernels.choose import require
+from memvp_kernels.direct import Call, FusedFFN
 from memvp_kernels.philox import draw_seed
 
 __all__ = ["add_seed", "autocast_of", "check", "fused_ffn", "unwatched"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
+#: What may be trained.
+_TRAINED = TENSORS[: TENSORS.index("residual") + 1]
 #: Whose gradient needs the pre-activations, and whose the scores.
 _THROUGH_HIDDEN = ("x", "key", "value", "gate", "key_bias", "gate_bias")
 _THROUGH_SCORES = ("x", "visual_key", "visual_value", "visual_basis", "key_position", "value_position")
@@ -137,6 +140,10 @@ def fused_ffn(
     if training and not recompute:
         keep |= ops.KEEP_HIDDEN * (key is not None and _requires_grad(tensors, _THROUGH_HIDDEN))
         keep |= ops.KEEP_SCORES * (visual_key is not None and _requires_grad(tensors, _THROUGH_SCORES))
+    if plain:
+        own = {name: tensors.pop(name) for name in _TRAINED if tensors[name] is not None}
+        (y,) = FusedFFN.apply(Call(tuple(own), tensors, scalars, keep, backend, autocast), *own.values())  # type: ignore[no-untyped-call]
+        return y
     return ops.forward_op(*ops.pack(tensors), *scalars.values(), keep, training, backend, autocast)[0]
 
 

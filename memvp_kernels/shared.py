@@ -14,21 +14,17 @@ every call is given the first carriers, returns a gradient of its own, and autog
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from memvp_kernels import ops
 from memvp_kernels.arguments import TENSORS, cast_dtype, check_scalars
+from memvp_kernels.direct import Call, FusedFFN, Restore, with_matrices
 from memvp_kernels.ffn import add_seed, autocast_of, check, unwatched
-from memvp_kernels.problem import SHARED
 
 __all__ = ["Restore", "SharedMemory", "fused_ffn_shared"]
-
-#: x's dtype → key, value, gate and the biases, made for one pass and kept by nobody.
-Restore = Callable[[torch.dtype], dict[str, Tensor | None]]
 
 _FFN = ("key", "value", "gate", "key_bias", "gate_bias", "value_bias")
 _OWN = ("x", "residual", *_FFN)
@@ -164,7 +160,7 @@ def fused_ffn_shared(
     direct = restore is not None or unwatched((*tensors.values(), *carriers), training)
     add_seed(tensors, scalars, training, backend, autocast, admit=direct and restore is None)
     if direct and not training:
-        return ops.run_forward(_with_matrices(tensors, restore), scalars, 0, False, backend, autocast)[0]
+        return ops.run_forward(with_matrices(tensors, restore), scalars, 0, False, backend, autocast)[0]
     keep = 0
     if training and not recompute:
         through_hidden = tensors["key"] is not None and any(wants[:1] + wants[2:-4])
@@ -174,78 +170,7 @@ def fused_ffn_shared(
         tensors.update(zip(ops.CARRIERS, memory.roots(caller), strict=True))
         return ops.forward_op(*ops.pack(tensors), *scalars.values(), keep, training, backend, autocast)[0]
     own = {name: tensors.pop(name) for name in _OWN}
-    call = _Call(tensors, scalars, keep, backend, autocast, restore)
-    y, *carriers = _Chained.apply(call, *own.values(), *carriers)  # type: ignore[no-untyped-call]
+    call = Call(_OWN, tensors, scalars, keep, backend, autocast, restore)
+    y, *carriers = FusedFFN.apply(call, *own.values(), *carriers)  # type: ignore[no-untyped-call]
     memory.hand_on(caller, tuple(carriers))
     return y
-
-
-def _with_matrices(tensors: dict[str, Tensor | None], restore: Restore | None) -> dict[str, Tensor | None]:
-    x = tensors["x"]
-    assert x is not None
-    return tensors if restore is None else {**tensors, **restore(x.dtype)}
-
-
-class _Call(NamedTuple):
-    """What a call is besides the tensors that may be trained."""
-
-    fixed: dict[str, Tensor | None]
-    scalars: dict[str, Any]
-    keep: int
-    backend: str
-    autocast: torch.dtype | None
-    restore: Restore | None
-
-
-class _Chained(torch.autograd.Function):
-    """(y, carriers) from the arguments of `_OWN` and the carriers; keeps what the registered op keeps, but for restored matrices."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, *trained: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = {**call.fixed, **dict(zip(_OWN, trained, strict=False))}
-        y, pre, scores = ops.run_forward(
-            _with_matrices(given, call.restore), call.scalars, call.keep, True, call.backend, call.autocast
-        )
-        kept, ctx.present = ops.pack({**given, "residual": None, "pre": pre, "scores": scores})
-        ctx.save_for_backward(*kept)
-        ctx.set_materialize_grads(False)
-        ctx.call = call._replace(fixed={})
-        return y, *trained[len(_OWN) :]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not torch.is_grad_enabled():
-            return _Chained._gradients(ctx, grad, incoming)
-        with torch.no_grad():
-            found = _Chained._gradients(ctx, grad, tuple(t if t is None else t.detach() for t in incoming))
-        refused = iter(_Refused.apply(torch.empty(0, requires_grad=True), *(t for t in found if t is not None)))  # type: ignore[no-untyped-call]
-        return tuple(t if t is None else next(refused) for t in found)
-
-    @staticmethod
-    def _gradients(ctx: Any, grad: Tensor | None, incoming: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        call = ctx.call
-        if grad is None:
-            return None, *(None,) * len(_OWN), *incoming
-        tensors = _with_matrices(ops.unpack(ctx.saved_tensors, ctx.present), call.restore)
-        names = (*_OWN, *ops.CARRIERS)
-        wanted = [name for name, wants in zip(names, ctx.needs_input_grad[1:], strict=True) if wants]
-        # Made by the next call's backward and for this one alone, so it may be written to.
-        sums = {name: t for name, t in zip(SHARED, incoming, strict=True) if t is not None}
-        found = ops.run_backward(
-            grad, tensors, call.scalars, [n for n in wanted if n != "residual"], call.backend, call.autocast, sums
-        )
-        if "residual" in wanted:
-            found["residual"] = grad
-        return None, *map(found.get, names)
-
-
-class _Refused(torch.autograd.Function):
-    """Gradients under create_graph: fine to have, but the backward's own derivative is not known."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.view_as(g) for g in grads)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        raise RuntimeError("fused_ffn has no second derivative: its backward can't be differentiated")
