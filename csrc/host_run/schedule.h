@@ -109,10 +109,8 @@ struct Block {
 
 struct Progress {  // of one launch
   std::vector<unsigned> order;
-  unsigned admitted = 0, let = 0, done = 0;
-  std::vector<Thread*> waiting;  // threads of the next launch
-  std::vector<Thread*> met;      // threads of this one that wait for all its blocks
-  unsigned meetings = 0;
+  unsigned admitted = 0, let = 0, done = 0, meetings = 0;
+  std::vector<Thread*> waiting, met;   // threads of the next launch; of this one, where all its blocks meet
   char object = 0, meeting_object[2];  // for the thread sanitizer, as a block's
 };
 
