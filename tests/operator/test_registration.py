@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from memvp_kernels import fused_ffn, ops
 from tests import cases, yardstick
+from tests.watching import Watching
 
 FORMS = [
     "one_each-plain",
@@ -70,11 +70,6 @@ def test_gradcheck(name: str, activation: str) -> None:
     )
 
 
-class _Watching(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", FORMS)
 def test_the_registered_op_trains_like_the_road_past_it(name: str) -> None:
     """Where nobody watches, training takes an autograd function of its own; both give the same bits."""
@@ -89,7 +84,7 @@ def test_the_registered_op_trains_like_the_road_past_it(name: str) -> None:
         return y.grad_fn.name(), [y.detach(), *(a[n].grad for n in yardstick.FLOATING if a.get(n) is not None)]
 
     road, direct = gradients()
-    with _Watching():
+    with Watching():
         registered_road, registered = gradients()
     assert "FusedFFN" in road and "ffn_forward" in registered_road
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(direct, registered, strict=True))

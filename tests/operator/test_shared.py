@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from memvp_kernels import fused_ffn, reference
 from memvp_kernels.shared import SharedMemory
 from tests import stack, yardstick
+from tests.watching import Watching
 
 CASES: dict[str, dict[str, Any]] = {
     "one_each": {},
@@ -173,15 +173,10 @@ def test_checkpointed_calls_have_the_same_bits() -> None:
     _assert_same(_backward(x, a), wanted)
 
 
-class _Watching(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
 def test_watched_and_compiled_calls_leave_the_sum_to_autograd() -> None:
     a = _leaves(stack.arguments(torch.float64, index=True))
     wanted = _backward(stack.shared(a), a)
-    with _Watching():
+    with Watching():
         y = stack.shared(a)
         found = _backward(y, a)
     compiled = _backward(torch.compile(stack.shared, fullgraph=True, backend="aot_eager")(a), a)
@@ -195,7 +190,7 @@ def test_one_call_in_the_middle_that_is_watched() -> None:
     wanted = _backward(stack.deep(a, stack.memory(a)), a)
     memory = stack.memory(a)
     x = stack.call(a, a["x"], memory, 0)
-    with _Watching():
+    with Watching():
         x = stack.call(a, x, memory, 1)
     for w, f in zip(wanted, _backward(stack.call(a, x, memory, 2), a), strict=True):
         torch.testing.assert_close(f, w)
