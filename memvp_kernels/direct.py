@@ -70,8 +70,13 @@ class FusedFFN(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return FusedFFN._gradients(ctx, grad, incoming)
         with torch.no_grad():
-            found = FusedFFN._gradients(ctx, grad, tuple(t if t is None else t.detach() for t in incoming))
-        refused = iter(_Refused.apply(torch.empty(0, requires_grad=True), *(t for t in found if t is not None)))  # type: ignore[no-untyped-call]
+            # Sums of their own: what came in stays as it is, for the graph of this backward.
+            sums = tuple(t if t is None else t.detach().clone() for t in incoming)
+            found = FusedFFN._gradients(ctx, grad, sums)
+        made = [t for t in found if t is not None]
+        # The gradients depend on all of these, so that whoever asks for a derivative of one meets the refusal.
+        sources = [t for t in (grad, *incoming, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        refused = iter(_Refused.apply(len(made), *made, *sources))  # type: ignore[no-untyped-call]
         return tuple(t if t is None else next(refused) for t in found)
 
     @staticmethod
@@ -97,8 +102,8 @@ class _Refused(torch.autograd.Function):
     """Gradients under create_graph: fine to have, but the backward's own derivative is not known."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.view_as(g) for g in grads)
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:

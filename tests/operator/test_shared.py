@@ -202,6 +202,9 @@ def test_a_gradient_of_the_gradient_is_refused() -> None:
     _assert_same(first, _backward(stack.shared(a), a))
     with pytest.raises(RuntimeError, match="no second derivative"):
         first[1].sum().backward()
+    # Of x alone, which may otherwise pass for independent.
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(_backward(stack.shared(a), a, create_graph=True)[1].sum(), a["x"], allow_unused=True)
 
 
 def test_a_pair_of_positions_for_each_caller() -> None:
