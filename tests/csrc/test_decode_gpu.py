@@ -18,6 +18,7 @@ from memvp_kernels import fused_ffn, reference
 from memvp_kernels.backends.cuda import forced, status
 from tests import cases, yardstick
 from tests.csrc.conftest import ROOT
+from tests.gpu import captured
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("installed")]
 
@@ -156,14 +157,11 @@ def test_same_bits_every_time(form: str) -> None:
 @pytest.mark.parametrize("form", ["none", "plain", "factored"])
 def test_in_a_cuda_graph(form: str) -> None:
     arguments = moved(decode_step(9, form=form))
-    run(arguments)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(arguments)
+    graph, found = captured(lambda: run(arguments))
     for step in range(3):
         arguments["x"].copy_(torch.randn_like(arguments["x"]) * (step + 1))
         graph.replay()
-        assert torch.equal(captured, run(arguments))
+        assert torch.equal(found, run(arguments))
 
 
 @pytest.mark.usefixtures("phases")
@@ -179,13 +177,11 @@ def test_chained_steps_in_a_cuda_graph(form: str) -> None:
         return y
 
     wanted = steps()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = steps()
+    graph, found = captured(steps)
     for _ in range(20):
-        captured.zero_()
+        found.zero_()
         graph.replay()
-        assert torch.equal(captured, wanted)
+        assert torch.equal(found, wanted)
 
 
 def test_two_threads_with_different_plans() -> None:

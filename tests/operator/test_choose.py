@@ -12,6 +12,7 @@ import torch
 from memvp_kernels import choose, cost, ops
 from memvp_kernels.cost import Sizes
 from tests import cases
+from tests.csrc.fake_gpu import OnGPU
 
 HOPPER = cost.rates_of((9, 0))
 
@@ -102,24 +103,12 @@ def test_the_decode_kernel_is_refused_for_training(monkeypatch: pytest.MonkeyPat
         choose.choose(problem, "cuda", training=True)
 
 
-class _OnGpu:
-    """A tensor as a GPU's would look to the choice."""
-
-    device = torch.device("cuda", 0)
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tensor, name)
-
-
 def test_auto_predicts_once_for_each_set_of_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine is asked once, a prediction is made once, and what an input rules out is still looked at in every call."""
     a = cases.build("one_each-plain", torch.bfloat16)
     scalars = {"activation": "silu", "visual_activation": "silu", "visual_scale": 1.0, "dropout_p": 0.0}
     problem = ops.normalise({n: a.get(n) for n in ops._CROSSING}, scalars)
-    problem = dataclasses.replace(problem, x=_OnGpu(problem.x))  # type: ignore[arg-type]
+    problem = dataclasses.replace(problem, x=OnGPU(problem.x))  # type: ignore[arg-type]
     asked: list[str] = []
     predict = cost._predict
 

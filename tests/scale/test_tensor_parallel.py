@@ -16,7 +16,6 @@ from memvp_kernels.models import parallel, site
 from memvp_kernels.models.memory import Memory
 from memvp_kernels.models.weights import Matrices, Opaque
 from memvp_kernels.philox import draw_seed
-from tests import yardstick
 from tests.scale.processes import Group
 from tests.scale.tiny import (
     CONFIG,
@@ -95,8 +94,8 @@ def test_slots_split_over_four_ranks_give_every_gradient_whole(four: Group, slot
     answers = four.run(_split_operator, slots, 4)
     for y, errors, names, _ in answers:
         assert names == ["basis", "core", "key_position", "value_position", "x"]
-        assert y < yardstick.FLOAT64
-        assert all(error < yardstick.FLOAT64 for error in errors.values()), errors
+        assert y < 1e-14
+        assert all(error < 1e-14 for error in errors.values()), errors
     assert sum(own for *_, own in answers) == slots
     if slots < 4:
         assert answers[-1][-1] == 0, "a rank without slots was meant to be among them"
@@ -137,7 +136,7 @@ def _wrong_splits() -> dict[str, float]:
 def test_each_part_of_the_split_is_needed(two: Group) -> None:
     """Slots without a gathering backward, x without f, and an all_reduce that reduces again backward are wrong in silence."""
     for found in two.run(_wrong_splits):
-        assert found.pop("none") < yardstick.FLOAT64
+        assert found.pop("none") < 1e-14
         assert all(error > 0.1 for error in found.values()), found
 
 

@@ -28,16 +28,20 @@ _OUTER_SHAPES = {
 
 def dhidden_tile(chip: Chip, shape: Shape) -> Tile:
     """The dHidden kernel's tile: that of a hidden kernel without a gate, whose epilogue works in column pieces and needs no more room."""
-    return _shorter_steps(tiles.hidden_tile(chip, shape), chip, shape)
+    return _with_room(tiles.hidden_tile(chip, shape), chip, shape)
 
 
 def dinput_tile(chip: Chip, shape: Shape) -> Tile:
     """The dx kernel's tile: the output kernel's, with `pairs` the length of both dense loops together."""
-    return _shorter_steps(tiles.output_tile(chip, shape), chip, shape)
+    return _with_room(tiles.output_tile(chip, shape), chip, shape)
 
 
-def _shorter_steps(tile: Tile, chip: Chip, shape: Shape) -> Tile:
-    """Half the K step where pointers to a step of 64, in only four warps, leave too few registers for accumulator and epilogue."""
+def _with_room(tile: Tile, chip: Chip, shape: Shape) -> Tile:
+    """The tile with room for a backward's epilogue, which reads more than a forward's.
+
+    Half the K step where pointers to a step of 64, in only four warps, leave too few registers for accumulator and epilogue; other
+    stages and warps for IEEE float32.
+    """
     crowded = tile.block_n * tile.columns // (32 * tile.warps) >= 32 and tile.warps == 4 and tile.block_k > 32
     loading = tiles.loading(chip, shape.dtype, shape.precision, shape.descriptors)
     if loading == "ieee" and tile.block_k > 16:
@@ -62,10 +66,8 @@ def dmemory_tile(
         # tcgen05 wants 128 rows, and its float32 results spill at 256 columns; mma.sync keeps its accumulators in registers.
         slots, columns, warps = (128, 128, 8) if chip.family == "tcgen05" else (64, 128, 4)
         if together and chip.family == "tcgen05":
-            columns, warps = (
-                64,
-                4,
-            )  # between two loops the sum leaves tensor memory; 128 columns, or eight warps, spilled
+            # Between two loops the sum leaves tensor memory; 128 columns, or eight warps, spilled.
+            columns, warps = 64, 4
     if kind == "ieee" and chip.family == "mma":
         warps = 8  # four spilled 8 bytes with Triton 3.6
     columns = min(columns, tiles._bucket(width))
