@@ -139,6 +139,8 @@ def _complaints(row: Row, machine: Machine) -> Iterator[str]:
         yield "no loop has a wgmma in it, so nothing says whether they overlap"
     if any(loop.serialised for loop in machine.loops):
         yield "its wgmma are serialised: each waits for the one before"
+    if row.architecture >= 90 and not machine.follows:
+        yield "it may begin while the launch before it runs, and does not wait for it before it touches memory"
     if row.descriptors and not machine.tensor_loads:
         yield "its operands have descriptors, and nothing is loaded through TMA"
 

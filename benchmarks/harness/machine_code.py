@@ -31,10 +31,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from memvp_kernels.backends.triton import launch
 from memvp_kernels.backends.triton.steps import forced
 
-__all__ = ["Compiled", "Loop", "Machine", "inspect", "offline"]
+__all__ = ["Compiled", "Loop", "Machine", "inspect", "offline", "waits_first"]
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA")
+_MEMORY = ("LDG", "LDGSTS", "STG", "ATOMG", "ATOM", "RED", "REDG", "LD", "ST", "UTMALDG", "UTMASTG", "UBLKCP")
+_FOLLOWS = "ACQBULK"  # griddepcontrol.wait
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,10 @@ class Loop:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the machine code of one kernel says; shared memory and stack in bytes, tensor memory in columns."""
+    """What the machine code of one kernel says; shared memory and stack in bytes, tensor memory in columns.
+
+    `follows`: it is launched while the kernel before it ends, and waits for that end before it touches device memory.
+    """
 
     registers: int
     stack: int
@@ -176,6 +181,7 @@ class Machine:
     tensor_loads: int = 0
     tensor_memory: int = 0
     loops: tuple[Loop, ...] = ()
+    follows: bool = False
 
 
 def inspect(compiled: Any) -> Machine:
@@ -201,7 +207,13 @@ def inspect(compiled: Any) -> Machine:
         tensor_loads=counts["UTMALDG"],
         tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
         loops=tuple(_loops(code, labels)),
+        follows=compiled.metadata.launch_pdl and waits_first([_base(operation) for operation, _ in code]),
     )
+
+
+def waits_first(operations: list[str]) -> bool:
+    """Whether the wait comes first, in the order of the code: every path begins at its top, where `chain.follow` stands."""
+    return _FOLLOWS in operations and not set(operations[: operations.index(_FOLLOWS)]).intersection(_MEMORY)
 
 
 def _tool(name: str, *arguments: object) -> str:

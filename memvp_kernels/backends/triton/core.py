@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memvp_kernels.backends.triton import launch, tiles
+from memvp_kernels.backends.triton.chain import chained, follow
 from memvp_kernels.backends.triton.operands import BY_POINTER, load_memory_tile, load_tile, tile_pointers
 from memvp_kernels.backends.triton.segments import memory_row, sequence_bounds, tile_sequence, valid_slots
 from memvp_kernels.backends.triton.visual import Visual, store_visual
@@ -59,7 +60,7 @@ def core_forward(
             rows, segments.length or 0, segments.sequences, memories, visual.scale, visual.threshold,
             *key_core.stride()[1:], *value_core.stride()[1:], M=slots, RANK=rank, KEY_POSITION=c.shape[1] > rank, BLOCK_N=tile.block_n, BLOCK_M=tile.block_k,
             BLOCK_R=min(tile.columns, 64), BLOCK_U=tile.columns, VISUAL_ACTIVATION=visual.activation,
-            PRECISION=precision, DTYPE=launch.element_type(c.dtype), num_warps=tile.warps, num_stages=tile.stages,
+            PRECISION=precision, DTYPE=launch.element_type(c.dtype), num_warps=tile.warps, num_stages=tile.stages, **chained(c.device),
         )  # fmt: skip
     return middle, scores
 
@@ -71,11 +72,13 @@ def core_fwd_kernel(
     stride_key_m: tl.constexpr, stride_key_rank: tl.constexpr, stride_value_m: tl.constexpr, stride_value_rank: tl.constexpr, M: tl.constexpr, RANK: tl.constexpr, KEY_POSITION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr,
     VISUAL_ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(N, BLOCK_N) + S, cdiv(RANK, BLOCK_U)); a rank wider than BLOCK_U forms the scores again for each part of u.
 
     A core's inner strides are compiled in: a rank such as 136 is a multiple of 8, which Triton would not learn from an argument.
     """
+    follow(CHAINED)
     WIDTH: tl.constexpr = RANK + M if KEY_POSITION else RANK
     row_tile, sequence = tile_sequence(tl.program_id(0), cu_seqlens, S, T, BLOCK_N)
     part = tl.program_id(1) * BLOCK_U

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memvp_kernels.backends.triton import backward_tiles, launch
+from memvp_kernels.backends.triton.chain import chained, follow
 from memvp_kernels.backends.triton.dhidden import store_visual_gradient
 from memvp_kernels.backends.triton.operands import BY_POINTER, load_memory_tile, load_tile
 from memvp_kernels.backends.triton.segments import memory_row, sequence_bounds, tile_sequence, valid_slots
@@ -81,7 +82,7 @@ def core_backward(
             M=slots, RANK=rank, VALUE_POSITION=e is not None and e.shape[1] > rank, THROUGH_KEY=through_key, THROUGH_VALUE=through_value,
             BLOCK_N=tile.block_n, BLOCK_M=tile.block_k, BLOCK_R=min(tile.columns, 64), BLOCK_U=tile.columns,
             VISUAL_ACTIVATION=visual.activation, PRECISION=precision, DTYPE=launch.element_type(scores.dtype),
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, **chained(scores.device),
         )  # fmt: skip
     return made
 
@@ -94,8 +95,10 @@ def core_bwd_kernel(
     THROUGH_KEY: tl.constexpr, THROUGH_VALUE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr,
     VISUAL_ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(N, BLOCK_N) + S, parts); a rank wider than BLOCK_U forms dS and visual again for each part of t and u."""
+    follow(CHAINED)
     WIDTH: tl.constexpr = RANK + M if VALUE_POSITION else RANK
     row_tile, sequence = tile_sequence(tl.program_id(0), cu_seqlens, S, T, BLOCK_N)
     part = tl.program_id(1) * BLOCK_U

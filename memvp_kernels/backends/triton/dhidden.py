@@ -16,6 +16,7 @@ from torch import Tensor
 
 from memvp_kernels.backends.triton import backward_tiles, launch
 from memvp_kernels.backends.triton.activations import activate_derivative
+from memvp_kernels.backends.triton.chain import chained, follow
 from memvp_kernels.backends.triton.dropout import keep_mask
 from memvp_kernels.backends.triton.operands import (
     BY_POINTER,
@@ -119,7 +120,7 @@ def dhidden_backward(
             GATED=pre is not None and pre.shape[0] == 2, F=pairs, d=width, M=slots, BLOCK_N=tile.block_n, BLOCK_F=tile.columns,
             BLOCK_M=block_m, BLOCK_K=tile.block_k, PIECE=piece, GROUP=tile.group, ACTIVATION=activation,
             VISUAL_ACTIVATION=visual.activation if visual is not None else "none", FORM=form, FORM_VALUE=form_value,
-            PRECISION=shape.precision, DTYPE=launch.element_type(grad.dtype), num_warps=tile.warps, num_stages=tile.stages,
+            PRECISION=shape.precision, DTYPE=launch.element_type(grad.dtype), num_warps=tile.warps, num_stages=tile.stages, **chained(grad.device),
         )  # fmt: skip
     return made
 
@@ -137,8 +138,10 @@ def dhidden_bwd_kernel(
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     PIECE: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, VISUAL_ACTIVATION: tl.constexpr,
     FORM: tl.constexpr, FORM_VALUE: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program per tile: first cdiv(N, BLOCK_N) · cdiv(F, BLOCK_F) of the FFN, then the memory's."""
+    follow(CHAINED)
     row_tiles = tl.cdiv(N, BLOCK_N)
     ffn_tiles = row_tiles * tl.cdiv(F, BLOCK_F)
     tile = tl.program_id(0)

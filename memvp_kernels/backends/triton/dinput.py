@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memvp_kernels.backends.triton import backward_tiles, launch, tiles
+from memvp_kernels.backends.triton.chain import chained, follow
 from memvp_kernels.backends.triton.operands import BY_POINTER, BY_ROW, swizzle
 from memvp_kernels.backends.triton.output import add_memory, add_product
 from memvp_kernels.backends.triton.parts import add_parts, empty_parts
@@ -74,7 +75,7 @@ def dinput_backward(
             F=pairs, d=width, M=slots, BLOCK_N=tile.block_n, BLOCK_D=tile.columns, BLOCK_K=tile.block_k, GROUP=tile.group,
             STRADDLES=memory is not None and tiles.straddles(segments.sequences, segments.length, tile.block_n),
             SPLITS=tile.splits, FORM=form, FORM_GATE=form_gate, FORM_KEY=form_key, PRECISION=shape.precision,
-            DTYPE=launch.element_type(like.dtype if parts is None else parts.dtype), num_warps=tile.warps, num_stages=tile.stages,
+            DTYPE=launch.element_type(like.dtype if parts is None else parts.dtype), num_warps=tile.warps, num_stages=tile.stages, **chained(like.device),
         )  # fmt: skip
     return dx if parts is None else add_parts(parts, None, None, dx)
 
@@ -90,8 +91,10 @@ def dinput_bwd_kernel(
     N, T, S, R, F: tl.constexpr, d: tl.constexpr, M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STRADDLES: tl.constexpr,
     SPLITS: tl.constexpr, FORM: tl.constexpr, FORM_GATE: tl.constexpr, FORM_KEY: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles (BLOCK_N, BLOCK_D) of dx, SPLITS); with SPLITS > 1 dx is (SPLITS, N, d), a part each."""
+    follow(CHAINED)
     row_tile, column_tile = swizzle(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(d, BLOCK_D), GROUP)
     row = row_tile * BLOCK_N
     column = column_tile * BLOCK_D

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memvp_kernels.backends.triton import backward_tiles, launch
+from memvp_kernels.backends.triton.chain import chained, follow
 from memvp_kernels.backends.triton.operands import BY_POINTER, BY_ROW, load_tile
 from memvp_kernels.backends.triton.segments import memory_row, sequence_bounds, sequence_of_row, valid_slots
 from memvp_kernels.problem import Segments
@@ -145,7 +146,7 @@ def _launch(
             left.stride(0), right.stride(0), other_left.stride(0), other_right.stride(0),
             segments.rows, segments.length or 0, segments.sequences, memories, slots, results, launch.programs(segments.rows, results),
             M=columns, d=width, BLOCK_M=tile.block_n, BLOCK_D=tile.columns, BLOCK_K=tile.block_k, SCAN=_SCAN,
-            DENSE=parts > 0, TOGETHER=together, ADDS=adds, FORM=(BY_ROW if tma else BY_POINTER).value, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
+            DENSE=parts > 0, TOGETHER=together, ADDS=adds, FORM=(BY_ROW if tma else BY_POINTER).value, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages, **chained(right.device),
         )  # fmt: skip
 
     with launch.on_device(right):
@@ -161,12 +162,14 @@ def dmemory_bwd_kernel(
     N, T, S, R, slots, results, part_rows, M: tl.constexpr, d: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr, DENSE: tl.constexpr,
     TOGETHER: tl.constexpr, ADDS: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program per tile (BLOCK_M, BLOCK_D) of one of the results; the second pair's programs come after the first's.
 
     A result is one memory row's gradient; with DENSE the sum over one part of the rows. With TOGETHER there is one of each for both
     pairs. With ADDS it is added to what is there.
     """
+    follow(CHAINED)
     SLOT_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     COLUMN_TILES: tl.constexpr = (d + BLOCK_D - 1) // BLOCK_D
     # Tiles of one block of columns side by side: they share x's columns in L2.

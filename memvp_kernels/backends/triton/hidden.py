@@ -20,6 +20,7 @@ from torch import Tensor
 
 from memvp_kernels.backends.triton import launch, tiles
 from memvp_kernels.backends.triton.activations import activate
+from memvp_kernels.backends.triton.chain import chained, follow
 from memvp_kernels.backends.triton.operands import (
     BY_PAIR,
     BY_POINTER,
@@ -138,7 +139,7 @@ def hidden_forward(
             ACTIVATION=activation, VISUAL_ACTIVATION=visual.activation if visual is not None else "none",
             FORM=form, FORM_GATE=form_gate, FORM_KEY=form_key, FORM_STORE=form_store, PERSISTENT=persistent,
             PRECISION=shape.precision, DTYPE=launch.element_type(x.dtype),
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, **chained(x.device),
         )  # fmt: skip
     return made
 
@@ -167,11 +168,13 @@ def hidden_fwd_kernel(
     ACTIVATION: tl.constexpr, VISUAL_ACTIVATION: tl.constexpr,
     FORM: tl.constexpr, FORM_GATE: tl.constexpr, FORM_KEY: tl.constexpr, FORM_STORE: tl.constexpr, PERSISTENT: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Tiles: first cdiv(N, BLOCK_N) · cdiv(F, BLOCK_F) of the FFN, then the memory's, which are fewer and end the last wave.
 
     One program each, or with PERSISTENT every num_programs-th.
     """
+    follow(CHAINED)
     if PERSISTENT:
         count = tl.cdiv(N, BLOCK_N) * tl.cdiv(F, BLOCK_F)
         if memory is not None:

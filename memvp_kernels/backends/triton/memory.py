@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memvp_kernels.backends.triton import launch
+from memvp_kernels.backends.triton.chain import chained, follow
 from memvp_kernels.backends.triton.segments import valid_slots
 from memvp_kernels.problem import Problem
 
@@ -48,6 +49,7 @@ def form_memory(
             form_memory_kernel[grid](
                 memory, position, lengths, formed, *memory.stride(), *(position.stride() if position is not None else (0, 0)),
                 slots, width, _BLOCK_SLOTS, _BLOCK_COLUMNS, launch.element_type(dtype),
+                **chained(memory.device),
             )  # fmt: skip
     return formed
 
@@ -79,7 +81,9 @@ def value_operand(problem: Problem) -> Tensor:
 def form_memory_kernel(
     memory, position, lengths, formed, stride_memory, stride_slot, stride_column, stride_position_slot, stride_position_column,
     M, d: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
+    follow(CHAINED)
     slot_tiles = tl.cdiv(M, BLOCK_SLOTS)
     row = tl.program_id(0) // slot_tiles
     o_slot = (tl.program_id(0) % slot_tiles * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS))[:, None]

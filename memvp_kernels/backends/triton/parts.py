@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memvp_kernels.backends.triton import launch
+from memvp_kernels.backends.triton.chain import chained, follow
 
 __all__ = ["add_parts", "add_parts_kernel", "empty_parts"]
 
@@ -34,6 +35,7 @@ def add_parts(parts: Tensor, bias: Tensor | None, residual: Tensor | None, out: 
         add_parts_kernel[grid](
             parts, bias, residual, out, bias.stride(0) if bias is not None else 0, *(residual.stride() if residual is not None else (0, 0)),
             rows, d=width, SPLITS=splits, BLOCK_ROWS=_BLOCK_ROWS, BLOCK_COLUMNS=_BLOCK_COLUMNS, DTYPE=launch.element_type(out.dtype),
+            **chained(out.device),
         )  # fmt: skip
     return out
 
@@ -42,8 +44,10 @@ def add_parts(parts: Tensor, bias: Tensor | None, residual: Tensor | None, out: 
 def add_parts_kernel(
     parts, bias, residual, out, stride_bias, stride_residual_n, stride_residual_d, N, d: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(N, BLOCK_ROWS), cdiv(d, BLOCK_COLUMNS))."""
+    follow(CHAINED)
     o_row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
     o_column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
     inside = (o_row < N) & (o_column < d)

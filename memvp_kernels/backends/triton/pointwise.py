@@ -9,6 +9,7 @@ from torch import Tensor
 
 from memvp_kernels.backends.triton import launch
 from memvp_kernels.backends.triton.activations import activate, activate_derivative
+from memvp_kernels.backends.triton.chain import chained, follow
 
 __all__ = ["form_dpre", "form_dpre_kernel", "form_hidden", "form_hidden_kernel"]
 
@@ -25,7 +26,8 @@ def form_hidden(pre: Tensor, activation: str, into: Tensor | None = None) -> Ten
     size = hidden.numel()
     with launch.on_device(pre):
         form_hidden_kernel[(launch.programs(size, _BLOCK),)](
-            pre, hidden, size, GATED=pre.shape[0] == 2, ACTIVATION=activation, DTYPE=launch.element_type(pre.dtype), BLOCK=_BLOCK
+            pre, hidden, size, GATED=pre.shape[0] == 2, ACTIVATION=activation, DTYPE=launch.element_type(pre.dtype), BLOCK=_BLOCK,
+            **chained(pre.device),
         )  # fmt: skip
     return hidden
 
@@ -38,15 +40,18 @@ def form_dpre(dhidden: Tensor, pre: Tensor, dpre: Tensor, activation: str) -> No
     size = dhidden.numel()
     with launch.on_device(pre):
         form_dpre_kernel[(launch.programs(size, _BLOCK),)](
-            dhidden, pre, dpre, size, GATED=pre.shape[0] == 2, ACTIVATION=activation, DTYPE=launch.element_type(pre.dtype), BLOCK=_BLOCK
+            dhidden, pre, dpre, size, GATED=pre.shape[0] == 2, ACTIVATION=activation, DTYPE=launch.element_type(pre.dtype), BLOCK=_BLOCK,
+            **chained(pre.device),
         )  # fmt: skip
 
 
 @triton.jit
 def form_hidden_kernel(
-    pre, hidden, size, GATED: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
-):
+    pre, hidden, size, GATED: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
     """Grid (cdiv(size, BLOCK),) over the N · F elements."""
+    follow(CHAINED)
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < size
     b_hidden = activate(tl.load(pre + offset, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
@@ -57,9 +62,11 @@ def form_hidden_kernel(
 
 @triton.jit
 def form_dpre_kernel(
-    dhidden, pre, dpre, size, GATED: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
-):
+    dhidden, pre, dpre, size, GATED: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
     """Grid (cdiv(size, BLOCK),) over the N · F elements."""
+    follow(CHAINED)
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < size
     b_dhidden = tl.load(dhidden + offset, mask=inside, other=0.0).to(tl.float32)

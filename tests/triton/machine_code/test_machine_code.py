@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from harness.machine_cases import NUMBERS
 from harness.machine_checks import KERNELS, Row, complaints
-from harness.machine_code import Loop, Machine
+from harness.machine_code import Loop, Machine, waits_first
 
 from memvp_kernels.backends import triton as backend
 
@@ -87,7 +87,7 @@ def test_no_kernel_is_forgotten() -> None:
 
 _HIDDEN = Row(
     "hidden_fwd_kernel", "plain", 90, "bfloat16", 128, 128, 64, 4, True, True, 132, 1.0, None,
-    Machine(180, 0, 0, 128 * 1024, 8, {"HGMMA.64x256x16.F32.BF16": 4}, 8, 0, (Loop(90, 4, 1, 1),)),
+    Machine(180, 0, 0, 128 * 1024, 8, {"HGMMA.64x256x16.F32.BF16": 4}, 8, 0, (Loop(90, 4, 1, 1),), True),
 )  # fmt: skip
 
 
@@ -105,6 +105,7 @@ _HIDDEN = Row(
         ({"loops": (Loop(90, 4, 4, 0),)}, "serialised"),
         ({"loops": ()}, "no loop"),
         ({"tensor_loads": 0}, "TMA"),
+        ({"follows": False}, "launch before it"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -137,6 +138,14 @@ def test_the_instruction_goes_by_the_product_alone(row: dict[str, Any], good: st
     serialised = planted(expecting, matrix={good: 4}, loops=(Loop(90, 4, 4, 0),))
     assert len(serialised) == 1
     assert "serialised" in serialised[0]
+
+
+@pytest.mark.parametrize(
+    ("operations", "first"),
+    [("S2R ACQBULK PREEXIT LDG STG", True), ("S2R LDG ACQBULK STG", False), ("UTMALDG ACQBULK", False), ("S2R LDG STG", False)],
+)  # fmt: skip
+def test_a_kernel_that_may_begin_early_waits_before_it_touches_memory(operations: str, first: bool) -> None:
+    assert waits_first(operations.split()) == first
 
 
 def test_what_multiplies_nothing_needs_no_instruction() -> None:
