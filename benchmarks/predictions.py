@@ -1,4 +1,4 @@
-"""The cost model's predictions for LLaMA-7B on a Hopper against the floor and the goals, for both roads; writes the tables of a note.
+"""The cost model's predictions for LLaMA-7B on a Hopper against the floor and the goals, for every road; writes the tables of a note.
 
     python benchmarks/predictions.py                                          prints them
     python benchmarks/predictions.py --renew docs/notes/predictions.md        and puts them between the note's marks
@@ -15,6 +15,8 @@ from pathlib import Path
 from harness.predictions import CASES, Case, Launch, Prediction, launches, predict
 from harness.table import markdown
 
+from memvp_kernels.backends.triton import roads
+
 __all__ = ["main", "renewed", "tables"]
 
 _BEGIN, _END = "<!-- predictions: begin -->", "<!-- predictions: end -->"
@@ -23,13 +25,11 @@ _COLUMNS = {
     "case": "case",
     "floor": "floor µs",
     "goal": "goal",
-    "fused": "all fused",
-    "library": "all by the library",
+    **{road: road for road in roads.ROADS},
     "chosen": "chosen",
     "steps": "chosen: µs by step (L: by the library)",
-    "met": "goal met, if the model is right",
+    "met": "goal met by, if the model is right",
 }
-
 
 _KERNEL_COLUMNS = {
     "case": "case",
@@ -48,7 +48,7 @@ def tables() -> str:
     """All tables as Markdown."""
     found = []
     for form, title in _FORMS.items():
-        rows = [_cells(*(predict(case, form, road) for road in ("fused", "library", "chosen"))) for case in CASES]
+        rows = [_cells({road: predict(case, form, road) for road in (*roads.ROADS, "chosen")}) for case in CASES]
         found.append(f"### {title}\n\n{markdown(rows, _COLUMNS)}")
     kernels = [_kernel_cells(case, launch) for case in CASES for launch in launches(case)]
     found.append(f"### The fused kernels, plain memory\n\n{markdown(kernels, _KERNEL_COLUMNS)}")
@@ -72,17 +72,18 @@ def _kernel_cells(case: Case, launch: Launch) -> dict[str, object]:
     }
 
 
-def _cells(fused: Prediction, library: Prediction, chosen: Prediction) -> dict[str, object]:
-    case = chosen.case
-    steps = (f"{name}{' L' if name in chosen.by_library else ''} {time:.0f}" for name, time in chosen.steps.items())
-    goal = case.goal
+def _cells(found: dict[str, Prediction]) -> dict[str, object]:
+    chosen = found["chosen"]
+    case, goal = chosen.case, chosen.case.goal
+    marks = {step: " L" for step, road in chosen.taken.items() if road == "library"}
+    met = [road for road, p in found.items() if goal is not None and p.over_floor <= goal]
     return {
         "case": case.name,
         "floor": f"{chosen.floor:.0f}",
         "goal": "–" if goal is None else f"≤ {goal:.2f}×",
-        **{p.road: f"{p.total:.0f} ({p.over_floor:.2f}×)" for p in (fused, library, chosen)},
-        "steps": ", ".join(steps),
-        "met": "–" if goal is None else "yes" if chosen.over_floor <= goal else "no",
+        **{road: f"{p.total:.0f} ({p.over_floor:.2f}×)" for road, p in found.items()},
+        "steps": ", ".join(f"{step}{marks.get(step, '')} {time:.0f}" for step, time in chosen.steps.items()),
+        "met": "–" if goal is None else ", ".join(met) or "none",
     }
 
 

@@ -63,9 +63,9 @@ class Prediction:
     """Predicted time of a case in µs.
 
     Attributes:
-        road: "fused", "library", or "chosen": each step on the road that the model prefers.
+        road: one of `roads.ROADS`, or "chosen": each large step on the road that the model prefers of those it may choose from.
         steps: by step, in the order in which they run.
-        by_library: the steps that go by the library's products.
+        taken: the roads of the large steps.
         floor: the fewest µs by arithmetic and traffic.
     """
 
@@ -73,7 +73,7 @@ class Prediction:
     form: str
     road: str
     steps: dict[str, float]
-    by_library: tuple[str, ...]
+    taken: dict[str, str]
     floor: float
 
     @property
@@ -90,14 +90,12 @@ def predict(case: Case, form: str, road: str) -> Prediction:
     size = FFNShape.of(_PRESET, sequences=case.sequences, tokens=case.tokens, visual_tokens=256, element=_SIZE)
     count = ffn_backward(form, size) if case.backward else ffn_forward(form, size, training=case.training)
     shape = _shape(case, form)
-    preferred = roads.by_library(_CHIP, shape)
-    chosen = {step: road if road != "chosen" else "library" if step in preferred else "fused" for step in roads.STEPS}
     large = ("dhidden", "dinput") if case.backward else ("hidden", "output")
-    first, last = ((s, _microseconds(roads.step_cycles(_CHIP, shape, s, chosen[s]))) for s in large)
+    preferred = dict(zip(roads.STEPS, roads.choice(_CHIP, shape), strict=True))
+    taken = {step: preferred[step] if road == "chosen" else road for step in large}
+    first, last = ((s, _microseconds(roads.step_cycles(_CHIP, shape, s, taken[s]))) for s in large)
     steps = dict([first, *_between(case, form), last, *(_after(case, form) if case.backward else ())])
-    return Prediction(
-        case, form, road, steps, tuple(s for s in large if chosen[s] == "library"), 1e3 * _ROOFS.floor_ms(count)
-    )
+    return Prediction(case, form, road, steps, taken, 1e3 * _ROOFS.floor_ms(count))
 
 
 @dataclass(frozen=True)
@@ -175,7 +173,7 @@ def _after(case: Case, form: str) -> Iterator[tuple[str, float]]:
 def _small(flops: int, numbers: int, rate: float, *, launches: int) -> float:
     chip = _CHIP
     cycles = max(flops / (rate * chip.tensor * chip.multiprocessors), numbers * _SIZE / chip.memory)
-    return _microseconds(cycles) + launches * tiles._LAUNCH_SECONDS * 1e6
+    return _microseconds(cycles) + _microseconds(launches * tiles.launch_cycles(chip))
 
 
 def _microseconds(cycles: float) -> float:

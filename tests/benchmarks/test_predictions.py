@@ -10,23 +10,25 @@ import pytest
 from harness.predictions import CASES, Case, predict
 
 pytest.importorskip("triton")
+from memvp_kernels.backends.triton import roads
+
 NOTE = Path(__file__).resolve().parents[2] / "docs" / "notes" / "predictions.md"
 
 
 @pytest.mark.parametrize("form", ["factored", "formed"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_prediction(case: Case, form: str) -> None:
-    fused, library, chosen = (predict(case, form, road) for road in ("fused", "library", "chosen"))
-    for found in (fused, library, chosen):
-        assert found.total > found.floor > 0
-        assert all(time > 0 for time in found.steps.values())
-    assert fused.by_library == ()
-    assert len(library.by_library) == 2
-    assert chosen.total <= min(fused.total, library.total)
+    found = {road: predict(case, form, road) for road in roads.ROADS}
+    chosen = predict(case, form, "chosen")
+    for prediction in (*found.values(), chosen):
+        assert prediction.total > prediction.floor > 0
+        assert all(time > 0 for time in prediction.steps.values())
+    assert set(chosen.taken.values()) <= set(roads.CHOSEN_FROM)
+    assert chosen.total <= min(found[road].total for road in roads.CHOSEN_FROM)
 
 
 def test_more_rows_take_longer() -> None:
-    for form, road in itertools.product(("factored", "formed"), ("fused", "library", "chosen")):
+    for form, road in itertools.product(("factored", "formed"), (*roads.ROADS, "chosen")):
         totals = [predict(Case(n // 512, 512, training=False), form, road).total for n in (512, 1024, 4096, 8192)]
         assert totals == sorted(totals)
 

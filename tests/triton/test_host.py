@@ -32,7 +32,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
     for owner, name in ((launch, "_walkable"), (tiles, "candidates"), (roads, "step_cycles")):
         count(owner, name)
     for remembered in (
-        launch._form, launch._fields, tiles.hidden_tile, tiles._hidden_tile, tiles.output_tile, tiles._output_tile, roads.by_library,
+        launch._form, launch._fields, tiles.hidden_tile, tiles._hidden_tile, tiles.output_tile, tiles._output_tile, roads.choice,
     ):  # fmt: skip
         remembered.cache_clear()
     return done

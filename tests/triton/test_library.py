@@ -167,7 +167,7 @@ def test_which_steps_the_choice_gives() -> None:
         large: dict[str, Any] = {"rows": 8192, "width": 4096, "pairs": 11008}
         chip = tiles.chip_of(90)
         wide = steps.shape_of(problem(dtype=torch.float32))._replace(**large, precision="ieee")
-        assert roads.by_library(chip, wide) == set(roads.STEPS)
+        assert set(roads.choice(chip, wide)) == {"library"}
         fused = steps.steps_of(problem())
         assert all(getattr(fused, step) is getattr(steps.Fused, step) for step in roads.STEPS)
     assert steps.steps_of(problem()).hidden is library.hidden

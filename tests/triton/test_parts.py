@@ -88,7 +88,7 @@ def test_a_cut_pays_for_its_second_launch() -> None:
         tile = chosen(rows)
         assert cost(tile) <= least if tile.splits == 1 else cost(tile) < least
     assert tiles.joining_cycles(chip, 512 * 2048, 1) == 0
-    assert tiles.joining_cycles(chip, 512 * 2048, 2) > tiles._LAUNCH_SECONDS * chip.clock * 1e9
+    assert tiles.joining_cycles(chip, 512 * 2048, 2) > tiles.launch_cycles(chip)
 
 
 def test_one_memory_for_all_is_priced_once() -> None:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memvp_kernels.backends import triton as backend
 from memvp_kernels.backends.triton import roads, steps, tiles
+from memvp_kernels.backends.triton.rates import RATES
 from memvp_kernels.backends.triton.shape import Shape
 from memvp_kernels.problem import Problem
 from tests.triton.conftest import INTERPRETED
@@ -44,7 +45,7 @@ def test_no_product_is_faster_than_its_arithmetic_and_its_bytes() -> None:
     for rows, columns, depth in itertools.product((16, 512, 8192), (456, 4096, 11008), (320, 4096, 11008)):
         cycles = roads.product_cycles(HOPPER, torch.bfloat16, "ieee", rows, columns, depth)
         flops = 2 * rows * columns * depth
-        assert cycles >= flops / (HOPPER.tensor * HOPPER.multiprocessors * roads._LIBRARY_RATE)
+        assert cycles >= flops / (HOPPER.tensor * HOPPER.multiprocessors * RATES.library)
         assert cycles >= 2 * (rows * depth + depth * columns + rows * columns) / HOPPER.memory
 
 
@@ -52,29 +53,34 @@ def test_no_product_is_faster_than_its_arithmetic_and_its_bytes() -> None:
 def test_each_step_takes_the_cheaper_road(dense: bool) -> None:
     for rows in (16, 64, 512, 1024, 4096, 8192):
         of = shape(rows, dense=dense)
-        chosen = roads.by_library(HOPPER, of)
-        for step in roads.STEPS:
-            assert (step in chosen) == (cost(of, step, "library") < cost(of, step, "fused"))
+        for among in (roads.CHOSEN_FROM, roads.ROADS):
+            for step, road in zip(roads.STEPS, roads.choice(HOPPER, of, among), strict=True):
+                assert cost(of, step, road) == min(cost(of, step, other) for other in among)
+
+
+def by_library(of: Shape) -> set[str]:
+    """The steps that the library takes of those that it and the fused kernels share."""
+    return {step for step, road in zip(roads.STEPS, roads.choice(HOPPER, of), strict=True) if road == "library"}
 
 
 def test_what_decides() -> None:
     """Few rows: launches and passes. Many: a slower loop against a pass, five N·F numbers for dHidden and none for the output."""
-    assert "hidden" not in roads.by_library(HOPPER, shape(64))
-    chosen = roads.by_library(HOPPER, shape(8192))
+    assert "hidden" not in by_library(shape(64))
+    chosen = by_library(shape(8192))
     assert "output" in chosen
     assert "dhidden" not in chosen
-    assert not roads.by_library(HOPPER, shape(45, width=40, pairs=72, slots=17))
+    assert not by_library(shape(45, width=40, pairs=72, slots=17))
 
 
 def test_ieee_float32_goes_by_the_library() -> None:
     for rows in (512, 4096):
-        assert roads.by_library(HOPPER, shape(rows, dtype=torch.float32)) == set(roads.STEPS)
+        assert by_library(shape(rows, dtype=torch.float32)) == set(roads.STEPS)
 
 
 def test_hopper_without_descriptors_has_more_reason_for_the_library() -> None:
     for step in roads.STEPS:
         assert cost(shape(8192, descriptors=False), step, "fused") > cost(shape(8192), step, "fused")
-    assert roads.by_library(HOPPER, shape(8192, descriptors=False)) == set(roads.STEPS)
+    assert by_library(shape(8192, descriptors=False)) == set(roads.STEPS)
 
 
 def test_more_rows_never_cost_less() -> None:
@@ -114,7 +120,7 @@ def test_launches_are_counted_right(form: str, road: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(known, method, counted)
 
     def of_steps(*names: str) -> int:
-        return sum(roads._launches(steps.shape_of(p), name, road) for name in names)
+        return sum(sum(roads.launches(steps.shape_of(p), name, road)) for name in names)
 
     def kernels() -> int:
         large = ("hidden", "output", "dinput")  # form_hidden and dhidden among them

@@ -1,8 +1,14 @@
-"""What each of the four large steps should cost on either road: its fused kernel, or the library's products with passes around them.
+"""What each of the four large steps should cost on each road, and which road a problem's steps take.
 
-Both roads do the same arithmetic in the same waves (:mod:`.tiles`). The fused kernel multiplies at a share of the library's rate; the
-library moves more bytes, launches more often, and has no activation in its epilogue. All of it counted, nothing timed: the same choice
-on every rank and in every run. The shares are assumptions until somebody measures them, and so is every time that follows from them.
+    fused    one Triton kernel for the whole step
+    library  the vendor's products, with passes around them
+    gluon    one warp-specialised kernel in Gluon, Hopper only
+    wgmma    the same in CUDA C++ (the extension), Hopper only
+
+All roads do the same arithmetic in waves of tiles. The fused kernel multiplies at a share of the library's rate; the library moves more
+bytes, launches more often, and has no activation in its epilogue; the last two keep the library's loop and the fused epilogue. All of it counted,
+nothing timed: the same choice on every rank and in every run. The rates (:mod:`.rates`) are assumptions until somebody measures them, and
+so is every time that follows from them.
 """
 
 from __future__ import annotations
@@ -13,45 +19,49 @@ from functools import cache, lru_cache
 
 import torch
 
-from memvp_kernels.backends.triton import tiles
+from memvp_kernels.backends.triton import ring_tiles, tiles
+from memvp_kernels.backends.triton.rates import RATES, Rates
 from memvp_kernels.backends.triton.shape import Shape
 from memvp_kernels.backends.triton.tiles import Chip, Tile
 
-__all__ = ["ROADS", "STEPS", "by_library", "fused_tile", "of_launch", "product_cycles", "step_cycles"]
+__all__ = ["CHOSEN_FROM", "ROADS", "STEPS", "choice", "fused_tile", "of_launch", "product_cycles", "step_cycles"]
 
-ROADS = ("fused", "library")
+ROADS = ("fused", "library", "gluon", "wgmma")
+#: What a choice is made from. The last two of `ROADS` have barriers of their own between their warps, checked by interpreters and on no
+#: GPU yet: where a mistake could hang a training run they have to be asked for (`steps.forced`) until one has run them.
+CHOSEN_FROM = ("fused", "library")
 STEPS = ("hidden", "output", "dhidden", "dinput")
-
-#: The rate of a pipelined `tl.dot` loop over the chip's, by the matrix instruction it becomes; "pointer": on Hopper without descriptors,
-#: "ieee": float32 outside the tensor cores. Assumed: with what a tile costs beside its loop, Hopper's comes to 0.90 of the library's
-#: rate, within the published range (Gluon 0.92 to 1.01 of cuBLAS, plain pointers 0.40 to 0.87).
-_FUSED_RATE = {"wgmma": 0.95, "tcgen05": 0.80, "mma": 0.95, "pointer": 0.68, "ieee": 0.42}
-#: The library's, whose persistent kernels load the next tile and store the last one beside the products: so that a bfloat16 product of
-#: 8192 x 8192 x 8192 runs at the 790 TFLOP/s that an H200 was measured at. Taken for every chip.
-_LIBRARY_RATE = 1.03
-_PASS_RATE = 0.90  # of the memory's bandwidth that an elementwise pass reaches; assumed
 
 
 @lru_cache(tiles.REMEMBERED)
-def by_library(chip: Chip, shape: Shape) -> frozenset[str]:
-    """The steps that the library's road should finish first; of equal cost the fused kernel wins."""
-    return frozenset(
-        step for step in STEPS
-        if step_cycles(chip, shape, step, "library") < step_cycles(chip, shape, step, "fused")
-    )  # fmt: skip
+def choice(chip: Chip, shape: Shape, among: tuple[str, ...] = CHOSEN_FROM) -> tuple[str, ...]:
+    """For each of `STEPS` the road that should finish it first; of equal cost the first of `among`."""
+    return tuple(min(among, key=lambda road: step_cycles(chip, shape, step, road)) for step in STEPS)
 
 
-def step_cycles(chip: Chip, shape: Shape, step: str, road: str) -> float:
-    """Predicted clock cycles of one step of the forward or backward, launches included."""
-    cycles = _fused_cycles(chip, shape, step) if road == "fused" else sum(_library_cycles(chip, shape, step))
-    return cycles + _launches(shape, step, road) * tiles._LAUNCH_SECONDS * chip.clock * 1e9
-
-
-def _launches(shape: Shape, step: str, road: str) -> int:
+def step_cycles(chip: Chip, shape: Shape, step: str, road: str, rates: Rates = RATES) -> float:
+    """Predicted clock cycles of one step of the forward or backward, launches included; infinite where the road can't take it."""
     if road == "fused":
-        return 1
+        cycles = _fused_cycles(chip, shape, step, rates)
+    elif road == "library":
+        cycles = sum(_library_cycles(chip, shape, step, rates))
+    else:
+        cycles = sum(_ring_cycles(chip, shape, step, road, rates))
+    library, own = launches(shape, step, road)
+    return cycles + library * rates.launch * chip.clock * 1e9 + own * tiles.launch_cycles(chip, rates)
+
+
+def launches(shape: Shape, step: str, road: str) -> tuple[int, int]:
+    """Of one step: the library's, and those of the package's own kernels, which may begin while the one before them ends."""
+    alone = int(shape.slots > 0 and not shape.dense)  # a memory per sequence beside products that don't have it
+    if road == "fused":
+        return 0, 1
+    if road != "library":
+        return 0, int(shape.pairs > 0 or not alone) + alone
     products = shape.branches if step in ("hidden", "dinput") else 1
-    return (products + (step in ("hidden", "dhidden")) if shape.pairs else 0) + (shape.slots > 0)
+    shared = int(shape.slots > 0 and shape.dense)
+    passes = int(step in ("hidden", "dhidden"))
+    return (products if shape.pairs else 0) + shared, (passes if shape.pairs else 0) + alone
 
 
 def fused_tile(chip: Chip, shape: Shape, step: str) -> Tile:
@@ -66,47 +76,73 @@ def of_launch(shape: Shape, step: str) -> Shape:
     return shape._replace(pairs=pairs, gated=shape.gated and step == "hidden")
 
 
-def _fused_cycles(chip: Chip, shape: Shape, step: str) -> float:
+def _fused_cycles(chip: Chip, shape: Shape, step: str, rates: Rates) -> float:
     s, tile, launched = shape, fused_tile(chip, shape, step), of_launch(shape, step)
     if step in ("hidden", "dhidden"):
-        hidden = step == "hidden"
-        persistent = hidden and s.descriptors and (s.dense or not s.slots) and s.dtype != torch.float32
+        persistent = step == "hidden" and s.descriptors and (s.dense or not s.slots) and s.dtype != torch.float32
         cycles = tiles.hidden_cycles(chip, tile, launched, persistent)
-        # What an epilogue moves beyond one result per column: hidden beside the pre-activations; those, and the gradient of each but one.
-        beyond = 1 if hidden else 2 * s.branches - 1
-        return cycles / _fused_rate(chip, s) + _through_l2(chip, s, beyond * s.rows * s.pairs)
+        return cycles / _fused_rate(chip, s, rates) + _beyond(chip, s, step)
     cut = s.slots > 0 and not s.dense and tiles.straddles(s.sequences, s.length, tile.block_n)
-    return tiles.output_cycles(chip, tile, launched, cut) / _fused_rate(chip, s)
+    return tiles.output_cycles(chip, tile, launched, cut) / _fused_rate(chip, s, rates)
 
 
-def _library_cycles(chip: Chip, shape: Shape, step: str) -> Iterator[float]:
+def _ring_cycles(chip: Chip, shape: Shape, step: str, road: str, rates: Rates) -> Iterator[float]:
+    """Everything dense in one launch of programs that stay; a memory per sequence by the fused kernel's tiles alone, added afterwards."""
+    s = shape
+    if not ring_tiles.fits(chip, s):
+        yield math.inf
+        return
+    if s.pairs or s.dense:
+        tile = ring_tiles.ring_tile(chip, s, step, road)
+        yield ring_tiles.ring_cycles(chip, s, step, tile, rates.gluon if road == "gluon" else rates.extension)
+        yield _beyond(chip, s, step)
+    if s.slots and not s.dense:
+        yield _fused_cycles(chip, s._replace(pairs=0), step, rates)
+        if s.pairs and step in ("output", "dinput"):
+            yield _moving(chip, s, s.rows * s.width, rates)
+
+
+def _beyond(chip: Chip, shape: Shape, step: str) -> float:
+    """What a fused epilogue moves beyond one result per column: hidden beside the pre-activations; those, and the gradient of each but one."""
+    numbers = {"hidden": 1, "dhidden": 2 * shape.branches - 1}.get(step, 0) * shape.rows * shape.pairs
+    # The multiprocessors take turns at their epilogues, so the memory keeps up and L2 decides.
+    return numbers * shape.dtype.itemsize / (chip.l2 * chip.multiprocessors)
+
+
+def _library_cycles(chip: Chip, shape: Shape, step: str, rates: Rates) -> Iterator[float]:
     """The library's products, the passes between them, and the memory's own step."""
     s = shape
     n, d, f = s.rows, s.width, s.pairs
+
+    def product(columns: int, depth: int) -> float:
+        return product_cycles(chip, s.dtype, s.precision, n, columns, depth, rates.library)
+
     if f and step == "hidden":
-        yield s.branches * product_cycles(chip, s.dtype, s.precision, n, f, d)
-        yield _moving(chip, s, (s.branches + 1) * n * f)
+        yield s.branches * product(f, d)
+        yield _moving(chip, s, (s.branches + 1) * n * f, rates)
     elif f and step == "dhidden":
-        yield product_cycles(chip, s.dtype, s.precision, n, f, d)
-        yield _moving(chip, s, (2 * s.branches + 1) * n * f)
+        yield product(f, d)
+        yield _moving(chip, s, (2 * s.branches + 1) * n * f, rates)
     elif f:
         products = s.branches if step == "dinput" else 1
-        yield products * product_cycles(chip, s.dtype, s.precision, n, d, f)
+        yield products * product(d, f)
         # A product that accumulates reads what the last one wrote.
-        yield _moving(chip, s, (products - 1) * n * d)
+        yield _moving(chip, s, (products - 1) * n * d, rates)
     if not s.slots:
         return
     if not s.dense:
-        yield _fused_cycles(chip, s._replace(pairs=0), step)  # the memory's part alone
+        yield _fused_cycles(chip, s._replace(pairs=0), step, rates)  # the memory's part alone
     elif step in ("hidden", "dhidden"):
-        yield product_cycles(chip, s.dtype, s.precision, n, s.slots, d)
+        yield product(s.slots, d)
     else:
-        yield product_cycles(chip, s.dtype, s.precision, n, d, s.slots)
+        yield product(d, s.slots)
     if f and step in ("output", "dinput"):
-        yield _moving(chip, s, n * d)
+        yield _moving(chip, s, n * d, rates)
 
 
-def product_cycles(chip: Chip, dtype: torch.dtype, precision: str, rows: int, columns: int, depth: int) -> float:
+def product_cycles(
+    chip: Chip, dtype: torch.dtype, precision: str, rows: int, columns: int, depth: int, rate: float = RATES.library
+) -> float:
     """Predicted clock cycles of one library product (rows, depth) · (depth, columns): its best tile, cut along `depth` where waves are thin."""
     best = math.inf
     moved = (rows * depth + depth * columns + rows * columns) * dtype.itemsize
@@ -115,7 +151,7 @@ def product_cycles(chip: Chip, dtype: torch.dtype, precision: str, rows: int, co
         for splits in tiles.split_choices(chip, tile, rows, columns, depth):
             steps = math.ceil(depth / (tile.block_k * splits))
             waves = math.ceil(count * splits / chip.multiprocessors)
-            products = waves * steps * tiles.step_cycles(chip, tile, dtype, precision, tile.columns) / _LIBRARY_RATE
+            products = waves * steps * tiles.step_cycles(chip, tile, dtype, precision, tile.columns) / rate
             best = min(best, max(products, moved / chip.memory) + tiles.joining_cycles(chip, rows * columns, splits))
     return best
 
@@ -126,19 +162,14 @@ def _library_tiles() -> list[Tile]:
     return [*tiles.candidates(tiles.chip_of(90), torch.float16, "ieee", descriptors=True), Tile(128, 192, 64, 8, 2)]
 
 
-def _fused_rate(chip: Chip, shape: Shape) -> float:
+def _fused_rate(chip: Chip, shape: Shape, rates: Rates) -> float:
     if shape.dtype == torch.float32 and shape.precision == "ieee":
-        return _FUSED_RATE["ieee"]
+        return rates.ieee
     if chip.family == "wgmma" and not shape.descriptors:
-        return _FUSED_RATE["pointer"]
-    return _FUSED_RATE[chip.family]
+        return rates.pointer
+    return {"wgmma": rates.wgmma, "tcgen05": rates.tcgen05, "mma": rates.mma}[chip.family]
 
 
-def _through_l2(chip: Chip, shape: Shape, numbers: float) -> float:
-    """Cycles for all multiprocessors together to move so many numbers in epilogues: they take turns, so the memory keeps up."""
-    return numbers * shape.dtype.itemsize / (chip.l2 * chip.multiprocessors)
-
-
-def _moving(chip: Chip, shape: Shape, numbers: float) -> float:
+def _moving(chip: Chip, shape: Shape, numbers: float, rates: Rates) -> float:
     """Cycles to read or write so many numbers of the dtype with nothing beside it."""
-    return numbers * shape.dtype.itemsize / (_PASS_RATE * chip.memory)
+    return numbers * shape.dtype.itemsize / (rates.elementwise * chip.memory)

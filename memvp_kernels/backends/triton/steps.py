@@ -65,12 +65,13 @@ def steps_of(problem: Problem) -> Steps:
     """The steps of this problem."""
     if _forced is not None:
         return ON_ROAD[_forced]
-    return _chosen(roads.by_library(launch.chip(problem.x.device), shape_of(problem)))
+    return _chosen(roads.choice(launch.chip(problem.x.device), shape_of(problem)))
 
 
 @functools.cache
-def _chosen(by_library: frozenset[str]) -> Steps:
-    return type("Chosen", (Fused,), {step: vars(Library)[step] for step in by_library})
+def _chosen(choice: tuple[str, ...]) -> Steps:
+    taken = dict(zip(roads.STEPS, choice, strict=True))
+    return type("Chosen", (Library,), {step: vars(ON_ROAD[road])[step] for step, road in taken.items()})
 
 
 def shape_of(problem: Problem) -> Shape:

@@ -16,9 +16,11 @@ from functools import cache, lru_cache
 
 import torch
 
+from memvp_kernels.backends.triton.rates import RATES, Rates
 from memvp_kernels.backends.triton.shape import Shape
 
 __all__ = [
+    "FILL",
     "REMEMBERED",
     "STORED_COLUMNS",
     "Chip",
@@ -29,6 +31,7 @@ __all__ = [
     "hidden_cycles",
     "hidden_tile",
     "joining_cycles",
+    "launch_cycles",
     "loading",
     "output_cycles",
     "output_tile",
@@ -36,6 +39,7 @@ __all__ = [
     "split_choices",
     "step_cycles",
     "straddles",
+    "wide_efficiency",
 ]
 
 
@@ -137,19 +141,16 @@ _SHAPES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
     "ieee": ((64, 64, 16, 4, 3), (32, 64, 32, 4, 3)),
 }
 _RESERVE = 2 * _KIB  # barriers and the epilogue's scratch beside the stages
-_FILL = 900  # cycles before a tile's first product: launch, first loads
+FILL = 900  # cycles before a tile's first product: launch, first loads
 _REFILL = 500  # of them where the program is there already and only the loads have to arrive; assumed like the other
 STORED_COLUMNS = 64  # of a piece of an epilogue that stores through shared memory
-_WIDE_EFFICIENCY = {256: 1.0, 192: 0.95, 128: 0.9, 64: 0.75, 32: 0.5}  # of the tensor cores' rate, by accumulator width
+_WIDE_EFFICIENCY = {256: 1.0, 128: 0.9, 64: 0.75, 32: 0.5}  # of the tensor cores' rate, by accumulator width
 _PER_MULTIPROCESSOR_REGISTERS = 65536
 _SPLITS = (1, 2, 3, 4, 6, 8)
 _LONGEST_EDGE = 1 << 10  # rows; no tile has more
 REMEMBERED = 4096  # shapes and layouts as they come, with every length of a batch: so many, and not without end
 _CUT_MARGIN = (
     1.05  # a cut loop must promise this much: the model is no better, and one launch less is one thing less to go wrong
-)
-_LAUNCH_SECONDS = (
-    2e-6  # between two kernels of a stream that is kept full: drain of the one, start of the other; assumed
 )
 
 
@@ -225,7 +226,7 @@ def hidden_cycles(chip: Chip, tile: Tile, shape: Shape, persistent: bool = False
     moved = numbers * shape.dtype.itemsize
     cycles = _cycles(chip, tile, shape.dtype, shape.precision, wide, count, math.ceil(width / tile.block_k), moved)
     if persistent and persists(chip, tile, shape.dtype, wide, count):
-        between = (math.ceil(count / chip.multiprocessors) - 1) * (_FILL - _REFILL)
+        between = (math.ceil(count / chip.multiprocessors) - 1) * (FILL - _REFILL)
         cycles = max(cycles - between, moved / chip.memory)
     return cycles
 
@@ -293,7 +294,7 @@ def joining_cycles(chip: Chip, numbers: int, splits: int) -> float:
     """Cycles to store the parts of a result in float32 and to add them up in a second launch; L2 holds what is so small."""
     if splits == 1:
         return 0.0
-    return 4 * numbers * (2 * splits + 1) / (chip.l2 * chip.multiprocessors) + _LAUNCH_SECONDS * chip.clock * 1e9
+    return 4 * numbers * (2 * splits + 1) / (chip.l2 * chip.multiprocessors) + launch_cycles(chip)
 
 
 def _cycles(
@@ -305,16 +306,29 @@ def _cycles(
     resident = max(1, min(chip.shared // shared, _PER_MULTIPROCESSOR_REGISTERS // registers, 4))
     waves = math.ceil(count / (chip.multiprocessors * resident))
     store = tile.block_n * wide * dtype.itemsize / chip.l2
-    return max(waves * (_FILL + store + resident * steps * step), moved / chip.memory)
+    return max(waves * (FILL + store + resident * steps * step), moved / chip.memory)
+
+
+def launch_cycles(chip: Chip, rates: Rates = RATES) -> float:
+    """Predicted clock cycles between a kernel and one of the backend's own after it (:mod:`.chain`)."""
+    return (rates.chained if chip.architecture >= 90 else rates.launch) * chip.clock * 1e9
+
+
+def wide_efficiency(wide: int) -> float:
+    """The share of the tensor cores' rate that an accumulator of so many columns lets them reach: each of its operands is read more often."""
+    below = max((w for w in _WIDE_EFFICIENCY if w <= wide), default=min(_WIDE_EFFICIENCY))
+    above = min((w for w in _WIDE_EFFICIENCY if w >= wide), default=max(_WIDE_EFFICIENCY))
+    low, high = _WIDE_EFFICIENCY[below], _WIDE_EFFICIENCY[above]
+    return low if above == below else low + (high - low) * (wide - below) / (above - below)
 
 
 def step_cycles(chip: Chip, tile: Tile, dtype: torch.dtype, precision: str, wide: int) -> float:
     """Predicted clock cycles of one step of a tile's K loop, `wide` accumulated columns: bound by the products or by L2."""
     flops = 2 * tile.block_n * wide * tile.block_k
     if dtype != torch.float32:
-        rate = chip.tensor * _WIDE_EFFICIENCY[wide]
+        rate = chip.tensor * wide_efficiency(wide)
     else:
-        rate = chip.tensor / 2 * _WIDE_EFFICIENCY[wide] if precision == "tf32" else chip.cuda
+        rate = chip.tensor / 2 * wide_efficiency(wide) if precision == "tf32" else chip.cuda
     delivered = (tile.block_n + wide) * tile.block_k * dtype.itemsize / chip.l2
     return max(flops / rate, delivered)
 
