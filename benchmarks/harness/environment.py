@@ -45,6 +45,7 @@ def environment(device: torch.device, program: str) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found["capability"] = f"{properties.major}.{properties.minor}"
+        found["multiprocessors"] = properties.multi_processor_count
         found["device_memory_bytes"] = properties.total_memory
         found["l2_bytes"] = properties.L2_cache_size
         found["cuda"] = torch.version.cuda
