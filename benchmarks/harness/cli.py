@@ -14,12 +14,17 @@ import torch
 
 from harness.presets import PRESETS, Preset
 
-__all__ = ["Setting", "common_parser", "settle"]
+__all__ = ["BY_NAME", "ROADS", "Setting", "common_parser", "settle"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _OUT = Path("out")
 #: Without arguments a CPU run ends within 90 seconds, on slow machines by beginning no case after these.
 DEFAULT_CPU_SECONDS = 60.0
+#: Roads of the Triton backend that no GPU has run yet. Variants on them take part where they are named, so that a kernel that hangs
+#: costs no other's rows.
+BY_NAME = ("gluon", "wgmma")
+#: All roads of its large steps.
+ROADS = ("fused", "library", *BY_NAME)
 #: Sizes that run in seconds anywhere.
 QUICK = {"batch": (2,), "text_length": (8,), "visual_tokens": (16,)}
 
@@ -83,8 +88,10 @@ class Setting:
         return dataclasses.replace(self, compiled=False)
 
     def wants(self, variant: str) -> bool:
-        """Whether `--variants` lets it take part; the baseline of the speedup always does."""
-        return self.only is None or variant in self.only or variant == "prompt"
+        """Whether `--variants` lets it take part; the baselines of the speedups always do."""
+        if self.only is None:
+            return not variant.endswith(BY_NAME)
+        return variant in self.only or variant in ("prompt", "matmul")
 
 
 def common_parser(
@@ -111,7 +118,7 @@ def common_parser(
     )
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--device", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these, and the prompt-length one")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these, and what they are measured by")
     parser.add_argument(
         "--samples", type=_positive, help="per variant (default: 20; 3 with --quick); the report takes 20 or more"
     )

@@ -13,13 +13,17 @@ from harness.cli import Setting
 from harness.measure import Candidate, Truth
 from harness.rooflines import FFNShape, kernel
 from harness.timer import Run
-from memvp_kernels.choose import missing
+from harness.variants import missing_road
 
 __all__ = ["Operands", "Outputs", "of_kernel"]
 
 Outputs = dict[str, Tensor]
 
-_LIBRARY = "the shared products by torch.mm, with the backend's passes and memory kernels around them"
+_NOTES = {
+    "library": "the shared products by torch.mm, with the backend's passes and memory kernels around them",
+    "gluon": "the shared products by the warp-specialised Gluon kernels, the memory's own beside them",
+    "wgmma": "the shared products by the extension's warp-specialised kernels, the memory's own beside them",
+}
 
 
 class Operands(Protocol):
@@ -65,14 +69,14 @@ def of_kernel(
     def products() -> tuple[Outputs, Run, int]:
         return operands().reference(name, setting.dtype), Run([operands().products(name)]), operands().held(name)
 
-    count, absent = kernel(name, shape), missing("triton", setting.device)
+    count = kernel(name, shape)
+    variants = {"triton" if road == "fused" else road: road for road in roads}
     return [
         Candidate("matmul", products, truth, count, note="the kernel's matrix products alone, one after the other"),
         *(
             Candidate(
-                "triton" if road == "fused" else road, functools.partial(launched, road), truth, count,
-                missing=absent, note=_LIBRARY if road == "library" else "",
+                variant, functools.partial(launched, road), truth, count, missing=missing_road(road, setting.device), note=_NOTES.get(road, "")
             )
-            for road in roads
+            for variant, road in variants.items() if setting.wants(variant)
         ),
     ]  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.cli import Setting
+from harness.cli import ROADS, Setting
 from harness.inputs import hidden_states
 from harness.kernel_candidates import Outputs, of_kernel
 from harness.measure import Candidate, held_bytes
@@ -163,5 +163,5 @@ class _Operands:
 
 def candidates(setting: Setting, name: str, **sizes: int) -> list[Candidate]:
     """One kernel and the products within it, see `of_kernel`."""
-    roads = ("fused",) if name == "dmemory" else ("fused", "library")  # its products are never the library's
-    return of_kernel(_Operands, roads, setting, name, **sizes)
+    # The memory's gradients have one kernel on every road.
+    return of_kernel(_Operands, ("fused",) if name == "dmemory" else ROADS, setting, name, **sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.cli import BY_NAME, ROADS
 from harness.operands import Parts, Weights
 from memvp_kernels import fused_ffn
 from memvp_kernels.choose import missing as missing_backend
 
-__all__ = ["PLAIN_PYTORCH", "Step", "Variant", "variants", "yardstick"]
+__all__ = ["PLAIN_PYTORCH", "Step", "Variant", "missing_road", "variants", "yardstick"]
 
 #: Plain PyTorch's own way to compute each form: the yardstick of its error (twice that is allowed).
 _YARDSTICKS = {"text": "text", "prompt": "prompt", "factored": "factored-eager"}
@@ -249,6 +251,16 @@ def _on_road(step: Step, road: str) -> Step:
     return on_road
 
 
+def missing_road(road: str, device: torch.device) -> str | None:
+    """Why this machine can't have a road of the Triton backend, or None."""
+    absent = missing_backend("triton", device)
+    if absent is None and road in BY_NAME:
+        from memvp_kernels.backends.triton import steps
+
+        absent = steps.missing(road, device)
+    return absent
+
+
 def _backend_missing(backend: str) -> Callable[[torch.device], str | None]:
     return lambda device: missing_backend(backend, device)
 
@@ -298,11 +310,12 @@ def variants(device: torch.device, *, compiled: bool, recompute: bool = False) -
             ),
         ]
         if backend == "triton":
-            for road in ("fused", "library"):
+            for road in ROADS:
+                on_road = {**limits, "missing": functools.partial(missing_road, road)}
                 plain, factored = (_on_road(ours(backend, recompute), road) for ours in (_ours_plain, _ours_factored))
                 found += [
-                    Variant(f"plain-triton-{road}", "formed", plain, _formed, **limits),
-                    Variant(f"factored-triton-{road}", "factored", factored, lambda parts: parts, **limits),
+                    Variant(f"plain-triton-{road}", "formed", plain, _formed, **on_road),
+                    Variant(f"factored-triton-{road}", "factored", factored, lambda parts: parts, **on_road),
                 ]
         if backend == "cuda":
             found.append(

@@ -27,7 +27,7 @@ from harness import commit as commits
 from harness import digest
 from harness import parts as parts_module
 from harness.cli import Setting, common_parser, settle
-from harness.parts import RECORDING
+from harness.parts import RECORDING, RING_TESTS
 from harness.program import Job
 from harness.results import load
 
@@ -89,8 +89,9 @@ def test_every_program_understands_its_command(device: str, monkeypatch: pytest.
             module.main([*arguments, "--continue"])
         program, setting, jobs = begun[-1]
         assert setting.json is not None
-        assert setting.json.stem == program  # what the report looks for, and no two in one file
-        stems.append(program)
+        # What the report looks for, and no two in one file.
+        assert setting.json.stem == ("kernels-rings" if part.name == "rings" else program)
+        stems.append(setting.json.stem)
         assert setting.seconds == 85  # of 100: nothing is begun that may not be finished
         assert setting.device.type == device
         assert setting.go_on
@@ -124,8 +125,11 @@ def test_the_headline_case_comes_first() -> None:
 def test_tests_of_different_kernels_run_in_different_processes() -> None:
     parts = {part.name: part for part in gpu_report.parts("cuda")}
     commands = {name: parts[name].command(Path("r"), 9) for name in ("tests-cuda", "tests-triton", "tests")}
-    assert commands["tests-cuda"][-1] == "tests/csrc"
-    assert commands["tests-triton"][-1] == "tests/triton"
+    for name, place in (("tests-cuda", "tests/csrc"), ("tests-triton", "tests/triton")):
+        tested = commands[name][commands[name].index(place) :]
+        assert tested == [place, *(f"--ignore={of}" for of in RING_TESTS)]
+    assert parts["tests-rings"].command(Path("r"), 9)[-len(RING_TESTS) :] == list(RING_TESTS)
+    assert all((ROOT / place).exists() for place in RING_TESTS)
     assert commands["tests"][-3:] == ["tests", "--ignore=tests/csrc", "--ignore=tests/triton"]
     for command in commands.values():
         assert "gpu and not slow" in command
