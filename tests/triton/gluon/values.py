@@ -1,0 +1,442 @@
+"""Values of an interpreted kernel: run-time scalars, blocks in registers, pointers. Types and their promotion are Triton's.
+
+A compile-time constant is a plain Python value. Python arithmetic on it is what the compiler does, too.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+
+__all__ = ["Block", "Pointer", "Scalar", "as_tensor", "dtype_of", "elementwise", "layout_of", "number", "torch_dtype"]
+
+_TORCH = {
+    gl.int1: torch.bool, gl.int8: torch.int8, gl.int16: torch.int16, gl.int32: torch.int32, gl.int64: torch.int64,
+    gl.uint8: torch.uint8, gl.float16: torch.float16, gl.bfloat16: torch.bfloat16, gl.float32: torch.float32,
+    gl.float64: torch.float64,
+}  # fmt: skip
+_GLUON = {theirs: ours for ours, theirs in _TORCH.items()}
+_COMPARISONS = (operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne)
+
+
+def torch_dtype(dtype: Any) -> torch.dtype:
+    """torch's name of a Triton element type."""
+    return _TORCH[dtype]
+
+
+def dtype_of(value: Any) -> Any:
+    """Triton's element type of a run-time value; of a Python number, the one it would get."""
+    if isinstance(value, (Scalar, Block)):
+        return value.dtype
+    if isinstance(value, (bool, np.bool_)):
+        return gl.int1
+    if isinstance(value, numbers.Integral):
+        return gl.int32 if -(2**31) <= int(value) < 2**31 else gl.int64
+    return gl.float32
+
+
+def layout_of(value: Any) -> Any:
+    return value.layout if isinstance(value, Block) else None
+
+
+def number(value: Any) -> Any:
+    """A Python number of a scalar."""
+    return value.value if isinstance(value, Scalar) else value
+
+
+def _kind(dtype: Any) -> int:
+    return 0 if dtype == gl.int1 else 1 if dtype.is_int() else 2
+
+
+def _promoted(a: Any, b: Any, division: bool) -> torch.dtype:
+    """The type in which Triton computes `a op b`: a Python number never widens a value of its own kind or a higher one."""
+    ours, theirs = dtype_of(a), dtype_of(b)
+    for one, other, dtype, plain in ((a, b, ours, theirs), (b, a, theirs, ours)):
+        if isinstance(other, numbers.Number) and not isinstance(one, numbers.Number) and _kind(plain) <= _kind(dtype):
+            ours = theirs = dtype
+    if _kind(ours) != _kind(theirs):
+        wide = max(ours, theirs, key=_kind)
+    elif ours == theirs:
+        wide = ours
+    elif _kind(ours) == 2 and ours.primitive_bitwidth == theirs.primitive_bitwidth:
+        wide = gl.float32  # float16 and bfloat16
+    else:
+        wide = max(ours, theirs, key=lambda d: d.primitive_bitwidth)
+    if division and wide in (gl.float16, gl.bfloat16):
+        wide = gl.float32
+    return torch_dtype(wide)
+
+
+def as_tensor(value: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """The torch tensor of a value, of no dimension for a scalar."""
+    if isinstance(value, Block):
+        return value.data if dtype is None else value.data.to(dtype)
+    if isinstance(value, Tensor):
+        return value if dtype is None else value.to(dtype)
+    return torch.tensor(number(value), dtype=torch_dtype(dtype_of(value)) if dtype is None else dtype)
+
+
+def _wrap(result: Tensor, layout: Any) -> Any:
+    if result.dim():
+        return Block(result, layout)
+    return Scalar(result.item(), _GLUON[result.dtype])
+
+
+def _common_layout(values: Sequence[Any]) -> Any:
+    blocks = [v for v in values if isinstance(v, (Block, Pointer)) and v.rank]
+    ranks = {b.rank for b in blocks}
+    if len(ranks) > 1:
+        raise ValueError(f"Gluon broadcasts no rank: {[tuple(b.shape) for b in blocks]}")
+    known = [b.layout for b in blocks if b.layout is not None]
+    if any(layout != known[0] for layout in known[1:]):
+        raise ValueError(f"layouts differ, convert_layout first: {known}")
+    return known[0] if known else None
+
+
+def elementwise(function: Callable[..., Tensor], *values: Any, dtype: torch.dtype | None = None) -> Any:
+    """`function` on the values broadcast, converted to one dtype unless that is None."""
+    layout = _common_layout(values)
+    return _wrap(function(*(as_tensor(v, dtype) for v in values)), layout)
+
+
+def _trunc_divide(a: Tensor, b: Tensor) -> Tensor:
+    return torch.div(a, b, rounding_mode="trunc")
+
+
+_DIVISIONS: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
+    operator.truediv: torch.true_divide, operator.floordiv: _trunc_divide, operator.mod: torch.fmod,
+}  # fmt: skip
+
+
+def _scalars(op: Any, a: Any, b: Any, dtype: torch.dtype) -> Any:
+    """Two scalars in plain Python: a kernel's index arithmetic is most of what it does. C's division; no wrapping goes unseen."""
+    x, y = number(a), number(b)
+    if op in _COMPARISONS:
+        return Scalar(op(x, y), gl.int1)
+    if op in (operator.floordiv, operator.mod):
+        quotient = abs(x) // abs(y) * (1 if (x < 0) == (y < 0) else -1)
+        result = quotient if op is operator.floordiv else x - quotient * y
+    else:
+        result = op(x, y)
+    out = Scalar(result, _GLUON[dtype])
+    if out.dtype in (gl.int32, gl.int64) and not -(2 ** (out.dtype.primitive_bitwidth - 1)) <= out.value < 2 ** (
+        out.dtype.primitive_bitwidth - 1
+    ):
+        raise OverflowError(f"{x} {op.__name__} {y} does not fit {out.dtype}")
+    return out
+
+
+def _binary(op: Any, a: Any, b: Any) -> Any:
+    if isinstance(a, Pointer) or isinstance(b, Pointer):
+        raise TypeError(f"{op.__name__} of a pointer")
+    dtype = _promoted(a, b, op in (operator.truediv, operator.mod))
+    if op is operator.truediv and not dtype.is_floating_point:
+        dtype = torch.float32
+    if not isinstance(a, Block) and not isinstance(b, Block) and not dtype.is_floating_point:
+        return _scalars(op, a, b, dtype)
+    return elementwise(_DIVISIONS.get(op, op), a, b, dtype=dtype)
+
+
+class _Operators:
+    """Python's operators, for scalars and blocks alike."""
+
+    def __add__(self, other: Any) -> Any:
+        return NotImplemented if isinstance(other, Pointer) else _binary(operator.add, self, other)
+
+    def __radd__(self, other: Any) -> Any:
+        return _binary(operator.add, other, self)
+
+    def __sub__(self, other: Any) -> Any:
+        return _binary(operator.sub, self, other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return _binary(operator.sub, other, self)
+
+    def __mul__(self, other: Any) -> Any:
+        return _binary(operator.mul, self, other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return _binary(operator.mul, other, self)
+
+    def __truediv__(self, other: Any) -> Any:
+        return _binary(operator.truediv, self, other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return _binary(operator.truediv, other, self)
+
+    def __floordiv__(self, other: Any) -> Any:
+        return _binary(operator.floordiv, self, other)
+
+    def __rfloordiv__(self, other: Any) -> Any:
+        return _binary(operator.floordiv, other, self)
+
+    def __mod__(self, other: Any) -> Any:
+        return _binary(operator.mod, self, other)
+
+    def __rmod__(self, other: Any) -> Any:
+        return _binary(operator.mod, other, self)
+
+    def __and__(self, other: Any) -> Any:
+        return _binary(operator.and_, self, other)
+
+    __rand__ = __and__
+
+    def __or__(self, other: Any) -> Any:
+        return _binary(operator.or_, self, other)
+
+    __ror__ = __or__
+
+    def __xor__(self, other: Any) -> Any:
+        return _binary(operator.xor, self, other)
+
+    __rxor__ = __xor__
+
+    def __lshift__(self, other: Any) -> Any:
+        return _binary(operator.lshift, self, other)
+
+    def __rlshift__(self, other: Any) -> Any:
+        return _binary(operator.lshift, other, self)
+
+    def __rshift__(self, other: Any) -> Any:
+        return _binary(operator.rshift, self, other)
+
+    def __rrshift__(self, other: Any) -> Any:
+        return _binary(operator.rshift, other, self)
+
+    def __lt__(self, other: Any) -> Any:
+        return _binary(operator.lt, self, other)
+
+    def __le__(self, other: Any) -> Any:
+        return _binary(operator.le, self, other)
+
+    def __gt__(self, other: Any) -> Any:
+        return _binary(operator.gt, self, other)
+
+    def __ge__(self, other: Any) -> Any:
+        return _binary(operator.ge, self, other)
+
+    def __eq__(self, other: Any) -> Any:
+        return _binary(operator.eq, self, other)
+
+    def __ne__(self, other: Any) -> Any:
+        return _binary(operator.ne, self, other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __neg__(self) -> Any:
+        return _binary(operator.sub, 0, self)
+
+    def __invert__(self) -> Any:
+        return elementwise(torch.bitwise_not, self)
+
+
+class Scalar(_Operators):
+    """A number known at run time only."""
+
+    rank = 0
+    shape: tuple[int, ...] = ()
+    layout = None
+
+    def __init__(self, value: Any, dtype: Any) -> None:
+        if dtype == gl.float32:
+            value = float(np.float32(value))
+        elif dtype == gl.int1:
+            value = bool(value)
+        elif dtype.is_int():
+            value = int(value)
+        self.value, self.dtype = value, dtype
+
+    def __bool__(self) -> bool:
+        return bool(self.value)
+
+    def __index__(self) -> int:
+        return operator.index(self.value)
+
+    def __int__(self) -> int:
+        return int(self.value)
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def __repr__(self) -> str:
+        return f"{self.value}:{self.dtype}"
+
+    def to(self, dtype: Any, **_: Any) -> Scalar:
+        return Scalar(as_tensor(self).to(torch_dtype(dtype)).item(), dtype)
+
+
+class Block(_Operators):
+    """A tensor in registers. Its data can't be had while a wgmma still writes it."""
+
+    def __init__(self, data: Tensor, layout: Any = None) -> None:
+        self._data, self.layout = data, layout
+
+    @property
+    def data(self) -> Tensor:
+        return self._data
+
+    @property
+    def dtype(self) -> Any:
+        return _GLUON[self.data.dtype]
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self._shape())
+
+    def _shape(self) -> Sequence[int]:
+        return self._data.shape
+
+    @property
+    def rank(self) -> int:
+        return len(self._shape())
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self._shape())
+
+    @property
+    def type(self) -> Any:
+        return gl.distributed_type(self.dtype, self.shape, self.layout or gl.AutoLayout())
+
+    @property
+    def T(self) -> Block:
+        return self.permute(1, 0)
+
+    def __bool__(self) -> bool:
+        raise TypeError("a block has no truth value")
+
+    def __repr__(self) -> str:
+        return f"Block({self.shape}, {self.dtype})"
+
+    def __getitem__(self, index: Any) -> Block:
+        return Block(self.data[_expansion(index, self.rank)], _parent(self.layout, index))
+
+    def to(self, dtype: Any, bitcast: bool = False, **_: Any) -> Block:
+        wanted = torch_dtype(dtype)
+        return Block(self.data.view(wanted) if bitcast else self.data.to(wanted), self.layout)
+
+    def cast(self, dtype: Any, bitcast: bool = False) -> Block:
+        return self.to(dtype, bitcast)
+
+    def reshape(self, *shape: Any) -> Block:
+        return Block(self.data.reshape(_sizes(shape)))
+
+    def permute(self, *dimensions: Any) -> Block:
+        return Block(self.data.permute(_sizes(dimensions)))
+
+    trans = permute
+
+    def split(self) -> tuple[Block, Block]:
+        if self.shape[-1] != 2:
+            raise ValueError(f"split of {self.shape}: the last dimension must be 2")
+        return Block(self.data[..., 0]), Block(self.data[..., 1])
+
+    def expand_dims(self, axis: int) -> Block:
+        return self[tuple(None if d == axis else slice(None) for d in range(self.rank + 1))]
+
+    def broadcast_to(self, *shape: Any) -> Block:
+        return Block(self.data.expand(_sizes(shape)), self.layout)
+
+
+def _sizes(values: tuple[Any, ...]) -> tuple[int, ...]:
+    """Sizes given one by one or as one sequence."""
+    if len(values) == 1 and isinstance(values[0], (list, tuple)):
+        values = tuple(values[0])
+    return tuple(operator.index(v) for v in values)
+
+
+def _expansion(index: Any, rank: int) -> tuple[Any, ...]:
+    index = index if isinstance(index, tuple) else (index,)
+    if any(i is not None and i != slice(None) for i in index) or sum(i is not None for i in index) != rank:
+        raise TypeError(f"a block is indexed by None and : alone, not by {index}")
+    return index
+
+
+def _parent(layout: Any, index: Any) -> Any:
+    """The layout of x[:, None]: the one that x's is a slice of, which must lack that dimension."""
+    index = index if isinstance(index, tuple) else (index,)
+    for position, what in enumerate(index):
+        if what is None and layout is not None:
+            if not isinstance(layout, gl.SliceLayout) or layout.dim != position:
+                raise ValueError(f"[..., None, ...] at {position} needs a SliceLayout({position}, …), not {layout}")
+            layout = layout.parent
+    return layout
+
+
+class Pointer:
+    """Addresses in elements of one tensor that was passed to the kernel."""
+
+    def __init__(self, flat: Tensor, low: int, high: int, offset: Tensor, layout: Any = None) -> None:
+        """Args: flat: the tensor's whole storage; low, high: the tensor's own elements in it; offset: int64."""
+        self.flat, self.low, self.high, self.offset, self.layout = flat, low, high, offset, layout
+
+    @classmethod
+    def to_tensor(cls, tensor: Tensor) -> Pointer:
+        first = tensor.storage_offset()
+        size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+        elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+        flat = tensor.as_strided((elements,), (1,), 0)
+        return cls(flat, first, first + size, torch.tensor(first, dtype=torch.int64))
+
+    @property
+    def rank(self) -> int:
+        return self.offset.dim()
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self.offset.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return gl.pointer_type(_GLUON[self.flat.dtype])
+
+    def __add__(self, other: Any) -> Pointer:
+        layout = _common_layout([self, other])
+        return Pointer(self.flat, self.low, self.high, self.offset + as_tensor(other).to(torch.int64), layout)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Pointer:
+        return self + -as_tensor(other).to(torch.int64)
+
+    def _touched(self, mask: Any) -> tuple[Tensor, Tensor]:
+        layout_checked = _common_layout([self, mask])
+        del layout_checked
+        wanted = torch.ones((), dtype=torch.bool) if mask is None else as_tensor(mask, torch.bool)
+        offset, wanted = torch.broadcast_tensors(self.offset, wanted)
+        outside = wanted & ((offset < self.low) | (offset >= self.high))
+        if outside.any():
+            bad = int(offset[outside].flatten()[0]) - self.low
+            raise IndexError(f"element {bad} of a tensor of {self.high - self.low}")
+        return offset, wanted
+
+    def load(self, mask: Any = None, other: Any = None) -> Any:
+        offset, wanted = self._touched(mask)
+        if other is None:  # undefined where masked off
+            fill = torch.tensor(math.nan if self.flat.is_floating_point() else 77, dtype=self.flat.dtype)
+        else:
+            fill = as_tensor(other, self.flat.dtype)
+        found = torch.where(wanted, self.flat[torch.where(wanted, offset, self.low)], fill)
+        return _wrap(found, self.layout)
+
+    def store(self, value: Any, mask: Any = None) -> None:
+        _common_layout([self, value])
+        offset, wanted = self._touched(mask)
+        values = as_tensor(value, self.flat.dtype).expand(offset.shape)
+        self.flat[offset[wanted]] = values[wanted]
+
+    def add(self, value: Any, mask: Any = None) -> Any:
+        """An atomic addition; the values before."""
+        before = self.load(mask)
+        offset, wanted = self._touched(mask)
+        values = as_tensor(value, self.flat.dtype).expand(offset.shape)
+        self.flat.index_put_((offset[wanted],), values[wanted], accumulate=True)
+        return before
