@@ -13,11 +13,12 @@ have to be inferred), anything about registers or speed, clusters of more than o
 
 from __future__ import annotations
 
-import builtins
+import ast
 import contextlib
 import functools
 import inspect
 import itertools
+import textwrap
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -138,20 +139,39 @@ def _function(fn: Any) -> _Function:
     return _Function(fn)
 
 
+class _Methods(ast.NodeTransformer):
+    """x.to(dtype) may be asked of a Python number, which a kernel's loop would have made a tensor."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if not isinstance(node.func, ast.Attribute) or node.func.attr != "to":
+            return node
+        name = ast.copy_location(ast.Name("__to__", ast.Load()), node)
+        return ast.copy_location(ast.Call(name, [node.func.value, *node.args], node.keywords), node)
+
+
 def _copied(fn: Any) -> Any:
-    """The function with the same code, so the same lines, whose globals are the interpreter's."""
-    names = _names(fn.__code__)
-    scope: dict[str, Any] = {
-        "__gluon_interpreted__": True,
-        "__builtins__": builtins,
-        "__name__": fn.__module__,
-        "range": kernel_range,
-    }
-    scope.update({name: _converted(fn.__globals__[name]) for name in names if name in fn.__globals__})
-    cells = fn.__closure__ and tuple(types.CellType(_converted(cell.cell_contents)) for cell in fn.__closure__)
-    copy = types.FunctionType(fn.__code__, scope, fn.__name__, None, cells)
+    """The function from its source, at the same lines, with globals that are the interpreter's."""
+    lines, first = inspect.getsourcelines(fn)
+    tree = ast.increment_lineno(ast.parse(textwrap.dedent("".join(lines))), first - 1)
+    definition = tree.body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    definition.decorator_list, definition.returns = [], None
+    parameters = definition.args
+    for parameter in (*parameters.posonlyargs, *parameters.args, *parameters.kwonlyargs):
+        parameter.annotation = None
+    code = compile(_Methods().visit(tree), inspect.getsourcefile(fn) or "kernel", "exec")
+    outer = dict(fn.__globals__)
+    outer.update(zip(fn.__code__.co_freevars, (c.cell_contents for c in fn.__closure__ or ()), strict=True))
+    scope: dict[str, Any] = {"__gluon_interpreted__": True, "__name__": fn.__module__}
+    scope.update({name: _converted(outer[name]) for name in _names(code) if name in outer})
+    scope.update(range=kernel_range, __to__=REPLACED[id(gl.cast)][1])
+    exec(code, scope)
+    copy = scope[fn.__name__]
     copy.__defaults__ = fn.__defaults__ and tuple(_plain(v) for v in fn.__defaults__)
     copy.__kwdefaults__ = fn.__kwdefaults__ and {n: _plain(v) for n, v in fn.__kwdefaults__.items()}
+    if fn.__name__ in outer:
+        scope[fn.__name__] = _converted(outer[fn.__name__])
     return copy
 
 
