@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -60,16 +59,15 @@ def run(kernel: Any, grid: Any, *arguments: Any, schedule: Schedule = LATEST, **
     sizes = (sizes,) if isinstance(sizes, int) else tuple(int(n) for n in sizes)
     code = _function(kernel.fn)
     constants = _constants(kernel.fn)
-    with torch.no_grad():
-        for program in itertools.product(*(range(n) for n in reversed(sizes))):
-            values = {n: _plain(v) if n in constants else _argument(v) for n, v in bound.arguments.items()}
-            block = Machine(schedule, tuple(reversed(program)), sizes, options.get("num_warps", 4))
-            machine.enter(block)
-            try:
-                code(**values)
-                block.close()
-            finally:
-                machine.leave()
+    values = {n: _plain(v) if n in constants else _argument(v) for n, v in bound.arguments.items()}
+    for program in itertools.product(*(range(n) for n in reversed(sizes))):
+        block = Machine(schedule, tuple(reversed(program)), sizes, options.get("num_warps", 4))
+        machine.enter(block)
+        try:
+            code(**values)
+            block.close()
+        finally:
+            machine.leave()
 
 
 @contextlib.contextmanager
@@ -208,4 +206,13 @@ def _converted(value: Any) -> Any:
         return _namespace(value)
     if type(value).__name__ in ("GluonJITFunction", "JITFunction", "InterpretedFunction"):
         return _function(value.fn)
+    if hasattr(value, "__triton_builtin__"):
+        return _unknown(value.__name__)
     return value
+
+
+def _unknown(name: str) -> Callable[..., Any]:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError(f"{machine.where()}: the interpreter has no {name}")
+
+    return refuse

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import operator
 from collections.abc import Sequence
@@ -41,14 +40,8 @@ class Descriptor:
             raise ProtocolError(f"TMA takes no tensor of shape {self.shape} and strides {self.strides}")
         if self.layout.transposed:
             raise ProtocolError("TMA knows no transposed layout")
-        self._memory = self._by_address()
-
-    def _by_address(self) -> Tensor:
-        """By address, as the hardware does: the dimensions may lead out of the base's storage into another's."""
-        elements = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
-        raw = (ctypes.c_uint8 * (elements * self.itemsize)).from_address(self.base.data_ptr())
-        flat = torch.frombuffer(raw, dtype=torch.uint8).view(self.base.dtype)
-        return flat.as_strided(self.shape, self.strides)
+        # Whose dimensions lead out of the base's storage has no business here: torch refuses it.
+        self._memory = self.base.detach().as_strided(self.shape, self.strides)
 
     def _box(self, coordinates: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """The part of a box that lies inside, in the tensor and in the box."""
@@ -128,6 +121,8 @@ def expect(barrier: SharedView, bytes_per_cta: Any, pred: Any = True) -> None:
     if not 0 < count <= _MAX_COUNT:
         raise ProtocolError(f"{where()}: {count} bytes expected")
     found.bytes += count
+    if found.bytes > _MAX_COUNT:
+        raise ProtocolError(f"{where()}: more bytes than an mbarrier counts: {found}")
     _arrive(found, 1)
 
 

@@ -16,13 +16,22 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from tests.triton.gluon import hopper, shared
 from tests.triton.gluon.machine import ProtocolError, current, where
-from tests.triton.gluon.values import Block, Pointer, Scalar, as_tensor, dtype_of, elementwise, number, torch_dtype
-from tests.triton.gluon.values import _promoted as promoted
+from tests.triton.gluon.values import (
+    Block,
+    Pointer,
+    Scalar,
+    as_tensor,
+    dtype_of,
+    elementwise,
+    number,
+    promoted,
+    torch_dtype,
+)
 
 __all__ = ["REPLACED", "kernel_range"]
 
 
-def kernel_range(*bounds: Any) -> Any:
+def kernel_range(*bounds: Any, **_: Any) -> Any:
     """range(), whose variable is a run-time value in a kernel."""
     return (Scalar(i, gl.int32) for i in range(*(operator.index(b) for b in bounds)))
 
@@ -76,6 +85,10 @@ def _warp_specialize(functions_and_args: Any, worker_num_warps: Any, worker_num_
     if any(n & (n - 1) for n in worker_num_warps):
         raise ProtocolError(f"{where()}: partitions of {worker_num_warps} warps; Triton takes powers of two")
     return current().specialise(functions_and_args, worker_num_warps)
+
+
+def _allocate_mbarrier(batch: Any = None, two_ctas: bool = False) -> Any:
+    return shared.allocate(gl.int64, [1] if batch is None else [batch, 1], mbarrier.MBarrierLayout())
 
 
 # Blocks
@@ -166,7 +179,7 @@ def _fma(x: Any, y: Any, z: Any, **_: Any) -> Any:
 
 
 _LANGUAGE: dict[str, Any] = {
-    "static_range": _static_range, "program_id": _program_id, "num_programs": _num_programs, "num_warps": _num_warps,
+    "static_range": _static_range, "range": kernel_range, "program_id": _program_id, "num_programs": _num_programs, "num_warps": _num_warps,
     "num_ctas": lambda: 1, "static_assert": _assert, "device_assert": _assert, "static_print": _nothing,
     "device_print": _nothing, "assume": _nothing, "barrier": _nothing, "debug_barrier": _nothing,
     "multiple_of": _pass, "max_contiguous": _pass, "max_constancy": _pass, "to_tensor": _pass,
@@ -195,7 +208,7 @@ _TMA: dict[str, Any] = {
 }  # fmt: skip
 _MBARRIER: dict[str, Any] = {
     "init": hopper.init, "expect": hopper.expect, "arrive": hopper.arrive, "wait": hopper.wait,
-    "invalidate": hopper.invalidate,
+    "invalidate": hopper.invalidate, "allocate_mbarrier": _allocate_mbarrier,
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ library by tests/triton/test_gluon_layouts.py): the outer dimensions of a tile [
 split into panels as wide as the swizzle (64 columns of 16 bits in 128 bytes), one whole panel [rows, width] after the other; within a
 panel the 16-byte pieces of a row are permuted by exclusive or with the row modulo 8 (128 bytes; row / 2 modulo 4 for 64, row / 4
 modulo 2 for 32), which is what TMA does to the address bits, so that a panel must begin at a multiple of 8 swizzles.
-A transposed layout has the first dimension in the columns' role. Without a swizzle a tile is row-major, up to TMA's 256 a dimension.
+A transposed layout has the two dimensions in each other's role. Without a swizzle a tile is row-major, up to TMA's 256 a dimension.
 """
 
 from __future__ import annotations
@@ -59,10 +59,11 @@ def _nvmma(swizzle: int, layout_bits: int, transposed: bool, shape: tuple[int, .
     if layout_bits != bits:
         raise ValueError(f"a layout of {layout_bits}-bit elements on elements of {bits} bits")
     if transposed:
-        # Dimensions (1, 2, …, 0): the first is contiguous.
-        rank = len(shape)
-        inner = _nvmma(swizzle, bits, False, (*shape[1:], shape[0]), bits)
-        return inner.permute(rank - 1, *range(rank - 1)).contiguous()
+        if len(shape) != 2 or shape[1] > _BOX:
+            raise NotImplementedError(
+                f"a transposed tile {list(shape)}: Triton's own order is another in more than one box"
+            )
+        return _nvmma(swizzle, bits, False, (shape[1], shape[0]), bits).T.contiguous()
     columns, rows = shape[-1], math.prod(shape[:-1])
     if swizzle == 0:
         if max(shape) > _BOX:

@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-__all__ = ["Block", "Pointer", "Scalar", "as_tensor", "dtype_of", "elementwise", "layout_of", "number", "torch_dtype"]
+__all__ = [
+    "Block",
+    "Pointer",
+    "Scalar",
+    "as_tensor",
+    "dtype_of",
+    "elementwise",
+    "layout_of",
+    "number",
+    "promoted",
+    "torch_dtype",
+]
 
 _TORCH = {
     gl.int1: torch.bool, gl.int8: torch.int8, gl.int16: torch.int16, gl.int32: torch.int32, gl.int64: torch.int64,
@@ -56,7 +67,7 @@ def _kind(dtype: Any) -> int:
     return 0 if dtype == gl.int1 else 1 if dtype.is_int() else 2
 
 
-def _promoted(a: Any, b: Any, division: bool) -> torch.dtype:
+def promoted(a: Any, b: Any, division: bool) -> torch.dtype:
     """The type in which Triton computes `a op b`: a Python number never widens a value of its own kind or a higher one."""
     ours, theirs = dtype_of(a), dtype_of(b)
     for one, other, dtype, plain in ((a, b, ours, theirs), (b, a, theirs, ours)):
@@ -137,7 +148,7 @@ def _scalars(op: Any, a: Any, b: Any, dtype: torch.dtype) -> Any:
 def _binary(op: Any, a: Any, b: Any) -> Any:
     if isinstance(a, Pointer) or isinstance(b, Pointer):
         raise TypeError(f"{op.__name__} of a pointer")
-    dtype = _promoted(a, b, op in (operator.truediv, operator.mod))
+    dtype = promoted(a, b, op in (operator.truediv, operator.mod))
     if op is operator.truediv and not dtype.is_floating_point:
         dtype = torch.float32
     if not isinstance(a, Block) and not isinstance(b, Block) and not dtype.is_floating_point:
@@ -383,7 +394,7 @@ class Pointer:
         first = tensor.storage_offset()
         size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
         elements = tensor.untyped_storage().nbytes() // tensor.element_size()
-        flat = tensor.as_strided((elements,), (1,), 0)
+        flat = tensor.detach().as_strided((elements,), (1,), 0)
         return cls(flat, first, first + size, torch.tensor(first, dtype=torch.int64))
 
     @property
