@@ -33,8 +33,9 @@ from tests.triton.gluon import machine
 from tests.triton.gluon.hopper import Descriptor
 from tests.triton.gluon.language import REPLACED, kernel_range
 from tests.triton.gluon.machine import Deadlock, Machine, ProtocolError, Schedule
+from tests.triton.gluon.pointers import Pointer
 from tests.triton.gluon.races import Race
-from tests.triton.gluon.values import Block, Pointer, Scalar, dtype_of
+from tests.triton.gluon.values import Block, Scalar, dtype_of
 
 __all__ = ["LATEST", "Deadlock", "ProtocolError", "Race", "Schedule", "interpreted", "run"]
 
@@ -57,6 +58,9 @@ def run(kernel: Any, grid: Any, *arguments: Any, schedule: Schedule = LATEST, **
     bound.apply_defaults()
     sizes = grid(bound.arguments) if callable(grid) else grid
     sizes = (sizes,) if isinstance(sizes, int) else tuple(int(n) for n in sizes)
+    # A test may have put something else in the place of a global since the last launch.
+    _function.cache_clear()
+    _namespace.cache_clear()
     code = _function(kernel.fn)
     constants = _constants(kernel.fn)
     values = {n: _plain(v) if n in constants else _argument(v) for n, v in bound.arguments.items()}
@@ -148,8 +152,9 @@ class _Methods(ast.NodeTransformer):
         return ast.copy_location(ast.Call(name, [node.func.value, *node.args], node.keywords), node)
 
 
-def _copied(fn: Any) -> Any:
-    """The function from its source, at the same lines, with globals that are the interpreter's."""
+@functools.cache
+def _compiled(fn: Any) -> types.CodeType:
+    """The definition of a function from its source, at the same lines; its defaults and annotations are left out."""
     lines, first = inspect.getsourcelines(fn)
     tree = ast.increment_lineno(ast.parse(textwrap.dedent("".join(lines))), first - 1)
     definition = tree.body[0]
@@ -158,18 +163,22 @@ def _copied(fn: Any) -> Any:
     parameters = definition.args
     for parameter in (*parameters.posonlyargs, *parameters.args, *parameters.kwonlyargs):
         parameter.annotation = None
-    code = compile(_Methods().visit(tree), inspect.getsourcefile(fn) or "kernel", "exec")
+    parameters.defaults, parameters.kw_defaults = [], [None] * len(parameters.kwonlyargs)
+    return compile(_Methods().visit(tree), inspect.getsourcefile(fn) or "kernel", "exec")
+
+
+def _copied(fn: Any) -> Any:
+    """The function with globals that are the interpreter's."""
+    code = _compiled(fn)
     outer = dict(fn.__globals__)
     outer.update(zip(fn.__code__.co_freevars, (c.cell_contents for c in fn.__closure__ or ()), strict=True))
     scope: dict[str, Any] = {"__gluon_interpreted__": True, "__name__": fn.__module__}
-    scope.update({name: _converted(outer[name]) for name in _names(code) if name in outer})
-    scope.update(range=kernel_range, __to__=REPLACED[id(gl.cast)][1])
     exec(code, scope)
     copy = scope[fn.__name__]
+    scope.update({name: _converted(outer[name]) for name in _names(code) if name in outer})
+    scope.update(range=kernel_range, __to__=REPLACED[id(gl.cast)][1])
     copy.__defaults__ = fn.__defaults__ and tuple(_plain(v) for v in fn.__defaults__)
     copy.__kwdefaults__ = fn.__kwdefaults__ and {n: _plain(v) for n, v in fn.__kwdefaults__.items()}
-    if fn.__name__ in outer:
-        scope[fn.__name__] = _converted(outer[fn.__name__])
     return copy
 
 

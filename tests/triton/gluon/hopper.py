@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from tests.triton.gluon.layouts import offsets
 from tests.triton.gluon.machine import Barrier, Load, ProtocolError, current, where
 from tests.triton.gluon.shared import SharedView
-from tests.triton.gluon.values import Block, number, torch_dtype
+from tests.triton.gluon.values import Block, gluon_dtype, number
 
 __all__ = ["Accumulator", "Descriptor"]
 
@@ -30,7 +30,7 @@ class Descriptor:
         self.shape = tuple(int(n) for n in host.shape)
         self.strides = tuple(int(n) for n in host.strides)
         self.block_shape = [int(n) for n in host.block_shape]
-        self.dtype = {torch_dtype(d): d for d in (gl.bfloat16, gl.float16, gl.float32, gl.int32)}[host.base.dtype]
+        self.dtype = gluon_dtype(host.base.dtype)
         self.itemsize = host.base.element_size()
         self.nbytes_per_cta = math.prod(self.block_shape) * self.itemsize
         self.block_type = gl.block_type(self.dtype, self.block_shape)

@@ -16,13 +16,14 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from tests.triton.gluon import hopper, shared
 from tests.triton.gluon.machine import ProtocolError, current, where
+from tests.triton.gluon.pointers import Pointer
 from tests.triton.gluon.values import (
     Block,
-    Pointer,
     Scalar,
     as_tensor,
     dtype_of,
     elementwise,
+    gluon_dtype,
     number,
     promoted,
     torch_dtype,
@@ -111,14 +112,14 @@ def _convert_layout(value: Block, layout: Any, assert_trivial: bool = False) -> 
 
 
 def _where(condition: Any, x: Any, y: Any) -> Any:
-    if not isinstance(condition, Block) and not isinstance(x, (Block, Pointer)) and not isinstance(y, (Block, Pointer)):
+    if not any(isinstance(v, Block) for v in (condition, x, y)):
         return _scalar(x if number(condition) else y, promoted(x, y, False))
     dtype = promoted(x, y, False)
     return elementwise(lambda c, a, b: torch.where(c.to(torch.bool), a.to(dtype), b.to(dtype)), condition, x, y)
 
 
 def _scalar(value: Any, dtype: torch.dtype) -> Scalar:
-    return Scalar(torch.tensor(number(value), dtype=dtype).item(), dtype_of(Block(torch.empty(1, dtype=dtype))))
+    return Scalar(torch.tensor(number(value), dtype=dtype).item(), gluon_dtype(dtype))
 
 
 def _extremum(choose: Callable[..., Any], floats: Callable[..., Tensor], ints: Callable[..., Tensor]) -> Any:

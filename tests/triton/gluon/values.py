@@ -1,4 +1,4 @@
-"""Values of an interpreted kernel: run-time scalars, blocks in registers, pointers. Types and their promotion are Triton's.
+"""Values of an interpreted kernel: run-time scalars and blocks in registers. Types and their promotion are Triton's.
 
 A compile-time constant is a plain Python value. Python arithmetic on it is what the compiler does, too.
 """
@@ -17,17 +17,9 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 
 __all__ = [
-    "Block",
-    "Pointer",
-    "Scalar",
-    "as_tensor",
-    "dtype_of",
-    "elementwise",
-    "layout_of",
-    "number",
-    "promoted",
-    "torch_dtype",
-]
+    "Block", "Scalar", "as_tensor", "common_layout", "dtype_of", "elementwise", "gluon_dtype", "number", "promoted",
+    "torch_dtype", "wrap",
+]  # fmt: skip
 
 _TORCH = {
     gl.int1: torch.bool, gl.int8: torch.int8, gl.int16: torch.int16, gl.int32: torch.int32, gl.int64: torch.int64,
@@ -43,6 +35,11 @@ def torch_dtype(dtype: Any) -> torch.dtype:
     return _TORCH[dtype]
 
 
+def gluon_dtype(dtype: torch.dtype) -> Any:
+    """Triton's name of a torch dtype."""
+    return _GLUON[dtype]
+
+
 def dtype_of(value: Any) -> Any:
     """Triton's element type of a run-time value; of a Python number, the one it would get."""
     if isinstance(value, (Scalar, Block)):
@@ -52,10 +49,6 @@ def dtype_of(value: Any) -> Any:
     if isinstance(value, numbers.Integral):
         return gl.int32 if -(2**31) <= int(value) < 2**31 else gl.int64
     return gl.float32
-
-
-def layout_of(value: Any) -> Any:
-    return value.layout if isinstance(value, Block) else None
 
 
 def number(value: Any) -> Any:
@@ -95,14 +88,16 @@ def as_tensor(value: Any, dtype: torch.dtype | None = None) -> Tensor:
     return torch.tensor(number(value), dtype=torch_dtype(dtype_of(value)) if dtype is None else dtype)
 
 
-def _wrap(result: Tensor, layout: Any) -> Any:
+def wrap(result: Tensor, layout: Any) -> Any:
+    """A block, or a scalar of no dimension."""
     if result.dim():
         return Block(result, layout)
     return Scalar(result.item(), _GLUON[result.dtype])
 
 
-def _common_layout(values: Sequence[Any]) -> Any:
-    blocks = [v for v in values if isinstance(v, (Block, Pointer)) and v.rank]
+def common_layout(values: Sequence[Any]) -> Any:
+    """The layout of values that meet in one operation, which must not differ; None where none is known."""
+    blocks = [v for v in values if getattr(v, "rank", 0)]
     ranks = {b.rank for b in blocks}
     if len(ranks) > 1:
         raise ValueError(f"Gluon broadcasts no rank: {[tuple(b.shape) for b in blocks]}")
@@ -114,8 +109,8 @@ def _common_layout(values: Sequence[Any]) -> Any:
 
 def elementwise(function: Callable[..., Tensor], *values: Any, dtype: torch.dtype | None = None) -> Any:
     """`function` on the values broadcast, converted to one dtype unless that is None."""
-    layout = _common_layout(values)
-    return _wrap(function(*(as_tensor(v, dtype) for v in values)), layout)
+    layout = common_layout(values)
+    return wrap(function(*(as_tensor(v, dtype) for v in values)), layout)
 
 
 def _trunc_divide(a: Tensor, b: Tensor) -> Tensor:
@@ -146,8 +141,8 @@ def _scalars(op: Any, a: Any, b: Any, dtype: torch.dtype) -> Any:
 
 
 def _binary(op: Any, a: Any, b: Any) -> Any:
-    if isinstance(a, Pointer) or isinstance(b, Pointer):
-        raise TypeError(f"{op.__name__} of a pointer")
+    if not all(isinstance(v, (Scalar, Block, numbers.Number, np.bool_)) for v in (a, b)):
+        return NotImplemented
     dtype = promoted(a, b, op in (operator.truediv, operator.mod))
     if op is operator.truediv and not dtype.is_floating_point:
         dtype = torch.float32
@@ -160,7 +155,7 @@ class _Operators:
     """Python's operators, for scalars and blocks alike."""
 
     def __add__(self, other: Any) -> Any:
-        return NotImplemented if isinstance(other, Pointer) else _binary(operator.add, self, other)
+        return _binary(operator.add, self, other)
 
     def __radd__(self, other: Any) -> Any:
         return _binary(operator.add, other, self)
@@ -380,74 +375,3 @@ def _parent(layout: Any, index: Any) -> Any:
                 raise ValueError(f"[..., None, ...] at {position} needs a SliceLayout({position}, …), not {layout}")
             layout = layout.parent
     return layout
-
-
-class Pointer:
-    """Addresses in elements of one tensor that was passed to the kernel."""
-
-    def __init__(self, flat: Tensor, low: int, high: int, offset: Tensor, layout: Any = None) -> None:
-        """Args: flat: the tensor's whole storage; low, high: the tensor's own elements in it; offset: int64."""
-        self.flat, self.low, self.high, self.offset, self.layout = flat, low, high, offset, layout
-
-    @classmethod
-    def to_tensor(cls, tensor: Tensor) -> Pointer:
-        first = tensor.storage_offset()
-        size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
-        elements = tensor.untyped_storage().nbytes() // tensor.element_size()
-        flat = tensor.detach().as_strided((elements,), (1,), 0)
-        return cls(flat, first, first + size, torch.tensor(first, dtype=torch.int64))
-
-    @property
-    def rank(self) -> int:
-        return self.offset.dim()
-
-    @property
-    def shape(self) -> list[int]:
-        return list(self.offset.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return gl.pointer_type(_GLUON[self.flat.dtype])
-
-    def __add__(self, other: Any) -> Pointer:
-        layout = _common_layout([self, other])
-        return Pointer(self.flat, self.low, self.high, self.offset + as_tensor(other).to(torch.int64), layout)
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Any) -> Pointer:
-        return self + -as_tensor(other).to(torch.int64)
-
-    def _touched(self, mask: Any) -> tuple[Tensor, Tensor]:
-        layout_checked = _common_layout([self, mask])
-        del layout_checked
-        wanted = torch.ones((), dtype=torch.bool) if mask is None else as_tensor(mask, torch.bool)
-        offset, wanted = torch.broadcast_tensors(self.offset, wanted)
-        outside = wanted & ((offset < self.low) | (offset >= self.high))
-        if outside.any():
-            bad = int(offset[outside].flatten()[0]) - self.low
-            raise IndexError(f"element {bad} of a tensor of {self.high - self.low}")
-        return offset, wanted
-
-    def load(self, mask: Any = None, other: Any = None) -> Any:
-        offset, wanted = self._touched(mask)
-        if other is None:  # undefined where masked off
-            fill = torch.tensor(math.nan if self.flat.is_floating_point() else 77, dtype=self.flat.dtype)
-        else:
-            fill = as_tensor(other, self.flat.dtype)
-        found = torch.where(wanted, self.flat[torch.where(wanted, offset, self.low)], fill)
-        return _wrap(found, self.layout)
-
-    def store(self, value: Any, mask: Any = None) -> None:
-        _common_layout([self, value])
-        offset, wanted = self._touched(mask)
-        values = as_tensor(value, self.flat.dtype).expand(offset.shape)
-        self.flat[offset[wanted]] = values[wanted]
-
-    def add(self, value: Any, mask: Any = None) -> Any:
-        """An atomic addition; the values before."""
-        before = self.load(mask)
-        offset, wanted = self._touched(mask)
-        values = as_tensor(value, self.flat.dtype).expand(offset.shape)
-        self.flat.index_put_((offset[wanted],), values[wanted], accumulate=True)
-        return before
