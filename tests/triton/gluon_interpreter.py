@@ -8,7 +8,8 @@ raise in any schedule. Tests only.
         kernel[(programs,)](descriptor, tensor, rows, BLOCK=128, num_warps=8)
 
 What it can't find: whether Triton compiles the kernel (layouts of registers are checked where two meet, not where a result's would
-have to be inferred), anything about registers or speed, clusters of more than one thread block, races through global memory.
+have to be inferred), anything about registers or speed, clusters of more than one thread block; what a program reads of its own TMA stores; a
+release that is missing where a ring never wraps: run more steps than there are stages.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
 
 from tests.triton.gluon import machine
+from tests.triton.gluon.device_memory import DeviceMemory
 from tests.triton.gluon.hopper import Descriptor
 from tests.triton.gluon.language import REPLACED, kernel_range
 from tests.triton.gluon.machine import Deadlock, Machine, ProtocolError, Schedule
@@ -64,8 +66,9 @@ def run(kernel: Any, grid: Any, *arguments: Any, schedule: Schedule = LATEST, **
     code = _function(kernel.fn)
     constants = _constants(kernel.fn)
     values = {n: _plain(v) if n in constants else _argument(v) for n, v in bound.arguments.items()}
+    memory = DeviceMemory()
     for program in itertools.product(*(range(n) for n in reversed(sizes))):
-        block = Machine(schedule, tuple(reversed(program)), sizes, options.get("num_warps", 4))
+        block = Machine(schedule, tuple(reversed(program)), sizes, options.get("num_warps", 4), memory)
         machine.enter(block)
         try:
             code(**values)

@@ -251,6 +251,23 @@ def test_beyond() -> None:
 
 
 @gluon.jit
+def _neighbour_kernel(x, out, n, STEP: gl.constexpr):
+    at = gl.program_id(0)
+    gl.store(out + at, gl.load(x + (at + STEP) % n))
+
+
+def test_programs_run_in_any_order() -> None:
+    x, out = torch.arange(4.0), torch.empty(4)
+    launched(_neighbour_kernel, x, out, 4, grid=4, STEP=1)
+    assert out.tolist() == [1, 2, 3, 0]
+    launched(_neighbour_kernel, x, x, 4, grid=4, STEP=0)
+    with pytest.raises(Race, match=r"store at .*, in program 1, of an element that is read by program 0"):
+        launched(_neighbour_kernel, x, x, 4, grid=4, STEP=1)
+    with pytest.raises(Race, match=r"load at .*, in program 1, of an element that is written by program 0"):
+        launched(_neighbour_kernel, x, x, 4, grid=4, STEP=3)
+
+
+@gluon.jit
 def _box_kernel(source, target, row, column, SMEM: gl.constexpr):
     tile = gl.allocate_shared_memory(gl.float16, [1, 8, 64], SMEM)
     barrier = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())

@@ -42,6 +42,8 @@ class Descriptor:
             raise ProtocolError("TMA knows no transposed layout")
         # Whose dimensions lead out of the base's storage has no business here: torch refuses it.
         self._memory = self.base.detach().as_strided(self.shape, self.strides)
+        elements = torch.arange(self.base.untyped_storage().nbytes() // self.itemsize)
+        self._index = elements.as_strided(self.shape, self.strides, self.base.storage_offset())
 
     def _box(self, coordinates: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """The part of a box that lies inside, in the tensor and in the box."""
@@ -52,14 +54,16 @@ class Descriptor:
             ours.append(slice(first - start, first - start + theirs[-1].stop - theirs[-1].start))
         return tuple(theirs), tuple(ours)
 
-    def read(self, coordinates: Sequence[int]) -> Tensor:
+    def read(self, coordinates: Sequence[int], story: str) -> Tensor:
         theirs, ours = self._box(coordinates)
+        current().touch(self.base, self._index[theirs], False, story)
         out = torch.zeros(self.block_shape, dtype=self.base.dtype)
         out[ours] = self._memory[theirs]
         return out
 
-    def write(self, coordinates: Sequence[int], values: Tensor) -> None:
+    def write(self, coordinates: Sequence[int], values: Tensor, story: str) -> None:
         theirs, ours = self._box(coordinates)
+        current().touch(self.base, self._index[theirs], True, story)
         self._memory[theirs] = values[ours]
 
     def prepare(self, coordinates: Sequence[Any], view: SharedView, what: str) -> list[int]:
@@ -189,11 +193,13 @@ def async_load(
     result.access(True, found.agent, phase + 1, "TMA load")
     result.poison()
 
+    story = f"TMA load at {where()}"
+
     def land() -> None:
-        result.write(tensor_desc.read(at))
+        result.write(tensor_desc.read(at, story))
         found.land(tensor_desc.nbytes_per_cta, known, phase)
 
-    machine.begin(Load(found, land, f"TMA load at {where()}"))
+    machine.begin(Load(found, land, story))
 
 
 class _Store:
@@ -207,7 +213,7 @@ class _Store:
     def read(self) -> None:
         if self.values is None:
             self.values = self.source.read()
-            self.descriptor.write(self.at, self.values)
+            self.descriptor.write(self.at, self.values, self.story)
 
 
 def async_store(tensor_desc: Descriptor, coord: Any, src: SharedView) -> None:

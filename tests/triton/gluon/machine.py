@@ -6,6 +6,7 @@ notice is a point where the scheduler may hand over. Asynchronous work is a queu
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 import threading
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.triton.gluon.device_memory import DeviceMemory
 from tests.triton.gluon.races import Clock
 
 __all__ = ["Barrier", "Deadlock", "Machine", "Partition", "ProtocolError", "Schedule", "current", "where"]
@@ -127,8 +129,13 @@ class Load:
 class Machine:
     """The state of one thread block while its program runs."""
 
-    def __init__(self, schedule: Schedule, program: tuple[int, ...], grid: tuple[int, ...], warps: int | None) -> None:
+    def __init__(
+        self, schedule: Schedule, program: tuple[int, ...], grid: tuple[int, ...], warps: int | None,
+        memory: DeviceMemory | None = None,
+    ) -> None:  # fmt: skip
+        """Args: memory: of the launch; by default of one of its own."""
         self.schedule, self.program, self.grid = schedule, program, grid
+        self.memory = DeviceMemory() if memory is None else memory
         self.random = random.Random(f"{schedule.seed} {program}")
         self.agents = 0
         self.loads: list[Load] = []
@@ -147,6 +154,12 @@ class Machine:
         out = Partition(name, index, warps, clock, self.agent(), self.agent(), self.agent())
         out.tick()
         return out
+
+    def touch(self, tensor: Any, index: Any, write: bool, story: str) -> None:
+        """Note an access to elements of a tensor in device memory."""
+        if self.schedule.races:
+            number = sum(i * math.prod(self.grid[:d]) for d, i in enumerate(self.program))
+            self.memory.access(tensor, index, write, number, story)
 
     # Time
 

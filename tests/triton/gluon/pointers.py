@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from tests.triton.gluon.values import as_tensor, common_layout, gluon_dtype, wrap
+from tests.triton.gluon.machine import current, where
+from tests.triton.gluon.values import Scalar, as_tensor, common_layout, gluon_dtype, wrap
 
 __all__ = ["Pointer"]
 
@@ -62,23 +63,30 @@ class Pointer:
 
     def load(self, mask: Any = None, other: Any = None) -> Any:
         offset, wanted = self._touched(mask)
+        self._note(offset[wanted], False)
+        return self._read(offset, wanted, other)
+
+    def _read(self, offset: Tensor, wanted: Tensor, other: Any = None) -> Any:
         if other is None:  # undefined where masked off
-            fill = torch.tensor(math.nan if self.flat.is_floating_point() else 77, dtype=self.flat.dtype)
-        else:
-            fill = as_tensor(other, self.flat.dtype)
-        found = torch.where(wanted, self.flat[torch.where(wanted, offset, self.low)], fill)
+            other = Scalar(math.nan if self.flat.is_floating_point() else 77, gluon_dtype(self.flat.dtype))
+        found = as_tensor(other, self.flat.dtype).expand(offset.shape).clone()
+        found[wanted] = self.flat[offset[wanted]]
         return wrap(found, self.layout)
 
     def store(self, value: Any, mask: Any = None) -> None:
         common_layout([self, value])
         offset, wanted = self._touched(mask)
+        self._note(offset[wanted], True)
         values = as_tensor(value, self.flat.dtype).expand(offset.shape)
         self.flat[offset[wanted]] = values[wanted]
 
     def add(self, value: Any, mask: Any = None) -> Any:
         """An atomic addition; the values before."""
-        before = self.load(mask)
         offset, wanted = self._touched(mask)
+        before = self._read(offset, wanted)
         values = as_tensor(value, self.flat.dtype).expand(offset.shape)
         self.flat.index_put_((offset[wanted],), values[wanted], accumulate=True)
         return before
+
+    def _note(self, index: Tensor, write: bool) -> None:
+        current().touch(self.flat, index, write, f"{'store' if write else 'load'} at {where()}")
