@@ -240,7 +240,7 @@ def _address_kernel(out, at):
 
 def test_beyond() -> None:
     """Neither an index of 32 bits nor an address leaves its range unseen."""
-    with pytest.raises(OverflowError, match="65536 mul 65536 does not fit int32"):
+    with pytest.raises(OverflowError, match=r"65536 mul 65536 does not fit torch\.int32"):
         launched(_beyond_kernel, torch.zeros(1, dtype=torch.int64), 65536, STEPS=1)
     rows = torch.zeros(4, 4)
     launched(_address_kernel, rows[1], 3)

@@ -5,6 +5,8 @@ Interpreted programs run one after the other, which would hide that. Atomic oper
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,27 +21,36 @@ class DeviceMemory:
     """The accesses of one launch, by element of each storage."""
 
     def __init__(self) -> None:
-        self._marks: dict[tuple[int, int], Tensor] = {}
+        self._marks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def access(self, tensor: Tensor, index: Tensor, write: bool, program: int, story: str) -> None:
-        """An access of `program` to these elements of the tensor's storage."""
+    def access(self, tensor: Tensor, where: Any, write: bool, program: int, story: str) -> None:
+        """An access of `program` to elements of a tensor.
+
+        Args:
+            where: their indices in the tensor's storage, or ((shape, strides, offset), slices) of a view of it.
+        """
         writer, reader = self._of(tensor)
-        index = index.reshape(-1)
-        self._check(writer[index], program, "written", story)
+        if not isinstance(where, Tensor):
+            view, where = where
+            writer, reader = writer.as_strided(*view), reader.as_strided(*view)
+        self._check(writer[where], program, "written", story)
         if write:
-            self._check(reader[index], program, "read", story)
-            writer[index] = program
+            self._check(reader[where], program, "read", story)
+            writer[where] = program
             return
-        before = reader[index]
-        reader[index] = torch.where((before == _NOBODY) | (before == program), program, _SEVERAL)
+        before = reader[where]
+        if before.numel():
+            several = (before != _NOBODY) & (before != program)
+            reader[where] = torch.where(several, _SEVERAL, program).to(reader.dtype) if several.any() else program
 
     def _of(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         storage = tensor.untyped_storage()
         key = storage.data_ptr(), tensor.element_size()
         if key not in self._marks:
-            self._marks[key] = torch.full((2, storage.nbytes() // tensor.element_size()), _NOBODY, dtype=torch.int64)
-        writer, reader = self._marks[key]
-        return writer, reader
+            size = storage.nbytes() // tensor.element_size()
+            nobody = torch.full((size,), _NOBODY, dtype=torch.int16)
+            self._marks[key] = nobody, nobody.clone()
+        return self._marks[key]
 
     @staticmethod
     def _check(others: Tensor, program: int, what: str, story: str) -> None:

@@ -42,8 +42,7 @@ class Descriptor:
             raise ProtocolError("TMA knows no transposed layout")
         # Whose dimensions lead out of the base's storage has no business here: torch refuses it.
         self._memory = self.base.detach().as_strided(self.shape, self.strides)
-        elements = torch.arange(self.base.untyped_storage().nbytes() // self.itemsize)
-        self._index = elements.as_strided(self.shape, self.strides, self.base.storage_offset())
+        self._view = self.shape, self.strides, self.base.storage_offset()
 
     def _box(self, coordinates: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """The part of a box that lies inside, in the tensor and in the box."""
@@ -56,14 +55,14 @@ class Descriptor:
 
     def read(self, coordinates: Sequence[int], story: str) -> Tensor:
         theirs, ours = self._box(coordinates)
-        current().touch(self.base, self._index[theirs], False, story)
+        current().touch(self.base, (self._view, theirs), False, story)
         out = torch.zeros(self.block_shape, dtype=self.base.dtype)
         out[ours] = self._memory[theirs]
         return out
 
     def write(self, coordinates: Sequence[int], values: Tensor, story: str) -> None:
         theirs, ours = self._box(coordinates)
-        current().touch(self.base, self._index[theirs], True, story)
+        current().touch(self.base, (self._view, theirs), True, story)
         self._memory[theirs] = values[ours]
 
     def prepare(self, coordinates: Sequence[Any], view: SharedView, what: str) -> list[int]:

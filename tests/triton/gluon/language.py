@@ -23,7 +23,6 @@ from tests.triton.gluon.values import (
     as_tensor,
     dtype_of,
     elementwise,
-    gluon_dtype,
     number,
     promoted,
     torch_dtype,
@@ -34,7 +33,7 @@ __all__ = ["REPLACED", "kernel_range"]
 
 def kernel_range(*bounds: Any, **_: Any) -> Any:
     """range(), whose variable is a run-time value in a kernel."""
-    return (Scalar(i, gl.int32) for i in range(*(operator.index(b) for b in bounds)))
+    return (Scalar(i, torch.int32) for i in range(*(operator.index(b) for b in bounds)))
 
 
 def _static_range(*bounds: Any, **_: Any) -> Any:
@@ -56,11 +55,11 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 def _program_id(axis: Any) -> Scalar:
-    return Scalar((*current().program, 0, 0)[axis], gl.int32)
+    return Scalar((*current().program, 0, 0)[axis], torch.int32)
 
 
 def _num_programs(axis: Any) -> Scalar:
-    return Scalar((*current().grid, 1, 1)[axis], gl.int32)
+    return Scalar((*current().grid, 1, 1)[axis], torch.int32)
 
 
 def _num_warps() -> int:
@@ -104,7 +103,7 @@ def _arange(start: int, end: int, layout: Any = None) -> Block:
 def _full(shape: Any, value: Any, dtype: Any, layout: Any = None) -> Any:
     sizes = tuple(operator.index(n) for n in shape)
     data = torch.full(sizes, number(value), dtype=torch_dtype(dtype))
-    return Block(data, layout) if sizes else Scalar(data.item(), dtype)
+    return Block(data, layout) if sizes else Scalar(data.item(), data.dtype)
 
 
 def _convert_layout(value: Block, layout: Any, assert_trivial: bool = False) -> Block:
@@ -113,18 +112,18 @@ def _convert_layout(value: Block, layout: Any, assert_trivial: bool = False) -> 
 
 def _where(condition: Any, x: Any, y: Any) -> Any:
     if not any(isinstance(v, Block) for v in (condition, x, y)):
-        return _scalar(x if number(condition) else y, promoted(x, y, False))
-    dtype = promoted(x, y, False)
+        return _scalar(x if number(condition) else y, promoted(x, y))
+    dtype = promoted(x, y)
     return elementwise(lambda c, a, b: torch.where(c.to(torch.bool), a.to(dtype), b.to(dtype)), condition, x, y)
 
 
 def _scalar(value: Any, dtype: torch.dtype) -> Scalar:
-    return Scalar(torch.tensor(number(value), dtype=dtype).item(), gluon_dtype(dtype))
+    return Scalar(torch.tensor(number(value), dtype=dtype).item(), dtype)
 
 
 def _extremum(choose: Callable[..., Any], floats: Callable[..., Tensor], ints: Callable[..., Tensor]) -> Any:
     def function(x: Any, y: Any, propagate_nan: Any = None, **_: Any) -> Any:
-        dtype = promoted(x, y, False)
+        dtype = promoted(x, y)
         if not isinstance(x, Block) and not isinstance(y, Block):
             return _scalar(choose(number(x), number(y)), dtype)
         return elementwise(floats if dtype.is_floating_point else ints, x, y, dtype=dtype)
@@ -151,7 +150,7 @@ def _reduction(function: Callable[..., Tensor]) -> Any:
         dims = tuple(range(x.rank)) if axis is None else (axis,)
         out = function(data, dims, keep_dims).to(x.data.dtype)
         layout = gl.SliceLayout(axis % x.rank, x.layout) if axis is not None and x.layout is not None else None
-        return Block(out, x.layout if keep_dims else layout) if out.dim() else Scalar(out.item(), x.dtype)
+        return Block(out, x.layout if keep_dims else layout) if out.dim() else Scalar(out.item(), out.dtype)
 
     return reduce
 

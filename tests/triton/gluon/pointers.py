@@ -68,7 +68,7 @@ class Pointer:
 
     def _read(self, offset: Tensor, wanted: Tensor, other: Any = None) -> Any:
         if other is None:  # undefined where masked off
-            other = Scalar(math.nan if self.flat.is_floating_point() else 77, gluon_dtype(self.flat.dtype))
+            other = Scalar(math.nan if self.flat.is_floating_point() else 77, self.flat.dtype)
         found = as_tensor(other, self.flat.dtype).expand(offset.shape).clone()
         found[wanted] = self.flat[offset[wanted]]
         return wrap(found, self.layout)

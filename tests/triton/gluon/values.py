@@ -5,6 +5,7 @@ A compile-time constant is a plain Python value. Python arithmetic on it is what
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import operator
@@ -27,6 +28,10 @@ _TORCH = {
     gl.float64: torch.float64,
 }  # fmt: skip
 _GLUON = {theirs: ours for ours, theirs in _TORCH.items()}
+_NUMBERS: dict[torch.dtype, Callable[[Any], Any]] = {
+    torch.bool: bool, torch.float16: float, torch.bfloat16: float, torch.float64: float,
+    torch.float32: lambda value: float(np.float32(value)),
+}  # fmt: skip
 _COMPARISONS = (operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne)
 
 
@@ -40,15 +45,17 @@ def gluon_dtype(dtype: torch.dtype) -> Any:
     return _GLUON[dtype]
 
 
-def dtype_of(value: Any) -> Any:
-    """Triton's element type of a run-time value; of a Python number, the one it would get."""
-    if isinstance(value, (Scalar, Block)):
-        return value.dtype
+def dtype_of(value: Any) -> torch.dtype:
+    """The element type of a value; of a Python number, the one that it would get."""
+    if isinstance(value, Scalar):
+        return value.element
+    if isinstance(value, Block):
+        return value.data.dtype
     if isinstance(value, (bool, np.bool_)):
-        return gl.int1
+        return torch.bool
     if isinstance(value, numbers.Integral):
-        return gl.int32 if -(2**31) <= int(value) < 2**31 else gl.int64
-    return gl.float32
+        return torch.int32 if -(2**31) <= int(value) < 2**31 else torch.int64
+    return torch.float32
 
 
 def number(value: Any) -> Any:
@@ -56,27 +63,31 @@ def number(value: Any) -> Any:
     return value.value if isinstance(value, Scalar) else value
 
 
-def _kind(dtype: Any) -> int:
-    return 0 if dtype == gl.int1 else 1 if dtype.is_int() else 2
+def _kind(dtype: torch.dtype) -> int:
+    return 0 if dtype == torch.bool else 2 if dtype.is_floating_point else 1
 
 
-def promoted(a: Any, b: Any, division: bool) -> torch.dtype:
-    """The type in which Triton computes `a op b`: a Python number never widens a value of its own kind or a higher one."""
-    ours, theirs = dtype_of(a), dtype_of(b)
-    for one, other, dtype, plain in ((a, b, ours, theirs), (b, a, theirs, ours)):
-        if isinstance(other, numbers.Number) and not isinstance(one, numbers.Number) and _kind(plain) <= _kind(dtype):
-            ours = theirs = dtype
+def promoted(a: Any, b: Any, division: bool = False) -> torch.dtype:
+    """The type in which Triton computes `a op b`."""
+    return _common(dtype_of(a), not isinstance(a, _Operators), dtype_of(b), not isinstance(b, _Operators), division)
+
+
+@functools.cache
+def _common(
+    ours: torch.dtype, our_number: bool, theirs: torch.dtype, their_number: bool, division: bool
+) -> torch.dtype:  # fmt: skip
+    """A Python number never widens a value of its own kind or of a higher one."""
+    if their_number and not our_number and _kind(theirs) <= _kind(ours):
+        theirs = ours
+    if our_number and not their_number and _kind(ours) <= _kind(theirs):
+        ours = theirs
     if _kind(ours) != _kind(theirs):
         wide = max(ours, theirs, key=_kind)
-    elif ours == theirs:
-        wide = ours
-    elif _kind(ours) == 2 and ours.primitive_bitwidth == theirs.primitive_bitwidth:
-        wide = gl.float32  # float16 and bfloat16
+    elif ours != theirs and ours.itemsize == theirs.itemsize:
+        wide = torch.float32  # float16 and bfloat16
     else:
-        wide = max(ours, theirs, key=lambda d: d.primitive_bitwidth)
-    if division and wide in (gl.float16, gl.bfloat16):
-        wide = gl.float32
-    return torch_dtype(wide)
+        wide = max(ours, theirs, key=lambda d: d.itemsize)
+    return torch.float32 if division and wide in (torch.float16, torch.bfloat16) else wide
 
 
 def as_tensor(value: Any, dtype: torch.dtype | None = None) -> Tensor:
@@ -85,14 +96,14 @@ def as_tensor(value: Any, dtype: torch.dtype | None = None) -> Tensor:
         return value.data if dtype is None else value.data.to(dtype)
     if isinstance(value, Tensor):
         return value if dtype is None else value.to(dtype)
-    return torch.tensor(number(value), dtype=torch_dtype(dtype_of(value)) if dtype is None else dtype)
+    return torch.tensor(number(value), dtype=dtype or dtype_of(value))
 
 
 def wrap(result: Tensor, layout: Any) -> Any:
     """A block, or a scalar of no dimension."""
     if result.dim():
         return Block(result, layout)
-    return Scalar(result.item(), _GLUON[result.dtype])
+    return Scalar(result.item(), result.dtype)
 
 
 def common_layout(values: Sequence[Any]) -> Any:
@@ -126,22 +137,20 @@ def _scalars(op: Any, a: Any, b: Any, dtype: torch.dtype) -> Any:
     """Two scalars in plain Python: a kernel's index arithmetic is most of what it does. C's division; no wrapping goes unseen."""
     x, y = number(a), number(b)
     if op in _COMPARISONS:
-        return Scalar(op(x, y), gl.int1)
+        return Scalar(op(x, y), torch.bool)
     if op in (operator.floordiv, operator.mod):
         quotient = abs(x) // abs(y) * (1 if (x < 0) == (y < 0) else -1)
         result = quotient if op is operator.floordiv else x - quotient * y
     else:
         result = op(x, y)
-    out = Scalar(result, _GLUON[dtype])
-    if out.dtype in (gl.int32, gl.int64) and not -(2 ** (out.dtype.primitive_bitwidth - 1)) <= out.value < 2 ** (
-        out.dtype.primitive_bitwidth - 1
-    ):
-        raise OverflowError(f"{x} {op.__name__} {y} does not fit {out.dtype}")
-    return out
+    limit = 2 ** (8 * dtype.itemsize - 1)
+    if dtype in (torch.int32, torch.int64) and not -limit <= result < limit:
+        raise OverflowError(f"{x} {op.__name__} {y} does not fit {dtype}")
+    return Scalar(result, dtype)
 
 
 def _binary(op: Any, a: Any, b: Any) -> Any:
-    if not all(isinstance(v, (Scalar, Block, numbers.Number, np.bool_)) for v in (a, b)):
+    if not isinstance(a, _COMPUTED) or not isinstance(b, _COMPUTED):
         return NotImplemented
     dtype = promoted(a, b, op in (operator.truediv, operator.mod))
     if op is operator.truediv and not dtype.is_floating_point:
@@ -251,14 +260,12 @@ class Scalar(_Operators):
     shape: tuple[int, ...] = ()
     layout = None
 
-    def __init__(self, value: Any, dtype: Any) -> None:
-        if dtype == gl.float32:
-            value = float(np.float32(value))
-        elif dtype == gl.int1:
-            value = bool(value)
-        elif dtype.is_int():
-            value = int(value)
-        self.value, self.dtype = value, dtype
+    def __init__(self, value: Any, element: torch.dtype) -> None:
+        self.value, self.element = _NUMBERS.get(element, int)(value), element
+
+    @property
+    def dtype(self) -> Any:
+        return _GLUON[self.element]
 
     def __bool__(self) -> bool:
         return bool(self.value)
@@ -276,7 +283,7 @@ class Scalar(_Operators):
         return f"{self.value}:{self.dtype}"
 
     def to(self, dtype: Any, **_: Any) -> Scalar:
-        return Scalar(as_tensor(self).to(torch_dtype(dtype)).item(), dtype)
+        return wrap(as_tensor(self).to(torch_dtype(dtype)), None)
 
 
 class Block(_Operators):
@@ -375,3 +382,6 @@ def _parent(layout: Any, index: Any) -> Any:
                 raise ValueError(f"[..., None, ...] at {position} needs a SliceLayout({position}, …), not {layout}")
             layout = layout.parent
     return layout
+
+
+_COMPUTED = (Scalar, Block, int, float, np.number, np.bool_)
