@@ -54,6 +54,11 @@ class DeviceMemory:
 
     @staticmethod
     def _check(others: Tensor, program: int, what: str, story: str) -> None:
+        if not others.numel():
+            return
+        low, high = (int(o) for o in others.aminmax())
+        if low == high and low in (_NOBODY, program):
+            return
         conflict = (others != _NOBODY) & (others != program)
         if conflict.any():
             other = int(others[conflict][0])

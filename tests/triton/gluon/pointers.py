@@ -24,7 +24,7 @@ class Pointer:
 
     @classmethod
     def to_tensor(cls, tensor: Tensor) -> Pointer:
-        first = tensor.storage_offset()
+        first = int(tensor.storage_offset())
         size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
         elements = tensor.untyped_storage().nbytes() // tensor.element_size()
         flat = tensor.detach().as_strided((elements,), (1,), 0)
