@@ -40,6 +40,8 @@ class Descriptor:
             raise ProtocolError(f"TMA takes no tensor of shape {self.shape} and strides {self.strides}")
         if self.layout.transposed:
             raise ProtocolError("TMA knows no transposed layout")
+        if getattr(host, "padding", "zero") != "zero":
+            raise NotImplementedError("a descriptor that pads with NaN")
         # Whose dimensions lead out of the base's storage has no business here: torch refuses it.
         self._memory = self.base.detach().as_strided(self.shape, self.strides)
         self._view = self.shape, self.strides, self.base.storage_offset()
@@ -352,7 +354,7 @@ def warpgroup_mma_wait(num_outstanding: Any = 0, deps: Any = None) -> Any:
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def _check_mma(a: Any, b: SharedView, acc: Block, warps: int | None) -> None:
+def _check_mma(a: Any, b: SharedView, acc: Block, warps: int) -> None:
     """What wgmma takes: m64 a warpgroup, n a multiple of 8 up to 256, k 16, 16-bit operands, B in shared memory."""
     at = where()
     if not isinstance(b, SharedView):
@@ -374,7 +376,7 @@ def _check_mma(a: Any, b: SharedView, acc: Block, warps: int | None) -> None:
             f"{at}: an instruction of shape {layout.instr_shape} for {columns} columns of 16-bit operands"
         )
     groups = math.prod(layout.warps_per_cta)
-    if groups % 4 or layout.warps_per_cta[0] % 4 or (warps is not None and groups != warps):
+    if groups % 4 or layout.warps_per_cta[0] % 4 or groups != warps:
         raise ProtocolError(f"{at}: {layout.warps_per_cta} warps of an accumulator in a partition of {warps}")
     if rows % 64 or depth % 16:
         raise ProtocolError(f"{at}: {rows} rows, depth {depth}: wgmma takes multiples of 64 and 16")

@@ -48,6 +48,9 @@ class Schedule:
     seed: int = 0
     races: bool = True
 
+    def __str__(self) -> str:
+        return f"{self.order}, loads {self.loads}, reads {self.reads}, seed {self.seed}"
+
 
 class _Aborted(BaseException):
     """Another partition failed."""
@@ -59,7 +62,7 @@ class Partition:
 
     name: str
     index: int
-    warps: int | None
+    warps: int
     clock: Clock
     agent: int
     mma_agent: int
@@ -130,7 +133,7 @@ class Machine:
     """The state of one thread block while its program runs."""
 
     def __init__(
-        self, schedule: Schedule, program: tuple[int, ...], grid: tuple[int, ...], warps: int | None,
+        self, schedule: Schedule, program: tuple[int, ...], grid: tuple[int, ...], warps: int,
         memory: DeviceMemory | None = None,
     ) -> None:  # fmt: skip
         """Args: memory: of the launch; by default of one of its own."""
@@ -149,7 +152,7 @@ class Machine:
         self.agents += 1
         return self.agents
 
-    def _partition(self, name: str, index: int, warps: int | None, parent: Clock | None = None) -> Partition:
+    def _partition(self, name: str, index: int, warps: int, parent: Clock | None = None) -> Partition:
         clock = Clock() if parent is None else parent.copy()
         out = Partition(name, index, warps, clock, self.agent(), self.agent(), self.agent())
         out.tick()

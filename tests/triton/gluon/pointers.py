@@ -58,7 +58,7 @@ class Pointer:
         outside = wanted & ((offset < self.low) | (offset >= self.high))
         if outside.any():
             bad = int(offset[outside].flatten()[0]) - self.low
-            raise IndexError(f"element {bad} of a tensor of {self.high - self.low}")
+            raise IndexError(f"{where()}: element {bad} of a tensor of {self.high - self.low}")
         return offset, wanted
 
     def load(self, mask: Any = None, other: Any = None) -> Any:
