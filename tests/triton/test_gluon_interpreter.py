@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.semantic import TritonSemantic
 
 from memvp_kernels.backends.triton.activations import activate, activate_derivative
 from tests.triton.gluon import example
+from tests.triton.gluon.values import Scalar, promoted, torch_dtype
 from tests.triton.gluon_interpreter import LATEST, Deadlock, ProtocolError, Race, Schedule, interpreted, run
 
 SCHEDULES = [
@@ -208,21 +211,36 @@ def test_arithmetic() -> None:
     assert counter.item() == i.sum()
 
 
+@pytest.mark.parametrize("division", [False, True])
+def test_promotion(division: bool) -> None:
+    """The types of results are those of the installed Triton."""
+    semantic = TritonSemantic.__new__(TritonSemantic)
+    known = [gl.int1, gl.int8, gl.int32, gl.int64, gl.float16, gl.bfloat16, gl.float32, gl.float64]
+    values = [(d, Scalar(1, torch_dtype(d)), False) for d in known]
+    values += [(gl.int1, True, True), (gl.int32, 1, True), (gl.int64, 2**40, True), (gl.float32, 1.0, True)]
+    for (a, ours, a_number), (b, theirs, b_number) in itertools.product(values, values):
+        if division and a != b and gl.int1 in (a, b):
+            continue  # Triton refuses those of unlike signs
+        want = semantic.computation_type_impl(a, a_number, b, b_number, division)
+        assert promoted(ours, theirs, division) == torch_dtype(want), (ours, theirs)
+
+
 @gluon.jit
-def _promotion_kernel(half, out, n):
+def _rounding_kernel(x, out):
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    x = gl.load(half + gl.arange(0, 128, layout=LAYOUT))
-    gl.static_assert((x + 0.1).dtype == gl.bfloat16, "a Python number takes the block's type")
-    gl.static_assert((x * n).dtype == gl.bfloat16, "an integer takes the float's type")
-    gl.static_assert((x / x).dtype == gl.float32, "a division of 16 bits is done in 32")
-    gl.static_assert((x + x.to(gl.float16)).dtype == gl.float32, "two kinds of 16 bits meet in 32")
-    gl.store(out + gl.arange(0, 128, layout=LAYOUT), (x + 0.1) * n)
+    o = gl.arange(0, 128, layout=LAYOUT)
+    b = gl.load(x + o)
+    gl.store(out + o, b + 0.1)
+    gl.store(out + 128 + o, (b.to(gl.float32) + 0.1).to(gl.bfloat16))
 
 
-def test_promotion() -> None:
-    x, out = torch.randn(128).to(torch.bfloat16), torch.empty(128, dtype=torch.bfloat16)
-    launched(_promotion_kernel, x, out, 3)
-    assert torch.equal(out, (x + torch.tensor(0.1, dtype=torch.bfloat16)) * 3)
+def test_rounding() -> None:
+    """bfloat16 is computed and rounded as such, ties to even."""
+    x, out = torch.randn(128).to(torch.bfloat16), torch.empty(2, 128, dtype=torch.bfloat16)
+    x[0] = 1.0
+    launched(_rounding_kernel, x, out)
+    assert torch.equal(out[0], x + torch.tensor(0.1, dtype=torch.bfloat16))
+    assert torch.equal(out[1], (x.float() + 0.1).to(torch.bfloat16))
 
 
 @gluon.jit

@@ -32,6 +32,7 @@ _NUMBERS: dict[torch.dtype, Callable[[Any], Any]] = {
     torch.bool: bool, torch.float16: float, torch.bfloat16: float, torch.float64: float,
     torch.float32: lambda value: float(np.float32(value)),
 }  # fmt: skip
+_HALVES = (torch.float16, torch.bfloat16)
 _COMPARISONS = (operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne)
 
 
@@ -73,21 +74,20 @@ def promoted(a: Any, b: Any, division: bool = False) -> torch.dtype:
 
 
 @functools.cache
-def _common(
-    ours: torch.dtype, our_number: bool, theirs: torch.dtype, their_number: bool, division: bool
-) -> torch.dtype:  # fmt: skip
-    """A Python number never widens a value of its own kind or of a higher one."""
-    if their_number and not our_number and _kind(theirs) <= _kind(ours):
-        theirs = ours
-    if our_number and not their_number and _kind(ours) <= _kind(theirs):
-        ours = theirs
-    if _kind(ours) != _kind(theirs):
-        wide = max(ours, theirs, key=_kind)
-    elif ours != theirs and ours.itemsize == theirs.itemsize:
-        wide = torch.float32  # float16 and bfloat16
-    else:
-        wide = max(ours, theirs, key=lambda d: d.itemsize)
-    return torch.float32 if division and wide in (torch.float16, torch.bfloat16) else wide
+def _common(a: torch.dtype, a_number: bool, b: torch.dtype, b_number: bool, division: bool) -> torch.dtype:
+    """TritonSemantic.computation_type_impl: a Python number never widens a value of its own kind or of a higher one."""
+    if a_number != b_number:
+        one, other = (a, b) if a_number else (b, a)
+        if _kind(one) <= _kind(other):
+            return torch.float32 if division and other in _HALVES else other
+    for wide in (torch.float64, torch.float32):
+        if wide in (a, b):
+            return wide
+    if torch.float16 in (a, b):
+        return torch.float32 if division else torch.float16
+    if torch.bfloat16 in (a, b):
+        return torch.bfloat16 if a == b and not division else torch.float32
+    return max(a, b, key=lambda dtype: (dtype != torch.bool, dtype.itemsize))
 
 
 def as_tensor(value: Any, dtype: torch.dtype | None = None) -> Tensor:
