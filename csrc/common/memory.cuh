@@ -99,7 +99,7 @@ MEMVP_DEVICE void wait_copies() {
 template <class V>
 MEMVP_DEVICE V* shared_at(size_t offset, size_t count) {
 #ifdef __CUDACC__
-  extern __shared__ __align__(128) unsigned char memvp_shared[];
+  extern __shared__ __align__(1024) unsigned char memvp_shared[];  // as tiles need it (tensor_copies.cuh)
   return reinterpret_cast<V*>(memvp_shared + offset);
 #else
   return host_run::shared_at<V>(offset, count);
