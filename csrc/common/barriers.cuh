@@ -117,29 +117,4 @@ MEMVP_DEVICE void fence_async_shared(MEMVP_SITE) {
 #endif
 }
 
-// Of a warpgroup's threads, each from here on: more registers than it began with, once others have given them up, or
-// fewer. By all of its warps. `registers`: 24 .. 256 by 8.
-template <int registers>
-MEMVP_DEVICE void raise_registers(MEMVP_SITE) {
-  static_assert(registers >= 24 && registers <= 256 && registers % 8 == 0, "what setmaxnreg takes");
-#ifndef __CUDACC__
-  host_run::change_registers(registers, true, {file, line, "raise_registers"});
-#elif defined(MEMVP_HOPPER)
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
-#else
-  __trap();
-#endif
-}
-template <int registers>
-MEMVP_DEVICE void lower_registers(MEMVP_SITE) {
-  static_assert(registers >= 24 && registers <= 256 && registers % 8 == 0, "what setmaxnreg takes");
-#ifndef __CUDACC__
-  host_run::change_registers(registers, false, {file, line, "lower_registers"});
-#elif defined(MEMVP_HOPPER)
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
-#else
-  __trap();
-#endif
-}
-
 }  // namespace memvp

@@ -18,6 +18,7 @@
 extern "C" {
 void __sanitizer_start_switch_fiber(void**, const void*, size_t);
 void __sanitizer_finish_switch_fiber(void*, const void**, size_t*);
+void __asan_poison_memory_region(void const volatile*, size_t);
 void __asan_unpoison_memory_region(void const volatile*, size_t);
 }
 #endif

@@ -26,12 +26,9 @@ inline uint16_t bfloat_of_float(float f) {
 }
 
 inline float float_of_half(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  float f;
-  if (exponent == 31)
-    f = fraction == 0 ? HUGE_VALF : NAN;
-  else
-    f = std::ldexp(static_cast<float>(exponent == 0 ? fraction : fraction + 1024), exponent == 0 ? -24 : exponent - 25);
+  float f =
+      bit_cast<float>((bits & 0x7FFFu) << 13) * 0x1p112f;  // the fraction in its place, the exponent's bias mended
+  if ((bits & 0x7C00) == 0x7C00) f = (bits & 0x3FF) == 0 ? HUGE_VALF : NAN;
   return bits >> 15 ? -f : f;
 }
 

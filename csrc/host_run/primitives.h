@@ -200,10 +200,16 @@ V* shared_at(size_t offset, size_t count) {
   for (const auto& [at, carve] : block.shared)
     if (at < offset + bytes && offset < at + carve.bytes)
       fail(text("shared memory %zu..%zu overlaps %zu..%zu", offset, offset + bytes, at, at + carve.bytes));
-  void* data = nullptr;
-  if (posix_memalign(&data, 128, bytes == 0 ? 1 : bytes) != 0) abort();  // of exact size, for the address sanitizer
-  memset(data, 0xFF, bytes);                                             // NaN: an unwritten read shows
-  block.shared[offset] = {data, bytes};
+  // Of exact size, for the address sanitizer, and with the low bits of its address that it has on the device.
+  const size_t before = offset % 1024;
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 1024, before + bytes == 0 ? 1 : before + bytes) != 0) abort();
+#ifdef MEMVP_FIBER_ASAN
+  __asan_poison_memory_region(memory, before);
+#endif
+  void* data = static_cast<char*>(memory) + before;
+  memset(data, 0xFF, bytes);  // NaN: an unwritten read shows
+  block.shared[offset] = {data, bytes, memory, {}};
   return static_cast<V*>(data);
 }
 

@@ -41,6 +41,7 @@ struct Launch {
   std::function<void()> kernel;
   bool chained = false;      // may begin when every block of the launch before has begun and let it
   bool cooperative = false;  // all its blocks are resident at once, and may wait for one another
+  unsigned registers = 0;    // of each thread when it begins; 0: as many as a multiprocessor has for this many threads
 };
 
 struct Stats {
@@ -57,7 +58,7 @@ struct Index3 {
   unsigned x = 0, y = 0, z = 0;
 };
 
-enum class State { kReady, kBarrier, kWarp, kGrid, kDone };
+enum class State { kReady, kBarrier, kWarp, kWarpgroup, kEvent, kGrid, kDone };
 
 struct PendingCopy {
   char* to;
@@ -77,6 +78,7 @@ struct Thread {
   Block* block = nullptr;
   Warp* warp = nullptr;
   bool waited_for_grid = false;
+  const void* waits_for = nullptr;                    // in State::kEvent
   std::vector<std::vector<PendingCopy>> copy_groups;  // committed, oldest first
   std::vector<PendingCopy> copies;                    // not yet committed
 };
@@ -93,6 +95,25 @@ struct Warp {
 struct Carve {
   void* data;
   size_t bytes;
+  void* memory;            // what was allocated: `data` lies in it as the offset asks for
+  std::vector<char> seen;  // by units other than the threads (host_run/proxy.h); empty: nothing yet
+};
+
+// One of the block's units beside its threads' own: barriers in shared memory, copies and products that go on without a
+// thread. Made by the first primitive that needs it.
+struct BlockUnit {
+  virtual ~BlockUnit() = default;
+  virtual std::string awaited(const Thread&) const { return ""; }      // in State::kEvent: what has not happened yet
+  virtual std::string left_behind(const Thread&) const { return ""; }  // by a thread that returns: a mistake
+  virtual std::string end() { return ""; }                             // of the block; likewise
+};
+enum UnitSlot { kBarrierUnit, kCopyUnit, kWarpgroupUnit, kUnits };
+
+// A copy that no thread carries out, to be done at any time after its start, whatever the threads do.
+struct Landing {
+  const Block* block;
+  const void* completes;  // what a thread waits for that needs it
+  std::function<void()> land;
 };
 
 struct Block {
@@ -103,8 +124,9 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<Thread*> at_barrier;
   std::map<size_t, Carve> shared;  // by offset; each an allocation of its own
-  char barrier_object[2];          // for the thread sanitizer: this barrier and the next
-  char end_object;                 // likewise: its threads' ends, which the reuse of their stacks comes after
+  std::unique_ptr<BlockUnit> units[kUnits];
+  char barrier_object[2];  // for the thread sanitizer: this barrier and the next
+  char end_object;         // likewise: its threads' ends, which the reuse of their stacks comes after
 };
 
 struct Progress {  // of one launch
@@ -121,6 +143,7 @@ struct Run {
   std::vector<std::unique_ptr<Block>> blocks;  // resident ones
   std::vector<Thread*> ready;
   size_t first_ready = 0;
+  std::vector<Landing> landings;  // begun and not done, oldest first
   unsigned alive = 0;
   Thread main, *current = nullptr;
   Stats stats;
@@ -169,6 +192,9 @@ inline std::string state_table() {
                         : t.state == State::kReady
                             ? "ready"
                             : text("waiting in %s at %s:%d", t.site.what, t.site.file, t.site.line);
+      if (t.state == State::kEvent)
+        for (const auto& unit : block->units)
+          if (unit != nullptr) key += unit->awaited(t);
       auto& row = rows[key];
       if (row.first++ == 0) row.second = name_of(t);
     }
@@ -191,6 +217,7 @@ inline void switch_to(Thread& to, bool last = false) {
   Quiet quiet(this_thread().fiber);
   Run& r = run();
   if (r.error.empty()) r.error = message;
+  if (r.current == &r.main) throw std::runtime_error(message);
   switch_to(r.main, true);
   abort();
 }
@@ -217,21 +244,52 @@ inline Thread* next_ready() {
   return t;
 }
 
+inline void land(size_t i) {
+  Run& r = run();
+  const Landing landing = std::move(r.landings[i]);
+  r.landings.erase(r.landings.begin() + static_cast<std::ptrdiff_t>(i));
+  landing.land();
+}
+
+// The next thread to run. When there is none, copies land one by one until there is: first those that somebody waits
+// for.
+inline Thread* next_ready_or_landed() {
+  Run& r = run();
+  for (;;) {
+    Thread* next = next_ready();
+    if (next != nullptr || r.landings.empty()) return next;
+    std::vector<size_t> awaited;
+    for (size_t i = 0; i < r.landings.size(); ++i)
+      for (const Thread& t : r.landings[i].block->threads)
+        if (t.state == State::kEvent && t.waits_for == r.landings[i].completes) {
+          awaited.push_back(i);
+          break;
+        }
+    const bool any = r.config.order == Order::kRandom;
+    if (awaited.empty())
+      land(any ? r.random() % r.landings.size() : 0);
+    else
+      land(awaited[any ? r.random() % awaited.size() : 0]);
+  }
+}
+
 // Leaves the processor to another thread; main decides when there is none.
 inline void sleep(State state) {
   Thread& me = this_thread();
   me.state = state;
   release(&run().end_object);  // acquired once, by run_chain, so that it may free after a failed run
-  Thread* next = next_ready();
+  Thread* next = next_ready_or_landed();
   if (next == nullptr) next = &run().main;
   if (next != &me) switch_to(*next);
 }
 
-// Called by primitives: under Order::kRandom the thread may give way.
+// Called by primitives: under Order::kRandom a copy may land, and the thread may give way.
 inline void yield_point() {
   Quiet quiet(this_thread().fiber);
   Run& r = run();
-  if (r.config.order != Order::kRandom || !r.chance(r.config.yield_chance)) return;
+  if (r.config.order != Order::kRandom) return;
+  if (!r.landings.empty() && r.chance(0.05)) land(r.random() % r.landings.size());
+  if (!r.chance(r.config.yield_chance)) return;
   r.ready.push_back(r.current);
   sleep(State::kReady);
 }
@@ -282,7 +340,7 @@ inline void admit_blocks() {
 }
 
 inline void free_shared(Block& block) {
-  for (auto& [offset, carve] : block.shared) free(carve.data);
+  for (auto& [offset, carve] : block.shared) free(carve.memory);
   block.shared.clear();
 }
 
@@ -318,6 +376,9 @@ inline void thread_body() {
     r.error = name_of(me) + " of a chained launch returned without waiting for the launch before it";
   } else if (!block.at_barrier.empty()) {
     r.error = name_of(me) + " returned while others of its block wait in __syncthreads" + state_table();
+  } else {
+    for (const auto& unit : block.units)
+      if (unit != nullptr && r.error.empty()) r.error = unit->left_behind(me);
   }
   release(&progress.object);
   release(&block.end_object);
@@ -325,6 +386,8 @@ inline void thread_body() {
   me.state = State::kDone;
   me.warp->lanes &= ~(1u << me.lane);
   if (++block.done == block.threads.size()) {
+    for (const auto& unit : block.units)
+      if (unit != nullptr && r.error.empty()) r.error = unit->end();
     note_let(block);
     r.alive--;
     if (++progress.done == r.launches[block.launch].blocks) {
@@ -333,7 +396,7 @@ inline void thread_body() {
     }
     switch_to(r.main, true);  // which fills the place
   }
-  Thread* next = r.error.empty() ? next_ready() : nullptr;
+  Thread* next = r.error.empty() ? next_ready_or_landed() : nullptr;
   switch_to(next == nullptr ? r.main : *next, true);
   abort();
 }
@@ -382,7 +445,12 @@ inline Stats run_chain(std::vector<Launch> launches, const Config& config) {
         }
       r.blocks.erase(std::remove_if(r.blocks.begin(), r.blocks.end(), finished), r.blocks.end());
       admit_blocks();
-      Thread* next = next_ready();
+      Thread* next = nullptr;
+      try {
+        next = next_ready_or_landed();
+      } catch (const std::exception&) {  // the error is known
+        break;
+      }
       if (next == nullptr && r.alive > 0 && r.error.empty()) r.error = "deadlock: no thread can run" + state_table();
       if (next == nullptr || !r.error.empty()) break;
       switch_to(*next);

@@ -1,19 +1,204 @@
+// Copies of tiles between global and shared memory, which happen at any time that is allowed: a load between its start
+// and the end of the phase that counts its bytes, a store's reads between its start and the wait for them.
+//
+// Order::kForward takes each as late as can be, kReverse at once, kRandom anywhere between. A tile that is being loaded
+// is NaN.
 #pragma once
+#include <deque>
+
 #include "host_run/barriers.h"
+
 namespace memvp::host_run {
+
+constexpr int kRowBytes = 128;  // of a tile
+
 struct alignas(128) TensorMap {
   char* base = nullptr;
-  int64_t sizes[3] = {}, strides[3] = {};
-  int box[3] = {}, rank = 0;
+  int64_t sizes[3] = {1, 1, 1}, strides[3] = {2, 0, 0};  // in elements; in bytes
+  int box[3] = {1, 1, 1}, rank = 0;                      // rank 0: nobody made it
 };
+
 using Coordinates = std::array<int, 3>;
-void check_map(const TensorMap& map, const Site& site);
-void load_tile(void* shared, const TensorMap& map, int rank, uint64_t& barrier, const Coordinates& at,
-               const Site& site);
-void store_tile(const TensorMap& map, int rank, const void* shared, const Coordinates& at, const Site& site);
-void commit_stores(const Site& site);
-void wait_stores(size_t pending, bool written, const Site& site);
-}  // namespace memvp::host_run
-namespace memvp::host_run {
-TensorMap make_map(const void* base, int rank, const int64_t* sizes, const int64_t* strides, const int* box);
+
+inline TensorMap make_map(const void* base, int rank, const int64_t* sizes, const int64_t* strides, const int* box) {
+  TensorMap map;
+  map.base = const_cast<char*>(static_cast<const char*>(base));
+  map.rank = rank;
+  for (int i = 0; i < rank; ++i) {
+    map.sizes[i] = sizes[i];
+    map.box[i] = box[i];
+    if (i > 0) map.strides[i] = strides[i - 1];
+  }
+  return map;
 }
+
+inline unsigned tile_bytes(const TensorMap& map) {
+  return static_cast<unsigned>(kRowBytes * map.box[1] * map.box[2]);
+}
+
+inline void check_map(const TensorMap& map, const Site& site) {
+  if (map.rank == 0) fail(name_of(site) + ": a map that make_map has not made");
+}
+
+inline void check_copy(const TensorMap& map, int rank, const void* shared, const Site& site) {
+  check_map(map, site);
+  if (map.rank != rank) fail(name_of(site) + text(": %d coordinates of a tensor of %d dimensions", rank, map.rank));
+  if (reinterpret_cast<uintptr_t>(shared) % 1024 != 0)
+    fail(name_of(site) + ": a tile begins at a multiple of 1024 bytes of shared memory");
+  carve_of(*this_thread().block, shared, tile_bytes(map), site);
+}
+
+// Calls piece(shared, global, bytes) for each 16-byte piece of a tile: where it lies in shared memory, and the part of
+// it that the tensor has (0 .. 16 bytes from its beginning on; or none at all, and nullptr).
+template <class Shared, class Piece>
+void each_piece(const TensorMap& map, const Coordinates& at, Shared* shared, Piece piece) {
+  for (int page = 0; page < map.box[2]; ++page)
+    for (int row = 0; row < map.box[1]; ++row) {
+      const int64_t y = int64_t{at[1]} + row, z = int64_t{at[2]} + page;
+      const bool inside = y >= 0 && y < map.sizes[1] && z >= 0 && z < map.sizes[2];
+      Shared* const line = shared + (int64_t{page} * map.box[1] + row) * kRowBytes;
+      const auto swizzle = static_cast<int>(reinterpret_cast<uintptr_t>(line) >> 7 & 7);
+      for (int i = 0; i < 8; ++i)
+        piece(line + (i ^ swizzle) * 16, inside ? map.base + y * map.strides[1] + z * map.strides[2] : nullptr,
+              int64_t{at[0]} + i * 8);
+    }
+}
+
+// Elements [0, 8) of a piece whose first is number x of its row, those outside of the row left out.
+template <class Element>
+void each_inside(const TensorMap& map, int64_t x, Element element) {
+  for (int i = 0; i < 8; ++i)
+    if (x + i >= 0 && x + i < map.sizes[0]) element(i, (x + i) * 2);
+}
+
+struct TileStore {
+  TensorMap map;
+  const char* shared;
+  Coordinates at;
+  Site site;
+  std::vector<char> tile = {};  // once it has been read: as it lies in shared memory
+  bool let_go = false;          // the thread knows that it has been read
+};
+
+struct CopyUnit : BlockUnit {
+  static constexpr UnitSlot kSlot = kCopyUnit;
+  struct OfThread {
+    std::vector<TileStore> open;
+    std::deque<std::vector<TileStore>> groups;  // committed and not known to be written, oldest first
+  };
+  Block& block;
+  std::map<unsigned, OfThread> threads;
+
+  explicit CopyUnit(Block& b) : block(b) {}
+
+  void read(TileStore& store) {
+    if (!store.tile.empty()) return;
+    const unsigned bytes = tile_bytes(store.map);
+    check_seen(carve_of(block, store.shared, bytes, store.site), store.shared, bytes, store.site);
+    store.tile.assign(store.shared, store.shared + bytes);
+  }
+  void write(TileStore& store) {
+    read(store);
+    const TensorMap& map = store.map;
+    each_piece(map, store.at, store.shared, [&](const char* from, char* row, int64_t x) {
+      const char* piece = store.tile.data() + (from - store.shared);
+      if (row != nullptr) each_inside(map, x, [&](int i, int64_t byte) { memcpy(row + byte, piece + i * 2, 2); });
+    });
+  }
+
+  std::string left_behind(const Thread& thread) const override {
+    const auto found = threads.find(thread.index.x);
+    if (found == threads.end()) return "";
+    for (const TileStore& store : found->second.open)
+      return name_of(thread) + " returned without commit_stores of " + name_of(store.site);
+    for (const auto& group : found->second.groups)
+      for (const TileStore& store : group)
+        if (!store.let_go)
+          return name_of(thread) + " returned without wait_stores_read of " + name_of(store.site) +
+                 ", which may not have read shared memory yet";
+    return "";
+  }
+  std::string end() override {
+    for (auto& [index, mine] : threads)
+      for (auto& group : mine.groups)
+        for (TileStore& store : group) write(store);
+    for (const Landing& landing : run().landings)
+      if (landing.block == &block) return text("block %u ended while tiles of its were being loaded", block.index.x);
+    return "";
+  }
+};
+
+inline void load_tile(void* shared, const TensorMap& map, int rank, uint64_t& word, const Coordinates& at,
+                      const Site& site) {
+  yield_point();
+  SharedBarrier& barrier = barrier_at(word, site);
+  Thread& me = this_thread();
+  Quiet quiet(me.fiber);
+  check_copy(map, rank, shared, site);
+  unit<CopyUnit>();  // which sees to the end
+  if (!barrier.published) fail(name_of(site) + ": a barrier without publish_barriers");
+  Block* const block = me.block;
+  const auto fill = [block, shared, map, site](auto piece) {
+    Carve& carve = carve_of(*block, shared, tile_bytes(map), site);
+    piece(static_cast<char*>(shared));
+    memcpy(seen_at(carve, shared), shared, tile_bytes(map));
+  };
+  fill([&map](char* tile) { memset(tile, 0xFF, tile_bytes(map)); });
+  run().landings.push_back({block, &word, [fill, map, at, &barrier, site] {
+                              fill([&map, &at](char* tile) {
+                                each_piece(map, at, tile, [&map](char* to, const char* row, int64_t x) {
+                                  if (row != nullptr && x >= 0 && x + 8 <= map.sizes[0]) {
+                                    memcpy(to, row + x * 2, 16);
+                                    return;
+                                  }
+                                  memset(to, 0, 16);
+                                  if (row != nullptr)
+                                    each_inside(map, x,
+                                                [&](int i, int64_t byte) { memcpy(to + i * 2, row + byte, 2); });
+                                });
+                              });
+                              complete_bytes(barrier, tile_bytes(map), site);
+                            }});
+  if (run().config.order == Order::kReverse) land(run().landings.size() - 1);
+}
+
+inline void store_tile(const TensorMap& map, int rank, const void* shared, const Coordinates& at, const Site& site) {
+  yield_point();
+  Thread& me = this_thread();
+  Quiet quiet(me.fiber);
+  check_copy(map, rank, shared, site);
+  CopyUnit& copies = unit<CopyUnit>();
+  auto& open = copies.threads[me.index.x].open;
+  open.push_back({map, static_cast<const char*>(shared), at, site});
+  const Order order = run().config.order;
+  if (order == Order::kReverse || (order == Order::kRandom && run().chance(0.5))) copies.read(open.back());
+}
+
+inline void commit_stores(const Site&) {
+  Thread& me = this_thread();
+  Quiet quiet(me.fiber);
+  auto& mine = unit<CopyUnit>().threads[me.index.x];
+  mine.groups.push_back(std::move(mine.open));
+  mine.open.clear();
+}
+
+// `written`: in global memory; else only read from shared memory.
+inline void wait_stores(size_t pending, bool written, const Site&) {
+  yield_point();
+  Thread& me = this_thread();
+  Quiet quiet(me.fiber);
+  CopyUnit& copies = unit<CopyUnit>();
+  auto& groups = copies.threads[me.index.x].groups;
+  for (size_t i = 0; i + pending < groups.size(); ++i)
+    for (TileStore& store : groups[i]) {
+      if (written)
+        copies.write(store);
+      else
+        copies.read(store);
+      store.let_go = true;
+    }
+  if (written)
+    while (groups.size() > pending) groups.pop_front();
+}
+
+}  // namespace memvp::host_run

@@ -1,17 +1,372 @@
+// What the 128 threads of a warpgroup do together: products that go on without them, and the number of registers that
+// each has.
+//
+// A product reads its operands between its start and the wait for it: Order::kForward as late as can be, kReverse at
+// once, kRandom anywhere between. Until the wait a thread's accumulators are NaN; their values are kept here.
 #pragma once
+#include <deque>
+#include <list>
+
 #include "host_run/barriers.h"
+
 namespace memvp::host_run {
+
+constexpr int kWarpgroup = 128;
+constexpr int kProductRows = 64, kProductDepth = 16, kMostColumns = 256;
+constexpr uint32_t kInFlight = 0x7FC0F11Fu;  // a NaN
+
+// An operand in shared memory as its 64 bits on the device say it; `along_k` is the instruction's to know there.
 struct Operand {
   const char* start;
   unsigned leading, stride;
   bool along_k;
 };
-Operand operand(const void* shared, bool along_k, unsigned leading_bytes, unsigned stride_bytes, const Site& site);
-void begin_products(const Site& site);
-void commit_products(const Site& site);
-void wait_products(size_t pending, const Site& site);
-void multiply(float* acc, int columns, const Operand& a, const Operand& b, bool b_along_k, bool accumulate, bool bfloat,
-              const Site& site);
-void store_matrices(void* row, const uint32_t (&words)[4], const Site& site);
-void store_matrices_transposed(void* row, const uint32_t (&words)[4], const Site& site);
+
+inline bool operator==(const Operand& a, const Operand& b) {
+  return a.start == b.start && a.leading == b.leading && a.stride == b.stride && a.along_k == b.along_k;
+}
+
+inline Operand operand(const void* shared, bool along_k, unsigned leading_bytes, unsigned stride_bytes,
+                       const Site& site) {
+  for (const uintptr_t bytes : {reinterpret_cast<uintptr_t>(shared), uintptr_t{leading_bytes}, uintptr_t{stride_bytes}})
+    if (bytes % 16 != 0) fail(name_of(site) + ": addresses and offsets of operands are multiples of 16 bytes");
+  if (leading_bytes >= 1 << 18 || stride_bytes >= 1 << 18) fail(name_of(site) + ": an offset of more than 18 bits");
+  return {static_cast<const char*>(shared), leading_bytes, stride_bytes, along_k};
+}
+
+struct Accumulators {  // of one c[64 x columns], all threads' together
+  int columns;
+  float* registers[kWarpgroup];
+  std::vector<float> values;  // [64][columns]
+  uint64_t last = 0;          // product that writes here, counted from 1
+  bool handed_back[kWarpgroup] = {};
+  int held = kWarpgroup;
+};
+
+struct Product {
+  Operand a, b;
+  bool accumulate, bfloat;
+  Site site;
+  Accumulators* acc;
+};
+
+struct ProductThread {
+  bool begun = false;           // since its last commit
+  unsigned open = 0;            // products since then
+  uint64_t issued = 0;          // in all
+  uint64_t history = 0;         // of begins, commits and waits: the same for all threads of a warpgroup
+  std::deque<uint64_t> groups;  // committed and not waited for: the number of each one's last product
+};
+
+struct Warpgroup {
+  unsigned arrived = 0;
+  Site site;
+  const void* in[kWarpgroup];
+  Thread* thread[kWarpgroup];
+
+  ProductThread threads[kWarpgroup];
+  std::deque<Product> queue;  // begun and not carried out
+  uint64_t carried_out = 0;
+  std::list<Accumulators> in_flight;  // not handed back to all threads
+
+  int registers = 0;  // of each thread
+};
+
+struct WarpgroupUnit : BlockUnit {
+  static constexpr UnitSlot kSlot = kWarpgroupUnit;
+  Block& block;
+  std::vector<Warpgroup> warpgroups;
+  int free_registers = 0;
+  std::vector<Thread*> want_registers;
+
+  explicit WarpgroupUnit(Block& b) : block(b), warpgroups((b.threads.size() + kWarpgroup - 1) / kWarpgroup) {
+    const unsigned given = run().launches[b.launch].registers;
+    const unsigned fit = 65536 / static_cast<unsigned>(b.threads.size()) / 8 * 8;  // they are given out by eights
+    for (Warpgroup& warpgroup : warpgroups)
+      warpgroup.registers = static_cast<int>(given != 0 ? given : least(fit, 256u));
+  }
+  static unsigned least(unsigned a, unsigned b) { return a < b ? a : b; }
+
+  std::string awaited(const Thread& thread) const override {
+    if (thread.waits_for != &free_registers) return "";
+    return text(" for registers, of which %d a thread are free", free_registers / kWarpgroup);
+  }
+  std::string left_behind(const Thread& thread) const override {
+    const ProductThread& mine = warpgroups[thread.index.x / kWarpgroup].threads[thread.index.x % kWarpgroup];
+    if (mine.open > 0) return name_of(thread) + " returned with products not committed";
+    if (!mine.groups.empty()) return name_of(thread) + " returned with products not waited for";
+    return "";
+  }
+};
+
+inline Warpgroup& this_warpgroup() {
+  return unit<WarpgroupUnit>().warpgroups[this_thread().index.x / kWarpgroup];
+}
+
+// All threads of a warpgroup meet; the last one does `complete(warpgroup)` for all, with what each brought.
+template <class Complete>
+void meet_warpgroup(const void* in, const Site& site, Complete complete) {
+  Thread& me = this_thread();
+  Quiet quiet(me.fiber);
+  Warpgroup& warpgroup = this_warpgroup();
+  const unsigned first = me.index.x / kWarpgroup * kWarpgroup;
+  if (first + kWarpgroup > me.block->threads.size())
+    fail(name_of(site) + text(": by 128 threads together, and the last warpgroup of the block has %zu",
+                              me.block->threads.size() - first));
+  for (unsigned i = first; i < first + kWarpgroup; ++i)
+    if (me.block->threads[i].state == State::kDone)
+      fail(name_of(site) + ": after a thread of the warpgroup returned, " + name_of(me.block->threads[i]));
+  if (warpgroup.arrived != 0 && (warpgroup.site.line != site.line || strcmp(warpgroup.site.file, site.file) != 0))
+    fail(text("warpgroup divergence: %s in ", name_of(me).c_str()) + name_of(site) +
+         " while others of its warpgroup are in " + name_of(warpgroup.site));
+  me.site = warpgroup.site = site;
+  warpgroup.in[me.index.x - first] = in;
+  warpgroup.thread[me.index.x - first] = &me;
+  if (++warpgroup.arrived < kWarpgroup) {
+    sleep(State::kWarpgroup);
+    return;
+  }
+  complete(warpgroup);
+  for (Thread* t : warpgroup.thread) make_ready(t);
+  warpgroup.arrived = 0;
+  run().stats.collectives++;
+  sleep(State::kReady);
+}
+
+// ---- products -----------------------------------------------------------------------------------
+
+// Calls piece(line, index, words) for each 16 bytes of an operand: eight elements of row or column `line` from k = 8
+// index on, or of the k `line` from row or column 8 index on.
+template <class Piece>
+void each_piece(const Operand& operand, int columns, const Site& site, Piece piece) {
+  Carve& carve = carve_of(*this_thread().block, operand.start, 16, site);
+  const uintptr_t first = reinterpret_cast<uintptr_t>(carve.data), end = first + carve.bytes;
+  const int lines = operand.along_k ? columns : kProductDepth, pieces = operand.along_k ? 2 : columns / 8;
+  for (int line = 0; line < lines; ++line)
+    for (int index = 0; index < pieces; ++index) {
+      uintptr_t at = reinterpret_cast<uintptr_t>(operand.start) + uintptr_t{operand.stride} * (line / 8) +
+                     line % 8 * 128 + index % 8 * 16 + uintptr_t{operand.leading} * (index / 8);
+      at ^= (at >> 7 & 7) << 4;
+      if (at < first || at + 16 > end)
+        fail(name_of(site) + text(": an operand that reaches %lld bytes past its part of shared memory",
+                                  static_cast<long long>(at < first ? at - first : at + 16 - end)));
+      const char* bytes = reinterpret_cast<const char*>(at);
+      check_seen(carve, bytes, 16, site);
+      uint16_t elements[8];
+      memcpy(elements, bytes, 16);
+      piece(line, index, elements);
+    }
+}
+
+typedef float Four __attribute__((vector_size(16), may_alias));
+
+inline void carry_out(Warpgroup& warpgroup) {
+  alignas(16) static float a[kProductRows][kProductDepth], b[kProductDepth][kMostColumns];
+  const Product& product = warpgroup.queue.front();
+  const int columns = product.acc->columns;
+  const auto value = [&product](uint16_t bits) { return product.bfloat ? float_of_bfloat(bits) : float_of_half(bits); };
+  each_piece(product.a, kProductRows, product.site, [&](int row, int index, const uint16_t* elements) {
+    for (int i = 0; i < 8; ++i) a[row][index * 8 + i] = value(elements[i]);
+  });
+  each_piece(product.b, columns, product.site, [&](int line, int index, const uint16_t* elements) {
+    for (int i = 0; i < 8; ++i)
+      (product.b.along_k ? b[index * 8 + i][line] : b[line][index * 8 + i]) = value(elements[i]);
+  });
+  for (int row = 0; row < kProductRows; ++row)
+    for (int column = 0; column < columns; column += 16) {
+      auto* c = reinterpret_cast<Four*>(product.acc->values.data() + row * columns + column);
+      Four sum[4] = {};
+      if (product.accumulate)
+        for (int i = 0; i < 4; ++i) sum[i] = c[i];
+      for (int k = 0; k < kProductDepth; ++k) {
+        const auto* line = reinterpret_cast<const Four*>(&b[k][column]);
+        for (int i = 0; i < 4; ++i) sum[i] += a[row][k] * line[i];
+      }
+      for (int i = 0; i < 4; ++i) c[i] = sum[i];
+    }
+  warpgroup.queue.pop_front();
+  warpgroup.carried_out++;
+}
+
+// Where thread t of the warpgroup has value number i: common/warpgroup.cuh.
+inline float& value_of(Accumulators& acc, int t, int i) {
+  const int row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
+  return acc.values[static_cast<size_t>(row) * acc.columns + column];
+}
+
+struct ProductRequest {
+  float* acc;
+  int columns;
+  Operand a, b;
+  bool accumulate, bfloat;
+};
+
+inline Accumulators& accumulators_of(Warpgroup& warpgroup, const Site& site) {
+  const auto request = [&warpgroup](int t) { return static_cast<const ProductRequest*>(warpgroup.in[t]); };
+  const int count = request(0)->columns / 2;
+  for (Accumulators& acc : warpgroup.in_flight) {
+    if (acc.registers[0] != request(0)->acc) continue;
+    for (int t = 0; t < kWarpgroup; ++t) {
+      if (acc.registers[t] != request(t)->acc || acc.columns != request(t)->columns)
+        fail(name_of(site) + ": other accumulators than those of the product in flight");
+      for (int i = 0; i < count; ++i)
+        if (bit_cast<uint32_t>(acc.registers[t][i]) != kInFlight)
+          fail(name_of(site) + ": accumulators were touched while a product was in flight");
+    }
+    return acc;
+  }
+  warpgroup.in_flight.emplace_back();
+  Accumulators& acc = warpgroup.in_flight.back();
+  acc.columns = request(0)->columns;
+  acc.values.resize(static_cast<size_t>(kProductRows) * acc.columns);
+  for (int t = 0; t < kWarpgroup; ++t) {
+    acc.registers[t] = request(t)->acc;
+    for (int i = 0; i < count; ++i) {
+      value_of(acc, t, i) = acc.registers[t][i];
+      acc.registers[t][i] = bit_cast<float>(kInFlight);
+    }
+  }
+  return acc;
+}
+
+inline bool ahead_of_time() {
+  return run().config.order == Order::kReverse || (run().config.order == Order::kRandom && run().chance(0.3));
+}
+
+inline void multiply(float* acc, int columns, const Operand& a, const Operand& b, bool b_along_k, bool accumulate,
+                     bool bfloat, const Site& site) {
+  yield_point();
+  Quiet quiet(this_thread().fiber);
+  ProductThread& mine = this_warpgroup().threads[this_thread().index.x % kWarpgroup];
+  // The chip asks for it only where a thread has touched the accumulators since they were last in flight, which does
+  // not show here.
+  if (!mine.begun) fail(name_of(site) + ": begin_products comes before a group's first product");
+  if (!a.along_k || b.along_k != b_along_k) fail(name_of(site) + ": an operand that runs along the other dimension");
+  mine.open++;
+  mine.issued++;
+  const ProductRequest request{acc, columns, a, b, accumulate, bfloat};
+  meet_warpgroup(&request, site, [&](Warpgroup& warpgroup) {
+    for (int t = 0; t < kWarpgroup; ++t) {
+      const auto& other = *static_cast<const ProductRequest*>(warpgroup.in[t]);
+      if (!(other.a == a) || !(other.b == b) || other.columns != columns || other.accumulate != accumulate)
+        fail(name_of(site) + ": threads of a warpgroup bring different operands");
+      if (warpgroup.threads[t].history != mine.history || warpgroup.threads[t].issued != mine.issued)
+        fail(name_of(site) + ": threads of a warpgroup have begun, committed or waited for different products");
+    }
+    Accumulators& whole = accumulators_of(warpgroup, site);
+    whole.last = mine.issued;
+    warpgroup.queue.push_back({a, b, accumulate, bfloat, site, &whole});
+    while (!warpgroup.queue.empty() && ahead_of_time()) carry_out(warpgroup);
+  });
+}
+
+inline void begin_products(const Site&) {
+  Quiet quiet(this_thread().fiber);
+  ProductThread& mine = this_warpgroup().threads[this_thread().index.x % kWarpgroup];
+  mine.begun = true;
+  mine.history = mine.history * 31 + 1;
+}
+
+inline void commit_products(const Site&) {
+  Quiet quiet(this_thread().fiber);
+  ProductThread& mine = this_warpgroup().threads[this_thread().index.x % kWarpgroup];
+  mine.groups.push_back(mine.issued);
+  mine.begun = false;
+  mine.open = 0;
+  mine.history = mine.history * 31 + 2;
+}
+
+inline void wait_products(size_t pending, const Site&) {
+  yield_point();
+  Quiet quiet(this_thread().fiber);
+  Warpgroup& warpgroup = this_warpgroup();
+  const unsigned t = this_thread().index.x % kWarpgroup;
+  ProductThread& mine = warpgroup.threads[t];
+  mine.history = mine.history * 31 + 3 + pending;
+  uint64_t done = 0;
+  while (mine.groups.size() > pending) {
+    done = mine.groups.front();
+    mine.groups.pop_front();
+  }
+  while (warpgroup.carried_out < done) carry_out(warpgroup);
+  for (auto acc = warpgroup.in_flight.begin(); acc != warpgroup.in_flight.end();) {
+    if (!acc->handed_back[t] && acc->last <= done) {
+      for (int i = 0; i < acc->columns / 2; ++i) acc->registers[t][i] = value_of(*acc, static_cast<int>(t), i);
+      acc->handed_back[t] = true;
+      acc->held--;
+    }
+    acc = acc->held == 0 ? warpgroup.in_flight.erase(acc) : std::next(acc);
+  }
+}
+
+// ---- registers ----------------------------------------------------------------------------------
+
+// A block has as many registers as its threads began with. One warpgroup takes what another has given up.
+inline void change_registers(int registers, bool more, const Site& site) {
+  yield_point();
+  Thread& me = this_thread();
+  Quiet quiet(me.fiber);
+  WarpgroupUnit& all = unit<WarpgroupUnit>();
+  Warpgroup& mine = this_warpgroup();
+  const auto wake = [&all] {
+    for (Thread* t : all.want_registers) make_ready(t);
+    all.want_registers.clear();
+  };
+  meet_warpgroup(&registers, site, [&](Warpgroup& warpgroup) {
+    for (const void* other : warpgroup.in)
+      if (*static_cast<const int*>(other) != registers)
+        fail(name_of(site) + ": threads of a warpgroup ask for different numbers of registers");
+    if (more ? registers < warpgroup.registers : registers > warpgroup.registers)
+      fail(name_of(site) + text(": to %d registers, from %d", registers, warpgroup.registers));
+    if (more) return;
+    all.free_registers += (warpgroup.registers - registers) * kWarpgroup;
+    warpgroup.registers = registers;
+    wake();
+  });
+  while (mine.registers < registers) {  // the first thread that finds enough takes them for all
+    const int needed = (registers - mine.registers) * kWarpgroup;
+    if (all.free_registers >= needed) {
+      all.free_registers -= needed;
+      mine.registers = registers;
+      wake();
+      break;
+    }
+    me.site = site;
+    me.waits_for = &all.free_registers;
+    all.want_registers.push_back(&me);
+    sleep(State::kEvent);
+  }
+  me.waits_for = nullptr;
+}
+
+// ---- to shared memory ---------------------------------------------------------------------------
+
+// Four matrices of 8 rows of 16 bytes: lane l names row l % 8 of matrix l / 8, and brings word l % 4 of row l / 4 of
+// each.
+inline void store_matrices(void* row, const uint32_t (&words)[4], const Site& site) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("misaligned row of stmatrix");
+  Words4 mine;
+  meet_warp(words, &mine, site, [](Warp& warp) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i)
+        (*static_cast<Words4*>(warp.out[lane]))[i] = static_cast<const uint32_t*>(warp.in[lane % 8 * 4 + i])[lane / 8];
+  });
+  memcpy(row, &mine, sizeof(mine));  // the lane's own access, which the sanitizers see
+}
+
+// The same of the transposes: a lane's word of a matrix goes to rows 2 (l % 4) and 2 (l % 4) + 1, column l / 4.
+inline void store_matrices_transposed(void* row, const uint32_t (&words)[4], const Site& site) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("misaligned row of stmatrix");
+  std::array<uint16_t, 8> mine;
+  meet_warp(words, &mine, site, [](Warp& warp) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int column = 0; column < 8; ++column) {
+        const int r = lane % 8;
+        const uint32_t word = static_cast<const uint32_t*>(warp.in[column * 4 + r / 2])[lane / 8];
+        (*static_cast<std::array<uint16_t, 8>*>(warp.out[lane]))[column] = static_cast<uint16_t>(word >> r % 2 * 16);
+      }
+  });
+  memcpy(row, &mine, sizeof(mine));
+}
+
 }  // namespace memvp::host_run
