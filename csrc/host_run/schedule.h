@@ -109,7 +109,7 @@ struct BlockUnit {
 };
 enum UnitSlot { kBarrierUnit, kCopyUnit, kWarpgroupUnit, kUnits };
 
-// A copy that no thread carries out, to be done at any time after its start, whatever the threads do.
+// What no thread carries out, a copy or a product: to be done at any time after its start, whatever the threads do.
 struct Landing {
   const Block* block;
   const void* completes;  // what a thread waits for that needs it
@@ -144,6 +144,7 @@ struct Run {
   std::vector<Thread*> ready;
   size_t first_ready = 0;
   std::vector<Landing> landings;  // begun and not done, oldest first
+  double landing_chance = 0;      // kRandom only: that one lands at a primitive
   unsigned alive = 0;
   Thread main, *current = nullptr;
   Stats stats;
@@ -246,13 +247,20 @@ inline Thread* next_ready() {
 
 inline void land(size_t i) {
   Run& r = run();
-  const Landing landing = std::move(r.landings[i]);
+  Landing landing = std::move(r.landings[i]);
   r.landings.erase(r.landings.begin() + static_cast<std::ptrdiff_t>(i));
   landing.land();
 }
 
-// The next thread to run. When there is none, copies land one by one until there is: first those that somebody waits
-// for.
+// Begins what no thread carries out. Order::kForward does it as late as can be, kReverse at once, kRandom somewhere
+// between.
+inline void begin_landing(Landing landing) {
+  Run& r = run();
+  r.landings.push_back(std::move(landing));
+  if (r.config.order == Order::kReverse) land(r.landings.size() - 1);
+}
+
+// The next thread to run. When there is none, something lands until there is: first what somebody waits for.
 inline Thread* next_ready_or_landed() {
   Run& r = run();
   for (;;) {
@@ -283,12 +291,12 @@ inline void sleep(State state) {
   if (next != &me) switch_to(*next);
 }
 
-// Called by primitives: under Order::kRandom a copy may land, and the thread may give way.
+// Called by primitives: under Order::kRandom something may land, and the thread may give way.
 inline void yield_point() {
   Quiet quiet(this_thread().fiber);
   Run& r = run();
   if (r.config.order != Order::kRandom) return;
-  if (!r.landings.empty() && r.chance(0.05)) land(r.random() % r.landings.size());
+  if (!r.landings.empty() && r.chance(r.landing_chance)) land(r.random() % r.landings.size());
   if (!r.chance(r.config.yield_chance)) return;
   r.ready.push_back(r.current);
   sleep(State::kReady);
@@ -388,6 +396,10 @@ inline void thread_body() {
   if (++block.done == block.threads.size()) {
     for (const auto& unit : block.units)
       if (unit != nullptr && r.error.empty()) r.error = unit->end();
+    for (const Landing& landing : r.landings)
+      if (landing.block == &block && r.error.empty())
+        r.error =
+            text("launch %u block %u ended while copies to its shared memory went on", block.launch, block.index.x);
     note_let(block);
     r.alive--;
     if (++progress.done == r.launches[block.launch].blocks) {
@@ -418,6 +430,8 @@ inline Stats run_chain(std::vector<Launch> launches, const Config& config) {
   r.progress.resize(r.launches.size());
   r.random_state = config.seed * 0x9E3779B97F4A7C15ull | 1;
   for (int i = 0; i < 4; ++i) r.random();
+  constexpr double kChances[] = {0.0, 0.001, 0.01, 0.1};  // a block's threads come by at many primitives
+  r.landing_chance = kChances[config.seed % 4];
   adopt_thread(r.main.fiber);
   std::vector<std::vector<char>> before;
   for (const Range& range : config.inputs)

@@ -1,8 +1,6 @@
-// Copies of tiles between global and shared memory, which happen at any time that is allowed: a load between its start
-// and the end of the phase that counts its bytes, a store's reads between its start and the wait for them.
-//
-// Order::kForward takes each as late as can be, kReverse at once, kRandom anywhere between. A tile that is being loaded
-// is NaN.
+// Copies of tiles between global and shared memory, which happen at any time that is allowed (begin_landing): a load
+// between its start and the end of the phase that counts its bytes, a store's reads between its start and the wait for
+// them. A tile that is being loaded is NaN.
 #pragma once
 #include <deque>
 
@@ -77,28 +75,25 @@ struct TileStore {
   Coordinates at;
   Site site;
   std::vector<char> tile = {};  // once it has been read: as it lies in shared memory
-  bool let_go = false;          // the thread knows that it has been read
 };
 
 struct CopyUnit : BlockUnit {
   static constexpr UnitSlot kSlot = kCopyUnit;
   struct OfThread {
-    std::vector<TileStore> open;
-    std::deque<std::vector<TileStore>> groups;  // committed and not known to be written, oldest first
+    std::vector<std::shared_ptr<TileStore>> open;
+    std::deque<std::vector<std::shared_ptr<TileStore>>> groups;  // committed and not known to be written, oldest first
+    size_t let_go = 0;                                           // of these, known to be read
   };
   Block& block;
   std::map<unsigned, OfThread> threads;
 
   explicit CopyUnit(Block& b) : block(b) {}
 
-  void read(TileStore& store) {
-    if (!store.tile.empty()) return;
+  void check(const TileStore& store) const {
     const unsigned bytes = tile_bytes(store.map);
     check_seen(carve_of(block, store.shared, bytes, store.site), store.shared, bytes, store.site);
-    store.tile.assign(store.shared, store.shared + bytes);
   }
-  void write(TileStore& store) {
-    read(store);
+  static void write(const TileStore& store) {
     const TensorMap& map = store.map;
     each_piece(map, store.at, store.shared, [&](const char* from, char* row, int64_t x) {
       const char* piece = store.tile.data() + (from - store.shared);
@@ -109,21 +104,19 @@ struct CopyUnit : BlockUnit {
   std::string left_behind(const Thread& thread) const override {
     const auto found = threads.find(thread.index.x);
     if (found == threads.end()) return "";
-    for (const TileStore& store : found->second.open)
-      return name_of(thread) + " returned without commit_stores of " + name_of(store.site);
-    for (const auto& group : found->second.groups)
-      for (const TileStore& store : group)
-        if (!store.let_go)
-          return name_of(thread) + " returned without wait_stores_read of " + name_of(store.site) +
-                 ", which may not have read shared memory yet";
+    const OfThread& mine = found->second;
+    for (const auto& store : mine.open)
+      return name_of(thread) + " returned without commit_stores of " + name_of(store->site);
+    for (size_t i = mine.let_go; i < mine.groups.size(); ++i)
+      for (const auto& store : mine.groups[i])
+        return name_of(thread) + " returned without wait_stores_read of " + name_of(store->site) +
+               ", which may not have read shared memory yet";
     return "";
   }
   std::string end() override {
-    for (auto& [index, mine] : threads)
-      for (auto& group : mine.groups)
-        for (TileStore& store : group) write(store);
-    for (const Landing& landing : run().landings)
-      if (landing.block == &block) return text("block %u ended while tiles of its were being loaded", block.index.x);
+    for (const auto& [index, mine] : threads)
+      for (const auto& group : mine.groups)
+        for (const auto& store : group) write(*store);
     return "";
   }
 };
@@ -135,7 +128,6 @@ inline void load_tile(void* shared, const TensorMap& map, int rank, uint64_t& wo
   Thread& me = this_thread();
   Quiet quiet(me.fiber);
   check_copy(map, rank, shared, site);
-  unit<CopyUnit>();  // which sees to the end
   if (!barrier.published) fail(name_of(site) + ": a barrier without publish_barriers");
   Block* const block = me.block;
   const auto fill = [block, shared, map, site](auto piece) {
@@ -144,22 +136,20 @@ inline void load_tile(void* shared, const TensorMap& map, int rank, uint64_t& wo
     memcpy(seen_at(carve, shared), shared, tile_bytes(map));
   };
   fill([&map](char* tile) { memset(tile, 0xFF, tile_bytes(map)); });
-  run().landings.push_back({block, &word, [fill, map, at, &barrier, site] {
-                              fill([&map, &at](char* tile) {
-                                each_piece(map, at, tile, [&map](char* to, const char* row, int64_t x) {
-                                  if (row != nullptr && x >= 0 && x + 8 <= map.sizes[0]) {
-                                    memcpy(to, row + x * 2, 16);
-                                    return;
-                                  }
-                                  memset(to, 0, 16);
-                                  if (row != nullptr)
-                                    each_inside(map, x,
-                                                [&](int i, int64_t byte) { memcpy(to + i * 2, row + byte, 2); });
-                                });
-                              });
-                              complete_bytes(barrier, tile_bytes(map), site);
-                            }});
-  if (run().config.order == Order::kReverse) land(run().landings.size() - 1);
+  begin_landing({block, &word, [fill, map, at, &barrier, site] {
+                   fill([&map, &at](char* tile) {
+                     each_piece(map, at, tile, [&map](char* to, const char* row, int64_t x) {
+                       if (row != nullptr && x >= 0 && x + 8 <= map.sizes[0]) {
+                         memcpy(to, row + x * 2, 16);
+                         return;
+                       }
+                       memset(to, 0, 16);
+                       if (row != nullptr)
+                         each_inside(map, x, [&](int i, int64_t byte) { memcpy(to + i * 2, row + byte, 2); });
+                     });
+                   });
+                   complete_bytes(barrier, tile_bytes(map), site);
+                 }});
 }
 
 inline void store_tile(const TensorMap& map, int rank, const void* shared, const Coordinates& at, const Site& site) {
@@ -168,10 +158,15 @@ inline void store_tile(const TensorMap& map, int rank, const void* shared, const
   Quiet quiet(me.fiber);
   check_copy(map, rank, shared, site);
   CopyUnit& copies = unit<CopyUnit>();
-  auto& open = copies.threads[me.index.x].open;
-  open.push_back({map, static_cast<const char*>(shared), at, site});
-  const Order order = run().config.order;
-  if (order == Order::kReverse || (order == Order::kRandom && run().chance(0.5))) copies.read(open.back());
+  CopyUnit::OfThread& mine = copies.threads[me.index.x];
+  const auto store = std::make_shared<TileStore>(TileStore{map, static_cast<const char*>(shared), at, site});
+  mine.open.push_back(store);
+  copies.check(*store);  // now and when it is read: a fence between the two is too late
+  begin_landing({me.block, &mine, [&copies, &mine, &me, store] {
+                   copies.check(*store);
+                   store->tile.assign(store->shared, store->shared + tile_bytes(store->map));
+                   if (me.state == State::kEvent && me.waits_for == &mine) make_ready(&me);
+                 }});
 }
 
 inline void commit_stores(const Site&) {
@@ -183,22 +178,27 @@ inline void commit_stores(const Site&) {
 }
 
 // `written`: in global memory; else only read from shared memory.
-inline void wait_stores(size_t pending, bool written, const Site&) {
+inline void wait_stores(size_t pending, bool written, const Site& site) {
   yield_point();
   Thread& me = this_thread();
   Quiet quiet(me.fiber);
-  CopyUnit& copies = unit<CopyUnit>();
-  auto& groups = copies.threads[me.index.x].groups;
-  for (size_t i = 0; i + pending < groups.size(); ++i)
-    for (TileStore& store : groups[i]) {
-      if (written)
-        copies.write(store);
-      else
-        copies.read(store);
-      store.let_go = true;
-    }
-  if (written)
-    while (groups.size() > pending) groups.pop_front();
+  CopyUnit::OfThread& mine = unit<CopyUnit>().threads[me.index.x];
+  const size_t due = mine.groups.size() > pending ? mine.groups.size() - pending : 0;
+  for (size_t i = 0; i < due; ++i)
+    for (const auto& store : mine.groups[i])
+      while (store->tile.empty()) {
+        me.site = site;
+        me.waits_for = &mine;
+        sleep(State::kEvent);
+      }
+  me.waits_for = nullptr;
+  mine.let_go = std::max(mine.let_go, due);
+  if (!written) return;
+  for (size_t i = 0; i < due; ++i) {
+    for (const auto& store : mine.groups[0]) CopyUnit::write(*store);
+    mine.groups.pop_front();
+    mine.let_go--;
+  }
 }
 
 }  // namespace memvp::host_run

@@ -1,8 +1,8 @@
 // What the 128 threads of a warpgroup do together: products that go on without them, and the number of registers that
 // each has.
 //
-// A product reads its operands between its start and the wait for it: Order::kForward as late as can be, kReverse at
-// once, kRandom anywhere between. Until the wait a thread's accumulators are NaN; their values are kept here.
+// A product reads its operands at any time between its start and the wait for it (begin_landing). Until the wait a
+// thread's accumulators are NaN; their values are kept here.
 #pragma once
 #include <deque>
 #include <list>
@@ -13,7 +13,7 @@ namespace memvp::host_run {
 
 constexpr int kWarpgroup = 128;
 constexpr int kProductRows = 64, kProductDepth = 16, kMostColumns = 256;
-constexpr uint32_t kInFlight = 0x7FC0F11Fu;  // a NaN
+constexpr uint32_t kInFlight = 0x7F80F11Fu;  // a signalling NaN: whatever is computed with it is another one
 
 // An operand in shared memory as its 64 bits on the device say it; `along_k` is the instruction's to know there.
 struct Operand {
@@ -67,7 +67,8 @@ struct Warpgroup {
   ProductThread threads[kWarpgroup];
   std::deque<Product> queue;  // begun and not carried out
   uint64_t carried_out = 0;
-  std::list<Accumulators> in_flight;  // not handed back to all threads
+  std::vector<std::pair<Thread*, uint64_t>> waiting;  // until so many are carried out
+  std::list<Accumulators> in_flight;                  // not handed back to all threads
 
   int registers = 0;  // of each thread
 };
@@ -113,9 +114,9 @@ void meet_warpgroup(const void* in, const Site& site, Complete complete) {
   if (first + kWarpgroup > me.block->threads.size())
     fail(name_of(site) + text(": by 128 threads together, and the last warpgroup of the block has %zu",
                               me.block->threads.size() - first));
-  for (unsigned i = first; i < first + kWarpgroup; ++i)
-    if (me.block->threads[i].state == State::kDone)
-      fail(name_of(site) + ": after a thread of the warpgroup returned, " + name_of(me.block->threads[i]));
+  for (unsigned warp = first / 32; warp < first / 32 + 4; ++warp)
+    if (me.block->warps[warp].lanes != ~0u)
+      fail(name_of(site) + text(": after a thread of the warpgroup returned, in warp %u", warp));
   if (warpgroup.arrived != 0 && (warpgroup.site.line != site.line || strcmp(warpgroup.site.file, site.file) != 0))
     fail(text("warpgroup divergence: %s in ", name_of(me).c_str()) + name_of(site) +
          " while others of its warpgroup are in " + name_of(warpgroup.site));
@@ -138,8 +139,8 @@ void meet_warpgroup(const void* in, const Site& site, Complete complete) {
 // Calls piece(line, index, words) for each 16 bytes of an operand: eight elements of row or column `line` from k = 8
 // index on, or of the k `line` from row or column 8 index on.
 template <class Piece>
-void each_piece(const Operand& operand, int columns, const Site& site, Piece piece) {
-  Carve& carve = carve_of(*this_thread().block, operand.start, 16, site);
+void each_piece(Block& block, const Operand& operand, int columns, const Site& site, Piece piece) {
+  Carve& carve = carve_of(block, operand.start, 16, site);
   const uintptr_t first = reinterpret_cast<uintptr_t>(carve.data), end = first + carve.bytes;
   const int lines = operand.along_k ? columns : kProductDepth, pieces = operand.along_k ? 2 : columns / 8;
   for (int line = 0; line < lines; ++line)
@@ -160,32 +161,41 @@ void each_piece(const Operand& operand, int columns, const Site& site, Piece pie
 
 typedef float Four __attribute__((vector_size(16), may_alias));
 
-inline void carry_out(Warpgroup& warpgroup) {
+// The oldest one of a warpgroup.
+inline void carry_out(Block& block, Warpgroup& warpgroup) {
   alignas(16) static float a[kProductRows][kProductDepth], b[kProductDepth][kMostColumns];
   const Product& product = warpgroup.queue.front();
   const int columns = product.acc->columns;
   const auto value = [&product](uint16_t bits) { return product.bfloat ? float_of_bfloat(bits) : float_of_half(bits); };
-  each_piece(product.a, kProductRows, product.site, [&](int row, int index, const uint16_t* elements) {
+  each_piece(block, product.a, kProductRows, product.site, [&](int row, int index, const uint16_t* elements) {
     for (int i = 0; i < 8; ++i) a[row][index * 8 + i] = value(elements[i]);
   });
-  each_piece(product.b, columns, product.site, [&](int line, int index, const uint16_t* elements) {
+  each_piece(block, product.b, columns, product.site, [&](int line, int index, const uint16_t* elements) {
     for (int i = 0; i < 8; ++i)
       (product.b.along_k ? b[index * 8 + i][line] : b[line][index * 8 + i]) = value(elements[i]);
   });
+  if (!product.accumulate) std::fill(product.acc->values.begin(), product.acc->values.end(), 0.0f);
   for (int row = 0; row < kProductRows; ++row)
     for (int column = 0; column < columns; column += 16) {
       auto* c = reinterpret_cast<Four*>(product.acc->values.data() + row * columns + column);
-      Four sum[4] = {};
-      if (product.accumulate)
-        for (int i = 0; i < 4; ++i) sum[i] = c[i];
+      Four sum0 = c[0], sum1 = c[1], sum2 = c[2], sum3 = c[3];  // not an array: in registers at -O1, too
       for (int k = 0; k < kProductDepth; ++k) {
         const auto* line = reinterpret_cast<const Four*>(&b[k][column]);
-        for (int i = 0; i < 4; ++i) sum[i] += a[row][k] * line[i];
+        const Four value = {a[row][k], a[row][k], a[row][k], a[row][k]};
+        sum0 += value * line[0];
+        sum1 += value * line[1];
+        sum2 += value * line[2];
+        sum3 += value * line[3];
       }
-      for (int i = 0; i < 4; ++i) c[i] = sum[i];
+      c[0] = sum0, c[1] = sum1, c[2] = sum2, c[3] = sum3;
     }
   warpgroup.queue.pop_front();
   warpgroup.carried_out++;
+  const auto done = [&warpgroup](const std::pair<Thread*, uint64_t>& w) { return w.second <= warpgroup.carried_out; };
+  for (const auto& waiting : warpgroup.waiting)
+    if (done(waiting)) make_ready(waiting.first);
+  warpgroup.waiting.erase(std::remove_if(warpgroup.waiting.begin(), warpgroup.waiting.end(), done),
+                          warpgroup.waiting.end());
 }
 
 // Where thread t of the warpgroup has value number i: common/warpgroup.cuh.
@@ -201,6 +211,13 @@ struct ProductRequest {
   bool accumulate, bfloat;
 };
 
+inline void check_untouched(const Accumulators& acc, int t, const Site& site) {
+  for (int i = 0; i < acc.columns / 2; ++i)
+    if (bit_cast<uint32_t>(acc.registers[t][i]) != kInFlight)
+      fail(name_of(site) + ": accumulators were touched while a product was in flight");
+}
+
+// Those that all threads have brought: in flight, or now to be.
 inline Accumulators& accumulators_of(Warpgroup& warpgroup, const Site& site) {
   const auto request = [&warpgroup](int t) { return static_cast<const ProductRequest*>(warpgroup.in[t]); };
   const int count = request(0)->columns / 2;
@@ -209,9 +226,7 @@ inline Accumulators& accumulators_of(Warpgroup& warpgroup, const Site& site) {
     for (int t = 0; t < kWarpgroup; ++t) {
       if (acc.registers[t] != request(t)->acc || acc.columns != request(t)->columns)
         fail(name_of(site) + ": other accumulators than those of the product in flight");
-      for (int i = 0; i < count; ++i)
-        if (bit_cast<uint32_t>(acc.registers[t][i]) != kInFlight)
-          fail(name_of(site) + ": accumulators were touched while a product was in flight");
+      check_untouched(acc, t, site);
     }
     return acc;
   }
@@ -227,10 +242,6 @@ inline Accumulators& accumulators_of(Warpgroup& warpgroup, const Site& site) {
     }
   }
   return acc;
-}
-
-inline bool ahead_of_time() {
-  return run().config.order == Order::kReverse || (run().config.order == Order::kRandom && run().chance(0.3));
 }
 
 inline void multiply(float* acc, int columns, const Operand& a, const Operand& b, bool b_along_k, bool accumulate,
@@ -256,7 +267,8 @@ inline void multiply(float* acc, int columns, const Operand& a, const Operand& b
     Accumulators& whole = accumulators_of(warpgroup, site);
     whole.last = mine.issued;
     warpgroup.queue.push_back({a, b, accumulate, bfloat, site, &whole});
-    while (!warpgroup.queue.empty() && ahead_of_time()) carry_out(warpgroup);
+    Block* const block = this_thread().block;
+    begin_landing({block, &warpgroup, [block, &warpgroup] { carry_out(*block, warpgroup); }});
   });
 }
 
@@ -276,11 +288,12 @@ inline void commit_products(const Site&) {
   mine.history = mine.history * 31 + 2;
 }
 
-inline void wait_products(size_t pending, const Site&) {
+inline void wait_products(size_t pending, const Site& site) {
   yield_point();
-  Quiet quiet(this_thread().fiber);
+  Thread& me = this_thread();
+  Quiet quiet(me.fiber);
   Warpgroup& warpgroup = this_warpgroup();
-  const unsigned t = this_thread().index.x % kWarpgroup;
+  const int t = static_cast<int>(me.index.x % kWarpgroup);
   ProductThread& mine = warpgroup.threads[t];
   mine.history = mine.history * 31 + 3 + pending;
   uint64_t done = 0;
@@ -288,10 +301,17 @@ inline void wait_products(size_t pending, const Site&) {
     done = mine.groups.front();
     mine.groups.pop_front();
   }
-  while (warpgroup.carried_out < done) carry_out(warpgroup);
+  if (warpgroup.carried_out < done) {
+    me.site = site;
+    me.waits_for = &warpgroup;
+    warpgroup.waiting.push_back({&me, done});
+    sleep(State::kEvent);
+    me.waits_for = nullptr;
+  }
   for (auto acc = warpgroup.in_flight.begin(); acc != warpgroup.in_flight.end();) {
     if (!acc->handed_back[t] && acc->last <= done) {
-      for (int i = 0; i < acc->columns / 2; ++i) acc->registers[t][i] = value_of(*acc, static_cast<int>(t), i);
+      check_untouched(*acc, t, site);
+      for (int i = 0; i < acc->columns / 2; ++i) acc->registers[t][i] = value_of(*acc, t, i);
       acc->handed_back[t] = true;
       acc->held--;
     }

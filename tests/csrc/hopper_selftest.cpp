@@ -1,0 +1,500 @@
+// The model of Hopper's units: layouts are those of the PTX ISA, a small product is right in every order, and each
+// mistake in it is noticed. With the argument "right" only what must pass, under two schedules; with "race" one mistake
+// that the thread sanitizer must name.
+#include "hopper_product.h"
+
+namespace {
+
+using namespace memvp;
+using namespace memvp::hopper_test;
+using host_run::Config;
+using host_run::fail;
+using host_run::Launch;
+using host_run::Order;
+using host_run::run_chain;
+using host_run::text;
+
+int failures = 0;
+
+void complain(const std::string& what) {
+  ++failures;
+  printf("%s\n", what.c_str());
+}
+
+struct Schedule {
+  Order order;
+  uint64_t seed;
+};
+std::vector<Schedule> schedules = {{Order::kForward, 1}, {Order::kRandom, 2}, {Order::kReverse, 1},
+                                   {Order::kRandom, 0},  {Order::kRandom, 1}, {Order::kRandom, 3}};
+
+// The message of a run, or nothing.
+std::string run(const Launch& launch, const Schedule& schedule) {
+  Config config;
+  config.order = schedule.order;
+  config.seed = schedule.seed;
+  try {
+    run_chain({launch}, config);
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
+// Under every schedule. `wanted`: part of the message; empty: no complaint.
+template <class Kernel>
+void expect(const char* name, const std::string& wanted, unsigned threads, size_t shared_bytes, Kernel kernel) {
+  for (const Schedule& schedule : schedules) {
+    const std::string message = run({1, threads, shared_bytes, kernel, false, false}, schedule);
+    if (wanted.empty() ? !message.empty() : message.find(wanted) == std::string::npos)
+      complain(text("%s (order %d): wanted \"%s\", got \"", name, int(schedule.order), wanted.c_str()) + message + '"');
+  }
+}
+
+void check(bool right, const char* what) {
+  if (!right) fail(what);
+}
+
+// ---- layouts ------------------------------------------------------------------------------------
+
+// A tensor of 16-bit numbers in memory, its rows and pages further apart than they need be.
+template <class T>
+struct Tensor {
+  int64_t pages, rows, columns;
+  int64_t row_stride = round_up<int64_t>(columns, 8) + 8, page_stride = row_stride * rows + 16;
+  std::vector<T> storage = std::vector<T>(static_cast<size_t>(pages * page_stride + 8), T{0xFFFF});
+
+  // At a multiple of 16 bytes.
+  T* data() { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(storage.data()) + 15) / 16 * 16); }
+  T& at(int64_t page, int64_t row, int64_t column) { return data()[page * page_stride + row * row_stride + column]; }
+  bool has(int64_t page, int64_t row, int64_t column) const {
+    return page >= 0 && page < pages && row >= 0 && row < rows && column >= 0 && column < columns;
+  }
+  template <class Value>
+  void fill(Value value) {
+    for (int64_t z = 0; z < pages; ++z)
+      for (int64_t y = 0; y < rows; ++y)
+        for (int64_t x = 0; x < columns; ++x) at(z, y, x) = value(z, y, x);
+  }
+  TensorMap map(int rank, int box_rows, int box_pages = 1) {
+    const int64_t sizes[] = {columns, rows, pages}, strides[] = {row_stride * 2, page_stride * 2};
+    const int box[] = {kTileColumns, box_rows, box_pages};
+    TensorMap made;
+    if (make_map<T>(made, data(), rank, sizes, strides, box) != 0) complain("make_map refuses a right tensor");
+    return made;
+  }
+};
+
+// Bytes from a tile's beginning to an element of its row r.
+int in_tile(int r, int x) {
+  return r * 128 + (x / 8 ^ r % 8) * 16 + x % 8 * 2;
+}
+
+void tiles() {
+  Tensor<Float16> from{3, 20, 100}, to{3, 20, 100};
+  from.fill([](int64_t z, int64_t y, int64_t x) { return Float16{uint16_t(1 + z * 2000 + y * 100 + x)}; });
+  const TensorMap map = from.map(3, 8, 2), flat = from.map(2, 16), out = to.map(3, 8, 2), flat_out = to.map(2, 16);
+  struct Corner {
+    int column, row, page;
+  };
+  for (const Corner& at : {Corner{0, 0, 0}, Corner{64, 8, 1}, Corner{-5, -3, -1}, Corner{91, 17, 2}, Corner{200, 0, 0}})
+    for (const bool pages : {true, false}) {
+      to.fill([](int64_t, int64_t, int64_t) { return Float16{0}; });
+      expect("a tile there and back", "", 32, 2048 + 8, [&] {
+        char* tile = shared_at<char>(0, 2048);
+        Barrier* full = shared_at<Barrier>(2048, 1);
+        if (threadIdx.x == 0) {
+          init_barrier(*full, 1);
+          publish_barriers();
+          arrive_expecting(*full, 2048);
+          if (pages)
+            load_tile(tile, map, *full, at.column, at.row, at.page);
+          else
+            load_tile(tile, flat, *full, at.column, at.row);
+        }
+        __syncthreads();
+        wait(*full, 0);
+        for (int r = 0; r < 16; ++r)
+          for (int x = static_cast<int>(threadIdx.x); x < 64; x += 32) {
+            const int z = pages ? at.page + r / 8 : 0, y = at.row + (pages ? r % 8 : r);
+            uint16_t got;
+            memcpy(&got, tile + in_tile(r, x), 2);
+            check(got == (from.has(z, y, at.column + x) ? from.at(z, y, at.column + x).bits : 0), "a tile's layout");
+            got = uint16_t(got + 1);
+            memcpy(tile + in_tile(r, x), &got, 2);
+          }
+        fence_async_shared();
+        __syncthreads();
+        if (threadIdx.x != 5) return;
+        if (pages)
+          store_tile(out, tile, at.column, at.row, at.page);
+        else
+          store_tile(flat_out, tile, at.column, at.row);
+        commit_stores();
+        wait_stores<0>();
+      });
+      for (int64_t z = 0; z < 3; ++z)
+        for (int64_t y = 0; y < 20; ++y)
+          for (int64_t x = 0; x < 100; ++x) {
+            const bool inside = x >= at.column && x < at.column + 64 && y >= at.row && y < at.row + (pages ? 8 : 16) &&
+                                (pages ? z >= at.page && z < at.page + 2 : z == 0);
+            if (to.at(z, y, x).bits != (inside ? from.at(z, y, x).bits + 1 : 0)) complain("a stored tile's layout");
+          }
+    }
+}
+
+// Operands where the PTX ISA's "Canonical Layouts" say that an element is, written there by threads; the swizzle is its
+// Swizzle<3, 4, 3>: bits 4 to 6 of an address are crossed with bits 7 to 9.
+template <class T, int N, Major kB>
+void operands() {
+  constexpr unsigned kLeading = 4096, kStride = 2048;  // with gaps in between
+  const auto place = [](bool along_k, int n, int k) {
+    const unsigned linear = along_k ? n / 8 * kStride + n % 8 * 128 + k * 2
+                                    : n / 64 * kLeading + k / 8 * kStride + k % 8 * 128 + n % 64 * 2;
+    return linear ^ (linear & 0x380) >> 3;
+  };
+  const auto a_value = [](int row, int k) { return float((row * 7 + k * 3) % 11 - 5); };
+  const auto b_value = [](int n, int k) { return float((n * 5 + k) % 13 - 6); };
+  expect("operands in shared memory", "", 128, 2 * 65536, [&] {
+    char *a = shared_at<char>(0, 65536), *b = shared_at<char>(65536, 65536);
+    const int t = threadIdx.x;
+    for (int i = t; i < 64 * 16; i += 128) {
+      const T value = round_to<T>(a_value(i / 16, i % 16));
+      memcpy(a + (place(true, i / 16, i % 16) ^ 64), &value, 2);  // 64 bytes along its row
+    }
+    for (int i = t; i < N * 16; i += 128) {
+      const T value = round_to<T>(b_value(i / 16, i % 16));
+      memcpy(b + place(kB == Major::kK, i / 16, i % 16), &value, 2);
+    }
+    fence_async_shared();
+    __syncthreads();
+    float acc[N / 2];
+    for (float& one : acc) one = 100;
+    begin_products();
+    for (const bool accumulate : {false, true, true})  // a begins at k = 32 of its rows
+      multiply<T, N, kB>(acc, advance(operand(a, Major::kK, 0, kStride), 64), operand(b, kB, kLeading, kStride),
+                         accumulate);
+    commit_products();
+    wait_products<0>();
+    for (int j = 0; j < N / 8; ++j)
+      for (int i = 0; i < 4; ++i) {
+        const int row = t / 32 * 16 + t % 32 / 4 + i / 2 * 8, column = j * 8 + t % 4 * 2 + i % 2;
+        float sum = 0;
+        for (int k = 0; k < 16; ++k) sum += 3 * a_value(row, k) * b_value(column, k);
+        check(acc[4 * j + i] == sum, "a product of operands at their places");
+      }
+  });
+}
+
+void matrices() {
+  expect("matrices to shared memory", "", 32, 1024, [] {  // words that name themselves
+    uint16_t* rows = shared_at<uint16_t>(0, 512);
+    const unsigned lane = threadIdx.x;
+    uint32_t words[4];
+    for (unsigned m = 0; m < 4; ++m) {
+      const unsigned first = m * 64 + lane / 4 * 8 + lane % 4 * 2;
+      words[m] = first | (first + 1) << 16;
+    }
+    store_matrices(rows + lane * 8, words);
+    store_matrices_transposed(rows + 256 + lane * 8, words);
+    __syncthreads();
+    for (unsigned i = 0; i < 8; ++i) {
+      check(rows[lane * 8 + i] == lane * 8 + i, "matrix layout");
+      check(rows[256 + lane * 8 + i] == lane / 8 * 64 + i * 8 + lane % 8, "transposed matrix layout");
+    }
+  });
+}
+
+// ---- barriers and registers ---------------------------------------------------------------------
+
+void right_barriers() {
+  expect("what was written before arriving", "", 64, 1024, [] {  // one warp to the other and back, three times
+    int* value = shared_at<int>(0, 32);
+    Barrier* barriers = shared_at<Barrier>(128, 2);
+    if (threadIdx.x == 40) {
+      init_barrier(barriers[0], 32);
+      init_barrier(barriers[1], 32);
+    }
+    __syncthreads();
+    const int lane = threadIdx.x % 32;
+    for (int round = 0; round < 3; ++round) {
+      if (threadIdx.x < 32) {
+        if (round > 0) wait(barriers[1], (round - 1) % 2);
+        value[lane] = 100 * round + lane;
+        arrive(barriers[0]);
+      } else {
+        wait(barriers[0], round % 2);
+        check(value[31 - lane] == 100 * round + 31 - lane, "a value that was not there yet");
+        arrive(barriers[1]);
+      }
+    }
+  });
+  expect("what was written before a numbered barrier", "", 96, 256, [] {
+    int* value = shared_at<int>(0, 64);
+    if (threadIdx.x < 64) {
+      value[threadIdx.x] = static_cast<int>(threadIdx.x);
+      arrive_some(3, 96);
+    } else {
+      sync_some(3, 96);
+      check(value[threadIdx.x - 64] == static_cast<int>(threadIdx.x - 64), "a value that was not there yet");
+    }
+  });
+  expect("registers from one warpgroup to the others", "", 384, 0, [] {
+    if (threadIdx.x < 128)
+      lower_registers<40>();
+    else
+      raise_registers<232>();
+  });
+}
+
+void wrong_kernels() {
+  expect("a barrier that nobody made", "no barrier there", 32, 64, [] { arrive(*shared_at<Barrier>(0, 1)); });
+  expect("a barrier written over", "no barrier there", 32, 64, [] {
+    Barrier* barrier = shared_at<Barrier>(0, 1);
+    if (threadIdx.x == 0) init_barrier(*barrier, 32);
+    __syncthreads();
+    if (threadIdx.x == 0) barrier->state = 0;
+    __syncthreads();
+    arrive(*barrier);
+  });
+  expect("a barrier outside of shared memory", "outside of shared memory", 32, 64, [] {
+    static Barrier barrier;
+    init_barrier(barrier, 32);
+  });
+  const auto with_barrier = [](auto use) {
+    return [use] {
+      Barrier* barrier = shared_at<Barrier>(4096, 1);
+      if (threadIdx.x == 0) {
+        init_barrier(*barrier, 1);
+        publish_barriers();
+        use(*barrier);
+      }
+    };
+  };
+  const auto wrong_use = [&](const char* name, const std::string& wanted, auto use) {
+    expect(name, wanted, 32, 8192, with_barrier(use));
+  };
+  wrong_use("parity two", "parity 2", [](Barrier& barrier) { wait(barrier, 2); });
+  wrong_use("a phase that never ends", "which lacks 1 of 1 arrivals and 0 bytes", [](Barrier& b) { wait(b, 0); });
+  wrong_use("more bytes than a barrier counts", "cannot count", [](Barrier& b) { arrive_expecting(b, 1 << 20); });
+
+  static Tensor<BFloat16> tensor{1, 64, 64};
+  static const TensorMap map = tensor.map(2, 16);
+  wrong_use("a map that nobody made", "make_map has not made",
+            [](Barrier& b) { load_tile(shared_at<char>(0, 2048), TensorMap{}, b, 0, 0); });
+  wrong_use("three coordinates of two dimensions", "3 coordinates",
+            [](Barrier& b) { load_tile(shared_at<char>(0, 2048), map, b, 0, 0, 0); });
+  wrong_use("a tile past its part of shared memory", "outside of shared memory",
+            [](Barrier& b) { load_tile(shared_at<char>(0, 2032), map, b, 0, 0); });
+  expect("half a warp at a numbered barrier", "sync_some", 32, 0, [] {
+    if (threadIdx.x < 16) sync_some(1, 32);
+  });
+  expect("barrier 0 by its number", "1 to 15", 32, 0, [] { sync_some(0, 32); });
+  expect("half a warp's number", "whole warps", 64, 0, [] { sync_some(1, 48); });
+  expect("two numbers of threads", "others meet as", 96, 0, [] { sync_some(1, threadIdx.x < 32 ? 64 : 96); });
+  expect("more registers than others give up", "for registers, of which 8 a thread are free", 384, 0, [] {
+    if (threadIdx.x < 128)
+      lower_registers<160>();
+    else if (threadIdx.x < 256)
+      raise_registers<184>();
+  });
+  expect("fewer registers by raising", "to 40 registers, from 256", 256, 0, [] { raise_registers<40>(); });
+  expect("more registers by lowering", "to 200 registers, from 168", 384, 0, [] { lower_registers<200>(); });
+  expect("two numbers of registers", "different numbers", 128, 0,
+         [] { host_run::change_registers(threadIdx.x < 64 ? 40 : 48, false, {"", 0, "lower_registers"}); });
+
+  const auto product = [](auto after) {
+    return [after] {
+      char* tile = shared_at<char>(0, 8192);
+      memset(tile + threadIdx.x * 64, 0, 64);
+      fence_async_shared();
+      __syncthreads();
+      float acc[32] = {};
+      const Operand one = operand(tile, Major::kK, 0, 1024);
+      begin_products();
+      multiply<BFloat16, 64, Major::kK>(acc, one, one, false);
+      after(acc, one);
+    };
+  };
+  expect("a product of 96 threads", "by 128 threads together", 96, 8192, product([](auto&, Operand) {}));
+  expect("products not committed", "not committed", 128, 8192, product([](auto&, Operand) {}));
+  expect("products not waited for", "not waited for", 128, 8192, product([](auto&, Operand) { commit_products(); }));
+  expect("accumulators read too soon", "a number that is not there yet", 128, 8192, product([](auto& acc, Operand) {
+           if (std::isnan(acc[7])) fail("a number that is not there yet");
+         }));
+  expect("accumulators written too soon", "were touched", 128, 8192, product([](auto& acc, Operand) {
+           commit_products();
+           acc[7] = 0;
+           wait_products<0>();
+         }));
+  expect("an operand past its part of shared memory", "past its part", 128, 8192, product([](auto& acc, Operand one) {
+           multiply<BFloat16, 64, Major::kK>(acc, one, advance(one, 1024), true);
+           commit_products();
+           wait_products<0>();
+         }));
+  expect("an operand at an odd place", "multiples of 16", 128, 8192,
+         [] { operand(shared_at<char>(0, 8192) + 8, Major::kK, 0, 1024); });
+
+  TensorMap made;
+  const int64_t sizes[] = {64, 64, 2}, strides[] = {128, 8192}, odd[] = {136, 8192}, none[] = {64, 0, 2};
+  const int box[] = {64, 64, 1}, wide[] = {128, 64, 1}, tall[] = {64, 257, 1};
+  const char* base = reinterpret_cast<const char*>(tensor.data());
+  const auto refused = [&made](int error) { return error == kMapInvalid; };
+  check(make_map<BFloat16>(made, base, 3, sizes, strides, box) == 0, "a right map");
+  if (!refused(make_map<BFloat16>(made, base + 8, 3, sizes, strides, box)) ||
+      !refused(make_map<BFloat16>(made, nullptr, 3, sizes, strides, box)) ||
+      !refused(make_map<BFloat16>(made, base, 4, sizes, strides, box)) ||
+      !refused(make_map<BFloat16>(made, base, 3, none, strides, box)) ||
+      !refused(make_map<BFloat16>(made, base, 3, sizes, odd, box)) ||
+      !refused(make_map<BFloat16>(made, base, 3, sizes, strides, wide)) ||
+      !refused(make_map<BFloat16>(made, base, 3, sizes, strides, tall)))
+    complain("a tensor that no map takes");
+}
+
+// ---- the product --------------------------------------------------------------------------------
+
+struct Sizes {
+  int pages, rows, columns, depth;
+};
+
+// What goes wrong under a schedule, or nothing.
+template <class T, int N, Major kB, int kGroups, int kStages>
+std::string run_product(const Sizes& sizes, Mistake mistake, const Schedule& schedule) {
+  using Tiny = TinyProduct<T, N, kB, kGroups, kStages>;
+  constexpr bool kAlongK = kB == Major::kK;
+  Tensor<T> a{sizes.pages, sizes.rows, sizes.depth}, c{sizes.pages, sizes.rows, sizes.columns};
+  Tensor<T> b{1, kAlongK ? sizes.columns : sizes.depth, kAlongK ? sizes.depth : sizes.columns};
+  uint64_t state = 1;
+  const auto small = [&state](int64_t, int64_t, int64_t) {  // -2 .. 2: sums are exact
+    state = state * 6364136223846793005ull + 1442695040888963407ull;
+    return round_to<T>(static_cast<float>(static_cast<int>(state >> 33) % 5 - 2));
+  };
+  a.fill(small);
+  b.fill(small);
+  const Problem problem{a.map(3, 64),
+                        b.map(2, kAlongK ? N : kDepth),
+                        c.map(3, 64),
+                        ceil_div(sizes.rows, Tiny::kRows),
+                        ceil_div(sizes.columns, N),
+                        ceil_div(sizes.depth, kDepth),
+                        mistake};
+  const auto kernel = [&problem, &sizes] { Tiny{problem}.run(sizes.pages); };
+  const std::string message = run({2, Tiny::kThreads, Tiny::kSharedBytes, kernel, false, false}, schedule);
+  if (!message.empty()) return message;
+  for (int64_t z = 0; z < sizes.pages; ++z)
+    for (int64_t y = 0; y < sizes.rows; ++y) {
+      for (int64_t x = 0; x < sizes.columns; ++x) {
+        float sum = 0;
+        for (int64_t k = 0; k < sizes.depth; ++k)
+          sum += to_float(a.at(z, y, k)) * to_float(kAlongK ? b.at(0, x, k) : b.at(0, k, x));
+        if (c.at(z, y, x).bits != round_to<T>(sum).bits)
+          return text("wrong number at page %d, row %d, column %d: %g, not %g", int(z), int(y), int(x),
+                      to_float(c.at(z, y, x)), sum);
+      }
+      for (int64_t x = sizes.columns; x < c.row_stride; ++x)
+        if (c.at(z, y, x).bits != 0xFFFF) return "a store past the end of a row";
+    }
+  return "";
+}
+
+using RunProduct = std::string (*)(const Sizes&, Mistake, const Schedule&);
+constexpr RunProduct kAlongK = run_product<BFloat16, 64, Major::kK, 2, 2>;
+constexpr RunProduct kAlongN = run_product<BFloat16, 128, Major::kMN, 1, 2>;
+constexpr RunProduct kWideAlongK = run_product<Float16, 256, Major::kK, 2, 2>;
+constexpr RunProduct kWideAlongN = run_product<Float16, 256, Major::kMN, 1, 3>;
+
+void right_product(const char* name, RunProduct product, const Sizes& sizes) {
+  for (const Schedule& schedule : schedules) {
+    const std::string wrong = product(sizes, kNone, schedule);
+    if (!wrong.empty())
+      complain(text("a product, %s (order %d, seed %d): ", name, int(schedule.order), int(schedule.seed)) + wrong);
+  }
+}
+
+// `wanted`: part of what must be said under one schedule at least.
+struct Noticed {
+  Mistake mistake;
+  const char* name;
+  const char* wanted;
+  RunProduct run = kAlongK;
+};
+#define MISTAKE(name, ...) {name, #name, __VA_ARGS__}
+constexpr Noticed kNoticed[] = {
+    MISTAKE(kNoPublish, "without publish_barriers"),
+    MISTAKE(kNoSyncAfterInit, "no barrier there, or not yet"),
+    MISTAKE(kNoEmptyWait, "one more than the 1 arrivals"),
+    MISTAKE(kFullParity, "deadlock"),
+    MISTAKE(kEmptyParity, "which lacks 2 of 2 arrivals"),
+    MISTAKE(kFewerBytes, "16 bytes more are copied"),
+    MISTAKE(kMoreBytes, "arrivals and 16 bytes"),
+    MISTAKE(kFewerArrivals, "one more than the 1 arrivals"),
+    MISTAKE(kMoreArrivals, "which lacks 1 of 2 arrivals"),
+    MISTAKE(kReleaseBeforeTheWait, "wrong number"),
+    MISTAKE(kReleaseBeforeTheWait, "wrong number", kAlongN),
+    MISTAKE(kReleaseByAllThreads, "deadlock"),
+    MISTAKE(kFullNotWaitedFor, "wrong number"),
+    MISTAKE(kLoadAfterTheEnd, "copies to its shared memory went on"),
+    MISTAKE(kNoBegin, "begin_products comes before"),
+    MISTAKE(kNoCommit, "were touched"),
+    MISTAKE(kWaitForAllButOne, "were touched"),
+    MISTAKE(kAccumulatorsInFlight, "were touched"),
+    MISTAKE(kAccumulateFromTheStart, "wrong number"),
+    MISTAKE(kLeadingBytes, "wrong number", kAlongN),
+    MISTAKE(kStrideBytes, "wrong number"),
+    MISTAKE(kStrideBytes, "wrong number", kAlongN),
+    MISTAKE(kAdvance, "wrong number"),
+    MISTAKE(kOtherMajor, "along the other dimension"),
+    MISTAKE(kSwappedCoordinates, "wrong number"),
+    MISTAKE(kPageOfTheNext, "wrong number"),
+    MISTAKE(kMisalignedStage, "a multiple of 1024 bytes"),
+    MISTAKE(kNoSwizzle, "wrong number"),
+    MISTAKE(kNoFence, "without fence_async_shared"),
+    MISTAKE(kFenceAfterTheBarrier, "without fence_async_shared"),
+    MISTAKE(kNoBarrierBeforeTheStore, "without fence_async_shared"),
+    MISTAKE(kStagedTooSoon, "wrong number"),
+    MISTAKE(kStoreNotCommitted, "without commit_stores"),
+    MISTAKE(kStoreNotWaitedFor, "without wait_stores_read"),
+    MISTAKE(kBarrierOfFewer, "deadlock"),
+    MISTAKE(kDivergentWarpgroup, "warpgroup divergence"),
+    MISTAKE(kOneWarpWaitsLess, "waited for different products"),
+    MISTAKE(kDifferentOperands, "bring different operands"),
+    MISTAKE(kRegistersNotGivenUp, "for registers, of which 0"),
+    MISTAKE(kRegistersByOneWarp, "warpgroup divergence"),
+};
+#undef MISTAKE
+
+void noticed(const Noticed& bug) {
+  std::string all;
+  for (const Schedule& schedule : schedules) {
+    const std::string wrong = bug.run({2, 100, 120, 300}, bug.mistake, schedule);
+    if (wrong.find(bug.wanted) != std::string::npos) return;
+    all += "\n    " + (wrong.empty() ? std::string("nothing") : wrong);
+  }
+  complain(std::string(bug.name) + ": wanted \"" + bug.wanted + "\", got" + all);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const std::string part = count > 1 ? arguments[1] : "";
+  if (part == "race") {
+    kAlongK({1, 64, 64, 64}, kNoSyncAfterInit, {Order::kForward, 1});
+    return 0;
+  }
+  if (part == "right") schedules.resize(2);
+  tiles();
+  operands<BFloat16, 128, Major::kK>();
+  operands<Float16, 256, Major::kMN>();
+  matrices();
+  right_barriers();
+  right_product("64 columns along k", kAlongK, {2, 100, 120, 300});
+  right_product("128 columns along n", kAlongN, {2, 100, 120, 300});
+  right_product("256 columns along k", kWideAlongK, {1, 200, 264, 136});
+  right_product("256 columns along n", kWideAlongN, {1, 70, 264, 136});
+  if (part.empty()) {
+    wrong_kernels();
+    for (const Noticed& bug : kNoticed) noticed(bug);
+  }
+  printf("%d failures\n", failures);
+  return failures == 0 ? 0 : 1;
+}
