@@ -31,6 +31,10 @@ struct BarrierUnit : BlockUnit {
 
   explicit BarrierUnit(Block&) {}
   std::string awaited(const Thread& thread) const override {
+    for (int i = 1; i < 16; ++i)
+      if (thread.waits_for == &numbered[i])
+        return text(" for barrier %d, which %d of %d threads have reached", i, numbered[i].arrived,
+                    numbered[i].threads);
     const auto found = shared.find(thread.waits_for);
     if (found == shared.end()) return "";
     const SharedBarrier& barrier = found->second;
@@ -160,8 +164,10 @@ inline void meet_some(int number, int threads, bool stay, const Site& site) {
   if (!stay) return;
   if (barrier.generation == generation) {
     me.site = site;
+    me.waits_for = &barrier;
     barrier.waiting.push_back(&me);
     sleep(State::kEvent);
+    me.waits_for = nullptr;
   }
   acquire(&barrier.object);
 }
