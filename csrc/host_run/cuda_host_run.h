@@ -3,6 +3,7 @@
 #ifdef __CUDACC__
 #error "host_run is for compilers other than nvcc"
 #endif
+#include "host_run/chain.h"
 #include "host_run/primitives.h"
 
 #define __global__

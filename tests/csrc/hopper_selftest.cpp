@@ -1,89 +1,12 @@
 // The model of Hopper's units: layouts are those of the PTX ISA, a small product is right in every order, and each
 // mistake in it is noticed. With the argument "right" only what must pass, under two schedules; with "race" one mistake
 // that the thread sanitizer must name.
-#include "hopper_product.h"
+#include "hopper_mistakes.h"
 
 namespace {
 
 using namespace memvp;
 using namespace memvp::hopper_test;
-using host_run::Config;
-using host_run::fail;
-using host_run::Launch;
-using host_run::Order;
-using host_run::run_chain;
-using host_run::text;
-
-int failures = 0;
-
-void complain(const std::string& what) {
-  ++failures;
-  printf("%s\n", what.c_str());
-}
-
-struct Schedule {
-  Order order;
-  uint64_t seed;
-};
-std::vector<Schedule> schedules = {{Order::kForward, 1}, {Order::kRandom, 2}, {Order::kReverse, 1},
-                                   {Order::kRandom, 0},  {Order::kRandom, 1}, {Order::kRandom, 3}};
-
-// The message of a run, or nothing.
-std::string run(const Launch& launch, const Schedule& schedule) {
-  Config config;
-  config.order = schedule.order;
-  config.seed = schedule.seed;
-  try {
-    run_chain({launch}, config);
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "";
-}
-
-// Under every schedule. `wanted`: part of the message; empty: no complaint.
-template <class Kernel>
-void expect(const char* name, const std::string& wanted, unsigned threads, size_t shared_bytes, Kernel kernel) {
-  for (const Schedule& schedule : schedules) {
-    const std::string message = run({1, threads, shared_bytes, kernel, false, false}, schedule);
-    if (wanted.empty() ? !message.empty() : message.find(wanted) == std::string::npos)
-      complain(text("%s (order %d): wanted \"%s\", got \"", name, int(schedule.order), wanted.c_str()) + message + '"');
-  }
-}
-
-void check(bool right, const char* what) {
-  if (!right) fail(what);
-}
-
-// ---- layouts ------------------------------------------------------------------------------------
-
-// A tensor of 16-bit numbers in memory, its rows and pages further apart than they need be.
-template <class T>
-struct Tensor {
-  int64_t pages, rows, columns;
-  int64_t row_stride = round_up<int64_t>(columns, 8) + 8, page_stride = row_stride * rows + 16;
-  std::vector<T> storage = std::vector<T>(static_cast<size_t>(pages * page_stride + 8), T{0xFFFF});
-
-  // At a multiple of 16 bytes.
-  T* data() { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(storage.data()) + 15) / 16 * 16); }
-  T& at(int64_t page, int64_t row, int64_t column) { return data()[page * page_stride + row * row_stride + column]; }
-  bool has(int64_t page, int64_t row, int64_t column) const {
-    return page >= 0 && page < pages && row >= 0 && row < rows && column >= 0 && column < columns;
-  }
-  template <class Value>
-  void fill(Value value) {
-    for (int64_t z = 0; z < pages; ++z)
-      for (int64_t y = 0; y < rows; ++y)
-        for (int64_t x = 0; x < columns; ++x) at(z, y, x) = value(z, y, x);
-  }
-  TensorMap map(int rank, int box_rows, int box_pages = 1) {
-    const int64_t sizes[] = {columns, rows, pages}, strides[] = {row_stride * 2, page_stride * 2};
-    const int box[] = {kTileColumns, box_rows, box_pages};
-    TensorMap made;
-    if (make_map<T>(made, data(), rank, sizes, strides, box) != 0) complain("make_map refuses a right tensor");
-    return made;
-  }
-};
 
 // Bytes from a tile's beginning to an element of its row r.
 int in_tile(int r, int x) {
@@ -294,6 +217,18 @@ void wrong_kernels() {
     check(now == (order == Order::kForward ? 0xFFFF : order == Order::kReverse ? 0 : now), "when a tile lands");
     check(tile[0] == 0, "a tile that was waited for");
   });
+  expect("what a store reads, written meanwhile", "has written what it reads", 32, 2048,
+         [] {
+           uint16_t* tile = shared_at<uint16_t>(0, 1024);
+           if (threadIdx.x != 0) return;
+           memset(tile, 0, 2048);
+           fence_async_shared();
+           store_tile(map, tile, 0, 0);
+           commit_stores();
+           tile[0] = 1;
+           wait_stores_read<0>();
+         },
+         {{Order::kForward, 1}});  // where it reads late
   expect("a barrier that another thread publishes", "without publish_barriers", 32, 8192, [] {
     Barrier* barrier = shared_at<Barrier>(4096, 1);
     if (threadIdx.x == 0) init_barrier(*barrier, 1);
@@ -348,6 +283,25 @@ void wrong_kernels() {
            commit_products();
            wait_products<0>();
          }));
+  expect("a second group that nothing begins", "begin_products comes before", 128, 8192,
+         product([](auto& acc, Operand one) {
+           commit_products();
+           multiply<BFloat16, 64, Major::kK>(acc, one, one, true);
+         }));
+  expect("two warps with another b", "different operands", 128, 8192, product([](auto& acc, Operand one) {
+           multiply<BFloat16, 64, Major::kK>(acc, one, threadIdx.x < 64 ? one : advance(one, 32), true);
+         }));
+  expect("operands without a fence", "without fence_async_shared", 128, 8192, [] {
+    char* tile = shared_at<char>(0, 8192);
+    memset(tile + threadIdx.x * 64, 0, 64);
+    __syncthreads();
+    float acc[32];
+    const Operand one = operand(tile, Major::kK, 0, 1024);
+    begin_products();
+    multiply<BFloat16, 64, Major::kK>(acc, one, one, false);
+    commit_products();
+    wait_products<0>();
+  });
   expect("an operand at an odd place", "multiples of 16", 128, 8192,
          [] { operand(shared_at<char>(0, 8192) + 8, Major::kK, 0, 1024); });
 
@@ -365,128 +319,6 @@ void wrong_kernels() {
       !refused(make_map<BFloat16>(made, base, 3, sizes, strides, wide)) ||
       !refused(make_map<BFloat16>(made, base, 3, sizes, strides, tall)))
     complain("a tensor that no map takes");
-}
-
-// ---- the product --------------------------------------------------------------------------------
-
-struct Sizes {
-  int pages, rows, columns, depth;
-};
-
-// What goes wrong under a schedule, or nothing.
-template <class T, int N, Major kB, int kGroups, int kStages>
-std::string run_product(const Sizes& sizes, Mistake mistake, const Schedule& schedule) {
-  using Tiny = TinyProduct<T, N, kB, kGroups, kStages>;
-  constexpr bool kAlongK = kB == Major::kK;
-  Tensor<T> a{sizes.pages, sizes.rows, sizes.depth}, c{sizes.pages, sizes.rows, sizes.columns};
-  Tensor<T> b{1, kAlongK ? sizes.columns : sizes.depth, kAlongK ? sizes.depth : sizes.columns};
-  uint64_t state = 1;
-  const auto small = [&state](int64_t, int64_t, int64_t) {  // -2 .. 2: sums are exact
-    state = state * 6364136223846793005ull + 1442695040888963407ull;
-    return round_to<T>(static_cast<float>(static_cast<int>(state >> 33) % 5 - 2));
-  };
-  a.fill(small);
-  b.fill(small);
-  const Problem problem{a.map(3, 64),
-                        b.map(2, kAlongK ? N : kDepth),
-                        c.map(3, 64),
-                        ceil_div(sizes.rows, Tiny::kRows),
-                        ceil_div(sizes.columns, N),
-                        ceil_div(sizes.depth, kDepth),
-                        mistake};
-  const auto kernel = [&problem, &sizes] { Tiny{problem}.run(sizes.pages); };
-  const std::string message = run({2, Tiny::kThreads, Tiny::kSharedBytes, kernel, false, false}, schedule);
-  if (!message.empty()) return message;
-  for (int64_t z = 0; z < sizes.pages; ++z)
-    for (int64_t y = 0; y < sizes.rows; ++y) {
-      for (int64_t x = 0; x < sizes.columns; ++x) {
-        float sum = 0;
-        for (int64_t k = 0; k < sizes.depth; ++k)
-          sum += to_float(a.at(z, y, k)) * to_float(kAlongK ? b.at(0, x, k) : b.at(0, k, x));
-        if (c.at(z, y, x).bits != round_to<T>(sum).bits)
-          return text("wrong number at page %d, row %d, column %d: %g, not %g", int(z), int(y), int(x),
-                      to_float(c.at(z, y, x)), sum);
-      }
-      for (int64_t x = sizes.columns; x < c.row_stride; ++x)
-        if (c.at(z, y, x).bits != 0xFFFF) return "a store past the end of a row";
-    }
-  return "";
-}
-
-using RunProduct = std::string (*)(const Sizes&, Mistake, const Schedule&);
-constexpr RunProduct kAlongK = run_product<BFloat16, 64, Major::kK, 2, 2>;
-constexpr RunProduct kAlongN = run_product<BFloat16, 128, Major::kMN, 1, 2>;
-constexpr RunProduct kWideAlongK = run_product<Float16, 256, Major::kK, 2, 2>;
-constexpr RunProduct kWideAlongN = run_product<Float16, 256, Major::kMN, 1, 3>;
-
-void right_product(const char* name, RunProduct product, const Sizes& sizes) {
-  for (const Schedule& schedule : schedules) {
-    const std::string wrong = product(sizes, kNone, schedule);
-    if (!wrong.empty())
-      complain(text("a product, %s (order %d, seed %d): ", name, int(schedule.order), int(schedule.seed)) + wrong);
-  }
-}
-
-// `wanted`: part of what must be said under one schedule at least.
-struct Noticed {
-  Mistake mistake;
-  const char* name;
-  const char* wanted;
-  RunProduct run = kAlongK;
-};
-#define MISTAKE(name, ...) {name, #name, __VA_ARGS__}
-constexpr Noticed kNoticed[] = {
-    MISTAKE(kNoPublish, "without publish_barriers"),
-    MISTAKE(kNoSyncAfterInit, "no barrier there, or not yet"),
-    MISTAKE(kNoEmptyWait, "one more than the 1 arrivals"),
-    MISTAKE(kFullParity, "deadlock"),
-    MISTAKE(kEmptyParity, "which lacks 2 of 2 arrivals"),
-    MISTAKE(kFewerBytes, "16 bytes more are copied"),
-    MISTAKE(kMoreBytes, "arrivals and 16 bytes"),
-    MISTAKE(kFewerArrivals, "one more than the 1 arrivals"),
-    MISTAKE(kMoreArrivals, "which lacks 1 of 2 arrivals"),
-    MISTAKE(kReleaseBeforeTheWait, "wrong number"),
-    MISTAKE(kReleaseBeforeTheWait, "wrong number", kAlongN),
-    MISTAKE(kReleaseByAllThreads, "deadlock"),
-    MISTAKE(kFullNotWaitedFor, "wrong number"),
-    MISTAKE(kLoadAfterTheEnd, "copies to its shared memory went on"),
-    MISTAKE(kNoBegin, "begin_products comes before"),
-    MISTAKE(kNoCommit, "were touched"),
-    MISTAKE(kWaitForAllButOne, "were touched"),
-    MISTAKE(kAccumulatorsInFlight, "were touched"),
-    MISTAKE(kAccumulateFromTheStart, "wrong number"),
-    MISTAKE(kLeadingBytes, "wrong number", kAlongN),
-    MISTAKE(kStrideBytes, "wrong number"),
-    MISTAKE(kStrideBytes, "wrong number", kAlongN),
-    MISTAKE(kAdvance, "wrong number"),
-    MISTAKE(kOtherMajor, "along the other dimension"),
-    MISTAKE(kSwappedCoordinates, "wrong number"),
-    MISTAKE(kPageOfTheNext, "wrong number"),
-    MISTAKE(kMisalignedStage, "a multiple of 1024 bytes"),
-    MISTAKE(kNoSwizzle, "wrong number"),
-    MISTAKE(kNoFence, "without fence_async_shared"),
-    MISTAKE(kFenceAfterTheBarrier, "without fence_async_shared"),
-    MISTAKE(kNoBarrierBeforeTheStore, "without fence_async_shared"),
-    MISTAKE(kStagedTooSoon, "wrong number"),
-    MISTAKE(kStoreNotCommitted, "without commit_stores"),
-    MISTAKE(kStoreNotWaitedFor, "without wait_stores_read"),
-    MISTAKE(kBarrierOfFewer, "of 96 threads have reached"),
-    MISTAKE(kDivergentWarpgroup, "warpgroup divergence"),
-    MISTAKE(kOneWarpWaitsLess, "waited for different products"),
-    MISTAKE(kDifferentOperands, "bring different operands"),
-    MISTAKE(kRegistersNotGivenUp, "for registers, of which 0"),
-    MISTAKE(kRegistersByOneWarp, "warpgroup divergence"),
-};
-#undef MISTAKE
-
-void noticed(const Noticed& bug) {
-  std::string all;
-  for (const Schedule& schedule : schedules) {
-    const std::string wrong = bug.run({2, 100, 120, 300}, bug.mistake, schedule);
-    if (wrong.find(bug.wanted) != std::string::npos) return;
-    all += "\n    " + (wrong.empty() ? std::string("nothing") : wrong);
-  }
-  complain(std::string(bug.name) + ": wanted \"" + bug.wanted + "\", got" + all);
 }
 
 }  // namespace
