@@ -168,6 +168,7 @@ def _by_form(case: Case, single: list[Tile], double: Tile) -> Iterator[Case]:
     for rank in (48, 300):
         yield _variant(case, form="factored", rank=rank)
         yield _variant(case, form="factored", rank=rank, backward="kept")
+        yield _variant(case, form="factored", rank=rank, backward="shared")
 
 
 def _some_cases(architecture: int) -> Iterator[Case]:

@@ -66,13 +66,14 @@ def dmemory_tile(
         # tcgen05 wants 128 rows, and its float32 results spill at 256 columns; mma.sync keeps its accumulators in registers.
         slots, columns, warps = (128, 128, 8) if chip.family == "tcgen05" else (64, 128, 4)
         if together and chip.family == "tcgen05":
-            # Between two loops the sum leaves tensor memory; 128 columns, or eight warps, spilled.
-            columns, warps = 64, 4
+            # Between two loops the sum leaves tensor memory: more columns or stages, shorter steps or eight warps spilled.
+            columns, step, warps, most = 64, 128, 4, 2
     if kind == "ieee" and chip.family == "mma":
         warps = 8  # four spilled 8 bytes with Triton 3.6
     columns = min(columns, tiles._bucket(width))
     if kind == "pointers" and columns <= 64:
-        warps = 4  # eight spilled 16 bytes on sm_80 at a rank of 48
+        warps = 4  # eight spilled 16 bytes on sm_80 at a rank of 48, and four stages of both products in one result 40 with Triton 3.6
+        most = 3 if together else most
     stages = min(most, (chip.shared - _RESERVE) // ((slots + columns) * step * dtype.itemsize))
     return Tile(slots, columns, step, warps, stages)
 
