@@ -129,7 +129,7 @@ def test_tests_of_different_kernels_run_in_different_processes() -> None:
         tested = commands[name][commands[name].index(place) :]
         assert tested == [place, *(f"--ignore={of}" for of in RING_TESTS)]
     assert parts["tests-rings"].command(Path("r"), 9)[-len(RING_TESTS) :] == list(RING_TESTS)
-    assert all((ROOT / place).exists() for place in RING_TESTS)
+    assert all((gpu_report.ROOT / place).exists() for place in RING_TESTS)
     assert commands["tests"][-3:] == ["tests", "--ignore=tests/csrc", "--ignore=tests/triton"]
     for command in commands.values():
         assert "gpu and not slow" in command
