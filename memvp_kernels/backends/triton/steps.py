@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from typing import TypeAlias
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 from memvp_kernels.backends.triton import launch, library, roads
 from memvp_kernels.backends.triton.dhidden import dhidden_backward
@@ -19,7 +20,7 @@ from memvp_kernels.backends.triton.output import output_forward
 from memvp_kernels.backends.triton.shape import Shape
 from memvp_kernels.problem import Problem
 
-__all__ = ["ON_ROAD", "Fused", "Library", "Steps", "forced", "shape_of", "steps_of"]
+__all__ = ["ON_ROAD", "Fused", "Gluon", "Library", "Steps", "forced", "shape_of", "steps_of"]
 
 
 class Library:
@@ -40,11 +41,30 @@ class Fused(Library):
     dinput = staticmethod(dinput_backward)
 
 
+def _of_gluon(step: str) -> Callable[..., Any]:
+    """A step of the Gluon road, imported when it first runs: the experimental API under it is no concern of the other roads."""
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        gluon = importlib.import_module("memvp_kernels.backends.triton.hopper")
+        return getattr(gluon, step)(*arguments, **options)
+
+    return run
+
+
+class Gluon(Library):
+    """Every step by the Gluon kernels for Hopper, or by its fused twin where they can't take it."""
+
+    hidden = staticmethod(_of_gluon("hidden"))
+    output = staticmethod(_of_gluon("output"))
+    dhidden = staticmethod(_of_gluon("dhidden"))
+    dinput = staticmethod(_of_gluon("dinput"))
+
+
 #: The functions that compute the steps of a problem.
 Steps: TypeAlias = type[Library]
 
 #: Every step on one road, by `roads.ROADS`.
-ON_ROAD: dict[str, Steps] = {"fused": Fused, "library": Library}
+ON_ROAD: dict[str, Steps] = {"fused": Fused, "library": Library, "gluon": Gluon}
 
 # Not a context variable: autograd runs a backward on threads of its own, which would not see it.
 _forced: str | None = None

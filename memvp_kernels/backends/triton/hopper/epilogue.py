@@ -1,0 +1,124 @@
+"""What happens between an accumulator and device memory: pieces of 64 columns, biases, operands that come by the ring, stores by TMA.
+
+A piece is what the registers hold beside the rest of the accumulator, and a row of it is one row of the swizzle. It leaves through one of
+two buffers, asynchronously: the next piece is computed, and the next tile's loads run, while the last one's store reads its buffer.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from memvp_kernels.backends.triton.hopper.ring import SWIZZLED, accumulator_layout, release, wait_empty, wait_full
+
+__all__ = [
+    "PIECE",
+    "add_bias",
+    "finish_stores",
+    "halves_of",
+    "load_pieces",
+    "make_buffers",
+    "pieces_of",
+    "store_piece",
+    "take_pieces",
+]
+
+PIECE = gl.constexpr(64)
+BUFFERS = gl.constexpr(2)
+
+
+@gluon.jit
+def make_buffers(DTYPE: gl.constexpr, BLOCK_N: gl.constexpr):
+    """What pieces leave from, [BUFFERS, BLOCK_N, PIECE]."""
+    return gl.allocate_shared_memory(DTYPE, [BUFFERS, BLOCK_N, PIECE], SWIZZLED)
+
+
+@gluon.jit
+def pieces_of(block):
+    """The block cut into pieces of PIECE columns, left to right; a thread holds columns of every piece, so no data moves."""
+    COLUMNS: gl.constexpr = block.shape[1]
+    if COLUMNS <= PIECE:
+        return (gl.convert_layout(block, accumulator_layout(COLUMNS, gl.num_warps())),)
+    else:
+        left, right = halves_of(block)
+        return pieces_of(left) + pieces_of(right)
+
+
+@gluon.jit
+def halves_of(block):
+    """The left and the right half of the columns."""
+    ROWS: gl.constexpr = block.shape[0]
+    COLUMNS: gl.constexpr = block.shape[1]
+    return block.reshape((ROWS, 2, COLUMNS // 2)).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def add_bias(piece, bias, stride, column, COLUMNS: gl.constexpr):
+    """piece + bias (COLUMNS,), of any float dtype; bias None: piece."""
+    if bias is not None:
+        LAYOUT: gl.constexpr = gl.SliceLayout(0, accumulator_layout(PIECE, gl.num_warps()))
+        o_column = column + gl.arange(0, PIECE, layout=LAYOUT)
+        b_bias = gl.load(bias + o_column.to(gl.int64) * stride, mask=o_column < COLUMNS, other=0.0)
+        piece += b_bias.to(gl.float32)[None, :]
+    return piece
+
+
+@gluon.jit
+def load_pieces(ring, step, first, second, row, column):
+    """Producer: a tile's pieces of one or two epilogue operands, a step each; `second` may be None. Returns the next step."""
+    tiles_left, tiles_right, full, empty = ring
+    BLOCK_N: gl.constexpr = tiles_left.shape[1]
+    WIDE: gl.constexpr = tiles_right.shape[1]
+    for piece in gl.static_range(WIDE // PIECE):
+        stage = wait_empty(empty, step)
+        arrived = full.index(stage)
+        at = [row, column + piece * PIECE]
+        if second is None:
+            mbarrier.expect(arrived, BLOCK_N * PIECE * 2)
+        else:
+            mbarrier.expect(arrived, 2 * BLOCK_N * PIECE * 2)
+            tma.async_copy_global_to_shared(second, at, arrived, _second(ring, stage))
+        tma.async_copy_global_to_shared(first, at, arrived, tiles_left.index(stage))
+        step += 1
+    return step
+
+
+@gluon.jit
+def take_pieces(ring, step, TWO: gl.constexpr):
+    """Consumers: the next piece of one operand, or of TWO (otherwise it comes twice), in float32; returns (first, second, next step)."""
+    tiles_left, _, full, empty = ring
+    LAYOUT: gl.constexpr = accumulator_layout(PIECE, gl.num_warps())
+    stage = wait_full(full, step)
+    first = tiles_left.index(stage).load(LAYOUT)
+    second = first
+    if TWO:
+        second = _second(ring, stage).load(LAYOUT)
+    release(empty, step)
+    return first.to(gl.float32), second.to(gl.float32), step + 1
+
+
+@gluon.jit
+def _second(ring, stage):
+    """Where the second operand's piece lies in a stage: at the head of its right tile."""
+    tiles_left, tiles_right, _, _ = ring
+    STAGES: gl.constexpr = tiles_left.shape[0]
+    BLOCK_N: gl.constexpr = tiles_left.shape[1]
+    PER_STAGE: gl.constexpr = tiles_right.shape[1] // BLOCK_N
+    pieces = tiles_right._reinterpret(tiles_right.dtype, [PER_STAGE * STAGES, BLOCK_N, PIECE], SWIZZLED)
+    return pieces.index(PER_STAGE * stage)
+
+
+@gluon.jit
+def store_piece(piece, buffers, BUFFER: gl.constexpr, out, row, column):
+    """Round the piece and send it to `out` (rows, columns), which cuts off what lies outside; BUFFER counts a tile's stores."""
+    buffer = buffers.index(BUFFER % BUFFERS)
+    # All but the latest store have read what they store; that one has the other buffer.
+    tma.store_wait(BUFFERS - 1)
+    buffer.store(piece.to(buffers.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, [row, column], buffer)
+
+
+@gluon.jit
+def finish_stores():
+    """Until every store has read its buffer: before a tile's first, which takes the first buffer, and before the block's memory may go."""
+    tma.store_wait(0)

@@ -1,0 +1,119 @@
+"""The output kernel and dx's in Gluon: one or two products with weights and one with a memory, in one accumulator; then bias and residual.
+
+A memory per sequence comes by boxes of its own image where no row tile meets two sequences: the rows of another sequence would have to be
+zeros on the left, and 0 · NaN would carry one image's NaN into its neighbours' rows.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from memvp_kernels.backends.triton.hopper.epilogue import (
+    PIECE,
+    add_bias,
+    finish_stores,
+    load_pieces,
+    make_buffers,
+    pieces_of,
+    store_piece,
+    take_pieces,
+)
+from memvp_kernels.backends.triton.hopper.ring import (
+    finish_product,
+    load_memory,
+    load_product,
+    make_ring,
+    multiply,
+    start_product,
+)
+from memvp_kernels.backends.triton.hopper.walk import corner
+from memvp_kernels.backends.triton.segments import memory_row
+
+__all__ = ["gluon_output_kernel"]
+
+
+@gluon.jit(do_not_specialize=["N", "T", "S", "R"])
+def gluon_output_kernel(
+    left, right, second_left, second_right, visual, memory, index, bias, residual, y, stride_bias, N, T, S, R,
+    F: gl.constexpr, d: gl.constexpr, M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    K_MAJOR: gl.constexpr, K_MAJOR_SECOND: gl.constexpr, OWN: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """y (N, d) = left · right + second_left · second_right + visual · memory + bias + residual; any of them may be None.
+
+    Programs that stay; tiles: cdiv(N, BLOCK_N) · cdiv(d, BLOCK_D).
+
+    Args:
+        memory: (M, d) for all rows, or with OWN (R, M, d) and for each sequence of T rows the image that `index` (S,) says.
+    """
+    ring = make_ring(DTYPE, BLOCK_N, BLOCK_D, BLOCK_K, STAGES)
+    buffers = make_buffers(DTYPE, BLOCK_N)
+    gl.warp_specialize(
+        [
+            (_consume, (
+                ring, buffers, right, second_right, memory, bias, residual, y, stride_bias, N, F, d, M,
+                BLOCK_N, BLOCK_D, GROUP, K_MAJOR, K_MAJOR_SECOND,
+            )),
+            (_produce, (
+                ring, left, right, second_left, second_right, visual, memory, index, residual, N, T, S, R, F, d, M,
+                BLOCK_N, BLOCK_D, GROUP, K_MAJOR, K_MAJOR_SECOND, OWN,
+            )),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _produce(
+    ring, left, right, second_left, second_right, visual, memory, index, residual, N, T, S, R,
+    F: gl.constexpr, d: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP: gl.constexpr,
+    K_MAJOR: gl.constexpr, K_MAJOR_SECOND: gl.constexpr, OWN: gl.constexpr,
+):  # fmt: skip
+    row_tiles = gl.cdiv(N, BLOCK_N)
+    column_tiles: gl.constexpr = (d + BLOCK_D - 1) // BLOCK_D
+    step = 0
+    for tile in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
+        row, column = corner(tile, row_tiles, d, BLOCK_N, BLOCK_D, GROUP)
+        if right is not None:
+            step = load_product(ring, step, left, right, None, row, column, F, K_MAJOR)
+        if second_right is not None:
+            step = load_product(ring, step, second_left, second_right, None, row, column, F, K_MAJOR_SECOND)
+        if memory is not None:
+            if OWN:
+                read = memory_row(row // T, index, S, R)
+                # A sequence without memory reads past the last image, where TMA gives zeros.
+                read = gl.where(read < 0, R, read)
+                step = load_memory(ring, step, visual, memory, read, row, column, M)
+            else:
+                step = load_product(ring, step, visual, memory, None, row, column, M, False)
+        if residual is not None:
+            step = load_pieces(ring, step, residual, None, row, column)
+
+
+@gluon.jit
+def _consume(
+    ring, buffers, right, second_right, memory, bias, residual, y, stride_bias, N,
+    F: gl.constexpr, d: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP: gl.constexpr,
+    K_MAJOR: gl.constexpr, K_MAJOR_SECOND: gl.constexpr,
+):  # fmt: skip
+    row_tiles = gl.cdiv(N, BLOCK_N)
+    column_tiles: gl.constexpr = (d + BLOCK_D - 1) // BLOCK_D
+    step = 0
+    for tile in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
+        row, column = corner(tile, row_tiles, d, BLOCK_N, BLOCK_D, GROUP)
+        acc = start_product(ring)
+        if right is not None:
+            acc, step = multiply(acc, ring, step, F, K_MAJOR, True)
+        if second_right is not None:
+            acc, step = multiply(acc, ring, step, F, K_MAJOR_SECOND, False)
+        if memory is not None:
+            acc, step = multiply(acc, ring, step, M, False, right is None)
+        pieces = pieces_of(finish_product(acc, ring, step))
+        finish_stores()
+        for i in gl.static_range(len(pieces)):
+            piece = add_bias(pieces[i], bias, stride_bias, column + i * PIECE, d)
+            if residual is not None:
+                b_residual, _, step = take_pieces(ring, step, False)
+                piece += b_residual
+            store_piece(piece, buffers, i, y, row, column + i * PIECE)
+    finish_stores()
