@@ -8,6 +8,7 @@ compiled and read once.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from unittest import mock
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from harness.machine_code import Compiled, offline
 from memvp_kernels.backends import triton as backend
-from memvp_kernels.backends.triton import tiles
+from memvp_kernels.backends.triton import gluon_tiles, tiles
 from memvp_kernels.backends.triton.shape import Shape
 from memvp_kernels.backends.triton.steps import forced
 from memvp_kernels.backends.triton.tiles import Tile
@@ -54,7 +55,7 @@ class Case:
         aligned: False: odd sizes and strides, so that no operand has a descriptor and every tail is masked.
         turned: key and value lie the other way round, so that gate and key can't share a descriptor.
         backward: a key of `_NEEDS`, or "" for the forward.
-        road: of `roads.ROADS`; the library's products run for real, so few rows.
+        road: of `roads.ROADS`; the library's products run for real, so few rows. Gluon's, for Hopper alone, with tiles of its own.
     """
 
     dtype: torch.dtype
@@ -112,7 +113,7 @@ def cases(architecture: int, *, exhaustive: bool) -> Iterator[Case]:
             if case.number != "float16" or aligned:
                 yield from _by_tile(case, single, double)
             if case.number in ("bfloat16", "tf32"):
-                yield from _by_form(case, single, double[0])
+                yield from _by_form(case, single, double[0], architecture)
 
 
 def _variant(case: Case, **changes: object) -> Case:
@@ -133,7 +134,7 @@ def _by_tile(case: Case, single: list[Tile], double: list[Tile]) -> Iterator[Cas
             yield _variant(case, form="factored", sequences=sequences, length=length, backward=backward)
 
 
-def _by_form(case: Case, single: list[Tile], double: Tile) -> Iterator[Case]:
+def _by_form(case: Case, single: list[Tile], double: Tile, architecture: int) -> Iterator[Case]:
     """The other forms, most of them with the widest tile."""
     widest = single[0]
     yield _variant(case, tile=widest, full=False)
@@ -152,6 +153,8 @@ def _by_form(case: Case, single: list[Tile], double: Tile) -> Iterator[Case]:
         yield _variant(case, form="text", gated=gated, sequences=1, length=16, backward="kept", road="library")
     if case.number != "bfloat16":
         return
+    if architecture == 90:
+        yield from _by_gluon(case)
     yield _variant(case, tile=widest, full=False, gated=False)
     yield _variant(case, tile=double, full=False, packed=True, length=500)
     for form in ("text", "alone"):
@@ -171,6 +174,20 @@ def _by_form(case: Case, single: list[Tile], double: Tile) -> Iterator[Case]:
         yield _variant(case, form="factored", rank=rank, backward="shared")
 
 
+def _by_gluon(case: Case) -> Iterator[Case]:
+    """Every form of the Gluon kernels with either of their tiles, in either number type."""
+    for dtype, tile in itertools.product((torch.bfloat16, torch.float16), gluon_tiles.SHAPES):
+        given = _variant(case, dtype=dtype, tile=tile, road="gluon")
+        for backward in ("", "kept"):
+            for form, gated, turned in (("plain", True, False), ("plain", False, True), ("factored", True, True)):
+                yield _variant(given, form=form, gated=gated, turned=turned, backward=backward)
+            yield _variant(given, form="factored", backward=backward)
+        yield _variant(given, form="alone", full=False)
+        yield _variant(given, full=False)
+        yield _variant(given, full=False, backward="again")
+        yield _variant(given, form="factored", backward="memory")
+
+
 def _some_cases(architecture: int) -> Iterator[Case]:
     chip, case = tiles.chip_of(architecture), Case(torch.bfloat16, "ieee")
     kind = {"chip": chip, "dtype": case.dtype, "precision": case.precision, "descriptors": True}
@@ -183,6 +200,8 @@ def _some_cases(architecture: int) -> Iterator[Case]:
     yield _variant(case, tile=replace(widest, splits=4), sequences=1)
     yield _variant(case, form="text", sequences=1, length=16, backward="kept", road="library")
     if architecture == 90:
+        for backward in ("", "kept"):
+            yield _variant(case, form="factored", backward=backward, road="gluon")
         yield _variant(case, form="factored", backward="shared")
         double = next(tiles.candidates(**kind, accumulators=2))  # type: ignore[arg-type]
         yield _variant(case, tile=double, packed=True, length=500)
@@ -195,7 +214,8 @@ def launches(case: Case, architecture: int) -> list[Compiled]:
     known = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
     try:
-        with _forced(case.tile), offline(architecture) as launched, forced(case.road):
+        tile = _gluon if case.road == "gluon" else _forced
+        with tile(case.tile), offline(architecture) as launched, forced(case.road):
             if case.backward:
                 pre = scores = None
                 if case.backward != "again":
@@ -224,6 +244,17 @@ def _forced(tile: Tile | None) -> Iterator[None]:
         mock.patch.object(tiles, "hidden_tile", hidden),
         mock.patch.object(tiles, "output_tile", return_value=tile),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def _gluon(tile: Tile | None) -> Iterator[None]:
+    from memvp_kernels.backends.triton.hopper import steps
+
+    if tile is None:
+        yield
+        return
+    with mock.patch.object(steps, "gluon_tile", return_value=tile):
         yield
 
 

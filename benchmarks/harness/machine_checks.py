@@ -13,9 +13,9 @@ from memvp_kernels.backends.triton.roads import of_launch
 from memvp_kernels.backends.triton.shape import Shape
 from memvp_kernels.backends.triton.tiles import Chip, Tile
 
-__all__ = ["KERNELS", "Row", "complaints", "rows"]
+__all__ = ["GLUON_KERNELS", "KERNELS", "Row", "complaints", "rows"]
 
-#: Every kernel of the backend, with the arguments that bring a matrix product: it multiplies when one of them is there.
+#: Every kernel of the backend for all architectures, with the arguments that bring a matrix product: it multiplies when one of them is there.
 KERNELS: dict[str, tuple[str, ...]] = {
     "hidden_fwd_kernel": ("key", "memory"),
     "output_fwd_kernel": ("value", "memory"),
@@ -28,6 +28,12 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "form_hidden_kernel": (),
     "form_dpre_kernel": (),
     "add_parts_kernel": (),
+}
+#: Those for Hopper alone.
+GLUON_KERNELS: dict[str, tuple[str, ...]] = {
+    "gluon_hidden_kernel": ("key", "memory"),
+    "gluon_output_kernel": ("right", "memory"),
+    "gluon_dhidden_kernel": ("value", "memory"),
 }
 _TENSOR_MEMORY = 512  # columns of a multiprocessor
 
@@ -46,6 +52,7 @@ class Row:
         predicted: the cost model's time in µs, for the kernels that it describes; nobody measured it.
         machine: None when it did not compile, for the reason in `error`.
         moved: bytes of its operands, each once; what several tiles read again comes from L2.
+        accumulated: columns of the one accumulator of a kernel that orders its wgmma itself; 0 where Triton does.
     """
 
     kernel: str
@@ -64,6 +71,7 @@ class Row:
     machine: Machine | None
     error: str = ""
     moved: int = 0
+    accumulated: int = 0
 
 
 def rows(case: Case, architecture: int, seen: set[str]) -> Iterator[Row]:
@@ -85,14 +93,17 @@ def _row(case: Case, architecture: int, launched: Compiled) -> Row:
     if launched.kernel is not None:
         warps, stages = launched.kernel.metadata.num_warps, launched.kernel.metadata.num_stages
         machine = inspect(launched.kernel)
+    stages = launched.constant("STAGES") or stages
     tile = Tile(height, columns, block_k, warps, stages, splits=launched.constant("SPLITS") or 1)
-    operands = [launched.constants.get(name) for name in KERNELS[launched.name]]
+    ours = launched.name in GLUON_KERNELS
+    operands = [launched.constants.get(name) for name in {**KERNELS, **GLUON_KERNELS}[launched.name]]
     multiplies = any(operand is not None and operand is not False for operand in operands)
     return Row(
         kernel=launched.name, case=case.name, architecture=architecture, dtype=case.number, rows=height, columns=columns,
         block_k=block_k, stages=stages, multiplies=multiplies,
-        descriptors=multiplies and launched.constant("FORM") != BY_POINTER.value, grid=launched.programs, waves=round(launched.programs / chip.multiprocessors, 2),
+        descriptors=multiplies and (ours or launched.constant("FORM") != BY_POINTER.value), grid=launched.programs, waves=round(launched.programs / chip.multiprocessors, 2),
         predicted=_predicted(launched, case, chip, tile), machine=machine, error=launched.error, moved=launched.moved,
+        accumulated=columns * (1 + (launched.constants.get("gate") is not None)) if ours else 0,
     )  # fmt: skip
 
 
@@ -141,6 +152,11 @@ def _complaints(row: Row, machine: Machine) -> Iterator[str]:
         yield "its wgmma are serialised: each waits for the one before"
     if row.architecture >= 90 and not machine.follows:
         yield "it may begin while the launch before it runs, and does not wait for it before it touches memory"
+    if row.accumulated and any(loop.depth == 0 for loop in machine.loops):
+        yield "a step's products are awaited before the next begins"
+    narrow = [o for o in machine.matrix if row.accumulated and o.split(".")[1:2] != [f"64x{row.accumulated}x16"]]
+    if narrow:
+        yield f"wanted one instruction for all {row.accumulated} columns, found {', '.join(narrow)}"
     if row.descriptors and not machine.tensor_loads:
         yield "its operands have descriptors, and nothing is loaded through TMA"
 

@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -66,10 +67,11 @@ class Compiled:
         """Bytes of the tensors among its arguments, of those that share a storage the largest."""
         sizes: dict[int, int] = {}
         for argument in self.constants.values():
-            tensor = argument.base if isinstance(argument, TensorDescriptor) else argument
+            described = isinstance(argument, (TensorDescriptor, GluonDescriptor))
+            tensor = argument.base if described else argument
             if isinstance(tensor, Tensor):
                 # A descriptor over two weights is longer than its base.
-                shape = argument.shape if isinstance(argument, TensorDescriptor) else tensor.shape
+                shape = argument.shape if described else tensor.shape
                 storage = tensor.untyped_storage().data_ptr()
                 sizes[storage] = max(sizes.get(storage, 0), math.prod(shape) * tensor.element_size())
         return sum(sizes.values())

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from harness.machine_cases import NUMBERS
-from harness.machine_checks import KERNELS, Row, complaints
+from harness.machine_checks import GLUON_KERNELS, KERNELS, Row, complaints
 from harness.machine_code import Loop, Machine, waits_first
 
 from memvp_kernels.backends import triton as backend
@@ -59,7 +59,7 @@ def test_every_kernel_with_its_widest_tile(architecture: int, tmp_path: Path) ->
     found = report(architecture, tmp_path / "report.json")
     assert found["complaints"] == []
     rows = [row_of(row) for row in found["rows"]]
-    assert {row.kernel for row in rows} == set(KERNELS)
+    assert {row.kernel for row in rows} == {*KERNELS, *(GLUON_KERNELS if architecture == 90 else ())}
     for row in rows:
         # The checks reach each of them: with other machine code it would not have passed.
         assert row.machine is not None
@@ -81,8 +81,12 @@ def test_every_tile(architecture: int, number: str, tmp_path: Path) -> None:
 
 
 def test_no_kernel_is_forgotten() -> None:
-    modules = [importlib.import_module(f"{backend.__name__}.{m.name}") for m in pkgutil.iter_modules(backend.__path__)]
-    assert {name for module in modules for name in vars(module) if name.endswith("_kernel")} == set(KERNELS)
+    found = pkgutil.walk_packages(backend.__path__, f"{backend.__name__}.")
+    modules = [importlib.import_module(m.name) for m in found]
+    assert {name for module in modules for name in vars(module) if name.endswith("_kernel")} == {
+        *KERNELS,
+        *GLUON_KERNELS,
+    }
 
 
 _HIDDEN = Row(
@@ -114,6 +118,16 @@ def test_the_checks_notice(change: dict[str, Any], words: str) -> None:
     assert complaints(_HIDDEN) == []
     (found,) = planted(_HIDDEN, **change)
     assert words in found
+
+
+def test_what_orders_its_own_products_is_held_to_more() -> None:
+    """One instruction across the tile, as of two separate weights, and one group in flight."""
+    gluon = dataclasses.replace(_HIDDEN, kernel="gluon_hidden_kernel", accumulated=256)
+    assert complaints(gluon) == []
+    (found,) = planted(gluon, matrix={"HGMMA.64x128x16.F32.BF16": 8})
+    assert "one instruction for all 256 columns" in found
+    (found,) = planted(gluon, loops=(Loop(50, 4, 1, 0),))
+    assert "awaited" in found
 
 
 @pytest.mark.parametrize(
