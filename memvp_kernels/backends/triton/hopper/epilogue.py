@@ -52,12 +52,12 @@ def halves_of(block):
 
 
 @gluon.jit
-def add_bias(piece, bias, stride, column, COLUMNS: gl.constexpr):
-    """piece + bias (COLUMNS,), of any float dtype; bias None: piece."""
+def add_bias(piece, bias, column, COLUMNS: gl.constexpr):
+    """piece + bias (COLUMNS,), contiguous and of any float dtype; bias None: piece."""
     if bias is not None:
         LAYOUT: gl.constexpr = gl.SliceLayout(0, accumulator_layout(PIECE, gl.num_warps()))
         o_column = column + gl.arange(0, PIECE, layout=LAYOUT)
-        b_bias = gl.load(bias + o_column.to(gl.int64) * stride, mask=o_column < COLUMNS, other=0.0)
+        b_bias = gl.load(bias + o_column, mask=o_column < COLUMNS, other=0.0)
         piece += b_bias.to(gl.float32)[None, :]
     return piece
 

@@ -25,7 +25,7 @@ __all__ = ["gluon_hidden_kernel"]
 
 @gluon.jit(do_not_specialize=["N"])
 def gluon_hidden_kernel(
-    x, gate, key, gate_bias, key_bias, memory, hidden, pre_gate, pre_key, columns, stride_gate_bias, stride_key_bias, N,
+    x, gate, key, gate_bias, key_bias, memory, hidden, pre_gate, pre_key, columns, N,
     F: gl.constexpr, d: gl.constexpr, M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_F: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     K_MAJOR: gl.constexpr, ACTIVATION: gl.constexpr, DTYPE: gl.constexpr,
@@ -43,8 +43,8 @@ def gluon_hidden_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                ring, buffers, gate, key, gate_bias, key_bias, memory, hidden, pre_gate, pre_key, columns, stride_gate_bias,
-                stride_key_bias, N, F, d, M, BLOCK_N, BLOCK_F, GROUP, K_MAJOR, ACTIVATION,
+                ring, buffers, gate, key, gate_bias, key_bias, memory, hidden, pre_gate, pre_key, columns,
+                N, F, d, M, BLOCK_N, BLOCK_F, GROUP, K_MAJOR, ACTIVATION,
             )),
             (_produce, (
                 ring, x, gate, key, memory, N, F, d, M, BLOCK_N, BLOCK_F, GROUP, K_MAJOR,
@@ -76,7 +76,7 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    ring, buffers, gate, key, gate_bias, key_bias, memory, hidden, pre_gate, pre_key, columns, stride_gate_bias, stride_key_bias,
+    ring, buffers, gate, key, gate_bias, key_bias, memory, hidden, pre_gate, pre_key, columns,
     N, F: gl.constexpr, d: gl.constexpr, M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_F: gl.constexpr, GROUP: gl.constexpr, K_MAJOR: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
@@ -90,7 +90,7 @@ def _consume(
             acc, step = multiply(acc, ring, step, d, K_MAJOR, True)
             _store_hidden(
                 finish_product(acc, ring, step), buffers, gate, gate_bias, key_bias, hidden, pre_gate, pre_key,
-                stride_gate_bias, stride_key_bias, row, column, F, ACTIVATION,
+                row, column, F, ACTIVATION,
             )  # fmt: skip
     if memory is not None:
         multiply_columns(ring, step, buffers, columns, ffn_tiles, row_tiles, M, d, GROUP)
@@ -99,7 +99,7 @@ def _consume(
 
 @gluon.jit
 def _store_hidden(
-    acc, buffers, gate, gate_bias, key_bias, hidden, pre_gate, pre_key, stride_gate_bias, stride_key_bias, row, column,
+    acc, buffers, gate, gate_bias, key_bias, hidden, pre_gate, pre_key, row, column,
     F: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """Biases, the pre-activations that the backward keeps, and hidden; `gate` says only whether there is one."""
@@ -115,9 +115,9 @@ def _store_hidden(
     finish_stores()
     for i in gl.static_range(len(key_pieces)):
         here = column + i * PIECE
-        b_key = add_bias(key_pieces[i], key_bias, stride_key_bias, here, F)
+        b_key = add_bias(key_pieces[i], key_bias, here, F)
         if GATED:
-            b_gate = add_bias(gate_pieces[i], gate_bias, stride_gate_bias, here, F)
+            b_gate = add_bias(gate_pieces[i], gate_bias, here, F)
             if KEPT:
                 store_piece(b_gate, buffers, i * STORES, pre_gate, row, here)
         if KEPT:

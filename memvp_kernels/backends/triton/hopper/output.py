@@ -33,7 +33,7 @@ __all__ = ["gluon_output_kernel"]
 
 @gluon.jit(do_not_specialize=["N", "T", "S", "R"])
 def gluon_output_kernel(
-    left, right, second_left, second_right, visual, memory, index, bias, residual, y, stride_bias, N, T, S, R,
+    left, right, second_left, second_right, visual, memory, index, bias, residual, y, N, T, S, R,
     F: gl.constexpr, d: gl.constexpr, M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     K_MAJOR: gl.constexpr, K_MAJOR_SECOND: gl.constexpr, OWN: gl.constexpr, DTYPE: gl.constexpr,
@@ -50,7 +50,7 @@ def gluon_output_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                ring, buffers, right, second_right, memory, bias, residual, y, stride_bias, N, F, d, M,
+                ring, buffers, right, second_right, memory, bias, residual, y, N, F, d, M,
                 BLOCK_N, BLOCK_D, GROUP, K_MAJOR, K_MAJOR_SECOND,
             )),
             (_produce, (
@@ -92,7 +92,7 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    ring, buffers, right, second_right, memory, bias, residual, y, stride_bias, N,
+    ring, buffers, right, second_right, memory, bias, residual, y, N,
     F: gl.constexpr, d: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP: gl.constexpr,
     K_MAJOR: gl.constexpr, K_MAJOR_SECOND: gl.constexpr,
 ):  # fmt: skip
@@ -111,7 +111,7 @@ def _consume(
         pieces = pieces_of(finish_product(acc, ring, step))
         finish_stores()
         for i in gl.static_range(len(pieces)):
-            piece = add_bias(pieces[i], bias, stride_bias, column + i * PIECE, d)
+            piece = add_bias(pieces[i], bias, column + i * PIECE, d)
             if residual is not None:
                 b_residual, _, step = take_pieces(ring, step, False)
                 piece += b_residual

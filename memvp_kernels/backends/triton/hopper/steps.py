@@ -91,9 +91,9 @@ def _hidden(
     count = _tiles(rows, pairs, tile.block_n, block_f) + _tiles(rows, slots, tile.block_n, wide)
     with launch.on_device(x):
         gluon_hidden_kernel[programs(x, count)](
-            describe(x, left), describe(gate, weight, form), describe(key, weight, form), gate_bias, key_bias,
+            describe(x, left), describe(gate, weight, form), describe(key, weight, form), _contiguous(gate_bias), _contiguous(key_bias),
             describe(shared, (wide, tile.block_k)), describe(formed, left), describe(pre_gate, left), describe(pre_key, left),
-            describe(columns, left), _stride(gate_bias), _stride(key_bias), rows,
+            describe(columns, left), rows,
             F=pairs, d=width, M=slots, BLOCK_N=tile.block_n, BLOCK_F=block_f, BLOCK_K=tile.block_k, STAGES=tile.stages, GROUP=tile.group,
             K_MAJOR=form == BY_ROW.value, ACTIVATION=activation, DTYPE=launch.element_type(x.dtype), num_warps=tile.warps,
         )  # fmt: skip
@@ -169,8 +169,8 @@ def _sum(
     with launch.on_device(like):
         gluon_output_kernel[programs(like, _tiles(rows, width, tile.block_n, tile.columns))](
             describe(first, left), describe(weight, right, form), describe(second, left), describe(other, right, other_form),
-            describe(visual, left), describe(memory if memory is None or own else memory[0], block_memory), segments.index, bias,
-            describe(residual, left), describe(y, left), _stride(bias), rows, segments.length or 0, segments.sequences,
+            describe(visual, left), describe(memory if memory is None or own else memory[0], block_memory), segments.index, _contiguous(bias),
+            describe(residual, left), describe(y, left), rows, segments.length or 0, segments.sequences,
             0 if memory is None else memory.shape[0], F=0 if weight is None else weight.shape[0], d=width, M=slots,
             BLOCK_N=tile.block_n, BLOCK_D=tile.columns, BLOCK_K=tile.block_k, STAGES=tile.stages, GROUP=tile.group,
             K_MAJOR=form == BY_COLUMN.value, K_MAJOR_SECOND=other_form == BY_COLUMN.value, OWN=own,
@@ -241,5 +241,6 @@ def _rows(weight: Tensor | None) -> int:
     return 0 if weight is None else weight.shape[0]
 
 
-def _stride(vector: Tensor | None) -> int:
-    return 0 if vector is None else vector.stride(0)
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    """A strided bias costs a copy here and would cost every tile's epilogue an address a column."""
+    return None if bias is None else bias.contiguous()
