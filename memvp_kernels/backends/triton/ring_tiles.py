@@ -1,77 +1,56 @@
-"""Tiles of the warp-specialised Hopper kernels, in Gluon and in CUDA C++: 128 rows by so many columns that the waves come out even.
+"""Tiles of the warp-specialised Hopper kernels, in Gluon and in CUDA C++: 128 rows by the columns that leave the evenest waves.
 
 A program keeps one multiprocessor and walks through its tiles. One warp asks for operands ahead, over the edge of a tile, so a tile costs its
-products and the store of its result, and the first one the time until its operands are there. A hand-written kernel may have any width that
-wgmma has; Gluon's tensors have powers of two.
+products and the store of its result, and only a program's first one the time until its operands are there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 
 from memvp_kernels.backends.triton import tiles
 from memvp_kernels.backends.triton.shape import Shape
-from memvp_kernels.backends.triton.tiles import Chip
+from memvp_kernels.backends.triton.tiles import Chip, Tile
 
-__all__ = ["BLOCK_K", "BLOCK_N", "RingTile", "fits", "ring_cycles", "ring_tile"]
+__all__ = ["TILES", "fits", "ring_cycles", "ring_tile"]
 
-BLOCK_N, BLOCK_K = 128, 64
-_WIDTHS = {"gluon": (256, 128), "wgmma": (256, 240, 224, 208, 192, 176, 160, 144, 128)}
-_STAGED = 32 * 1024  # bytes through which results leave
-_BARRIERS = 1024
-
-
-class RingTile(NamedTuple):
-    """One configuration: accumulated columns (gate's and key's together), stages of the ring, row tiles that share columns in L2."""
-
-    columns: int
-    stages: int
-    group: int = 8
+#: By road, widest first: rows, accumulated columns (gate's and key's together) and step of a product, warps that multiply, stages.
+TILES: dict[str, tuple[Tile, ...]] = {
+    "gluon": (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
+    "wgmma": (Tile(128, 256, 64, 8, 4),),
+}
+_ITEMSIZE = 2
 
 
 def fits(chip: Chip, shape: Shape) -> bool:
-    """Whether such a kernel can take this problem's dense products."""
+    """Whether such kernels can take a problem's dense products."""
     return chip.family == "wgmma" and shape.descriptors and shape.dtype in (torch.bfloat16, torch.float16)
 
 
-def _tiles(chip: Chip, road: str) -> Iterator[RingTile]:
-    for columns in _WIDTHS[road]:
-        stage = (BLOCK_N + columns) * BLOCK_K * 2
-        yield RingTile(columns, (chip.shared - _STAGED - _BARRIERS) // stage)
-
-
 @lru_cache(tiles.REMEMBERED)
-def ring_tile(chip: Chip, shape: Shape, step: str, road: str) -> RingTile:
-    """The tile that a step runs with on a road; of equal cost the widest."""
-    return min(_tiles(chip, road), key=lambda tile: ring_cycles(chip, shape, step, tile))
+def ring_tile(chip: Chip, road: str, rows: int, columns: tuple[int, ...], depth: int) -> Tile:
+    """The tile of a launch, see `ring_cycles`; of equal cost the widest."""
+    return min(TILES[road], key=lambda tile: ring_cycles(chip, tile, rows, columns, depth))
 
 
-def ring_cycles(chip: Chip, shape: Shape, step: str, tile: RingTile, rate: float = 1.0) -> float:
-    """Predicted clock cycles of a step's dense products in one launch.
+def ring_cycles(chip: Chip, tile: Tile, rows: int, columns: tuple[int, ...], depth: int, rate: float = 1.0) -> float:
+    """Predicted clock cycles of one launch.
 
     Args:
+        rows: of the result.
+        columns: of each of its parts, which have tiles of their own: an FFN's (gate's and key's together), then a shared memory's.
+        depth: of the sums, of all products in a tile together.
         rate: of the loop over the tensor cores'.
     """
-    s = shape
-    slots = s.slots if s.dense else 0
-    halves = s.branches if step == "hidden" else 1
-    if step in ("hidden", "dhidden"):
-        columns = math.ceil(s.pairs * halves / tile.columns) + math.ceil(slots / tile.columns)
-        steps, width = math.ceil(s.width / BLOCK_K), s.pairs * halves + slots
-        depth = s.width
-    else:
-        products = s.branches if step == "dinput" else 1
-        columns, width = math.ceil(s.width / tile.columns), s.width
-        steps = products * math.ceil(s.pairs / BLOCK_K) + math.ceil(slots / BLOCK_K)
-        depth = products * s.pairs + slots
-    waves = math.ceil(math.ceil(s.rows / BLOCK_N) * columns / chip.multiprocessors)
-    step_cycles = 2 * BLOCK_N * tile.columns * BLOCK_K / (chip.tensor * tiles.wide_efficiency(tile.columns) * rate)
-    delivered = (BLOCK_N + tile.columns) * BLOCK_K * s.dtype.itemsize / chip.l2
-    store = BLOCK_N * tile.columns * s.dtype.itemsize / chip.l2
-    moved = (s.rows * depth + depth * width + s.rows * width) * s.dtype.itemsize
-    return max(tiles.FILL + waves * (steps * max(step_cycles, delivered) + store), moved / chip.memory)
+    count = math.ceil(rows / tile.block_n) * sum(math.ceil(c / tile.columns) for c in columns)
+    waves = math.ceil(count / chip.multiprocessors)
+    flops = 2 * tile.block_n * tile.columns * tile.block_k
+    products = flops / (chip.tensor * tiles.wide_efficiency(tile.columns) * rate)
+    delivered = (tile.block_n + tile.columns) * tile.block_k * _ITEMSIZE / chip.l2
+    store = tile.block_n * tile.columns * _ITEMSIZE / chip.l2
+    moved = (rows * depth + (depth + rows) * sum(columns)) * _ITEMSIZE
+    cycles = tiles.FILL + waves * (math.ceil(depth / tile.block_k) * max(products, delivered) + store)
+    return max(cycles, moved / chip.memory)

@@ -57,7 +57,8 @@ def launches(shape: Shape, step: str, road: str) -> tuple[int, int]:
     if road == "fused":
         return 0, 1
     if road != "library":
-        return 0, int(shape.pairs > 0 or not alone) + alone
+        beside = int(shape.slots > 0 and not _within(shape, step, road))
+        return 0, int(shape.pairs > 0 or not beside) + beside
     products = shape.branches if step in ("hidden", "dinput") else 1
     shared = int(shape.slots > 0 and shape.dense)
     passes = int(step in ("hidden", "dhidden"))
@@ -92,14 +93,29 @@ def _ring_cycles(chip: Chip, shape: Shape, step: str, road: str, rates: Rates) -
     if not ring_tiles.fits(chip, s):
         yield math.inf
         return
-    if s.pairs or s.dense:
-        tile = ring_tiles.ring_tile(chip, s, step, road)
-        yield ring_tiles.ring_cycles(chip, s, step, tile, rates.gluon if road == "gluon" else rates.extension)
+    inside = s.slots > 0 and _within(s, step, road)
+    if s.pairs or inside:
+        slots = s.slots if inside else 0
+        if step in ("hidden", "dhidden"):
+            columns, depth = (s.pairs * (s.branches if step == "hidden" else 1), slots), s.width
+        else:
+            columns, depth = (s.width,), s.pairs * (s.branches if step == "dinput" else 1) + slots
+        tile = ring_tiles.ring_tile(chip, road, s.rows, columns, depth)
+        yield ring_tiles.ring_cycles(
+            chip, tile, s.rows, columns, depth, {"gluon": rates.gluon, "wgmma": rates.extension}[road]
+        )
         yield _beyond(chip, s, step)
-    if s.slots and not s.dense:
+    if s.slots and not inside:
         yield _fused_cycles(chip, s._replace(pairs=0), step, rates)
         if s.pairs and step in ("output", "dinput"):
             yield _moving(chip, s, s.rows * s.width, rates)
+
+
+def _within(shape: Shape, step: str, road: str) -> bool:
+    """Whether a warp-specialised kernel has the memory among its own products: a shared one, or one per sequence where no tile straddles two."""
+    if shape.dense:
+        return True
+    return road == "gluon" and step in ("output", "dinput") and not tiles.straddles(shape.sequences, shape.length, 128)
 
 
 def _beyond(chip: Chip, shape: Shape, step: str) -> float:
