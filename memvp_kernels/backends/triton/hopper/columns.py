@@ -3,7 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from memvp_kernels.backends.triton.hopper.epilogue import PIECE, finish_stores, pieces_of, store_piece
+from memvp_kernels.backends.triton.hopper.epilogue import PIECE, pieces_of, store_piece
 from memvp_kernels.backends.triton.hopper.ring import finish_product, load_product, multiply, start_product
 from memvp_kernels.backends.triton.hopper.walk import corner, first_from
 
@@ -22,12 +22,11 @@ def load_columns(
     for tile in range(first_from(before), before + row_tiles * column_tiles, gl.num_programs(0)):
         row, column = corner(tile - before, row_tiles, M, BLOCK_N, WIDE, GROUP)
         step = load_product(ring, step, left, memory, None, row, column, d, True)
-    return step
 
 
 @gluon.jit
 def multiply_columns(
-    ring, step, buffers, columns, before, row_tiles, M: gl.constexpr, d: gl.constexpr, GROUP: gl.constexpr
+    ring, step, buffers, sent, columns, before, row_tiles, M: gl.constexpr, d: gl.constexpr, GROUP: gl.constexpr
 ):  # fmt: skip
     """Consumers: columns (N, M)."""
     tiles_left, tiles_right, _, _ = ring
@@ -37,9 +36,8 @@ def multiply_columns(
     for tile in range(first_from(before), before + row_tiles * column_tiles, gl.num_programs(0)):
         row, column = corner(tile - before, row_tiles, M, BLOCK_N, WIDE, GROUP)
         acc = start_product(ring)
-        acc, step = multiply(acc, ring, step, d, True, True)
-        pieces = pieces_of(finish_product(acc, ring, step))
-        finish_stores()
+        previous = -1
+        acc, step, previous = multiply(acc, ring, step, previous, d, True)
+        pieces = pieces_of(finish_product(acc, ring, previous))
         for i in gl.static_range(len(pieces)):
-            store_piece(pieces[i], buffers, i, columns, row, column + i * PIECE)
-    return step
+            sent = store_piece(pieces[i], buffers, sent, columns, row, column + i * PIECE)

@@ -11,13 +11,24 @@ from memvp_kernels.backends.triton.hopper.columns import load_columns, multiply_
 from memvp_kernels.backends.triton.hopper.epilogue import (
     PIECE,
     finish_stores,
-    load_pieces,
+    load_piece,
     make_buffers,
-    pieces_of,
+    packed_pieces,
     store_piece,
     take_pieces,
+    unpacked,
 )
-from memvp_kernels.backends.triton.hopper.ring import finish_product, load_product, make_ring, multiply, start_product
+from memvp_kernels.backends.triton.hopper.ring import (
+    accumulator_layout,
+    begin_step,
+    end_step,
+    finish_product,
+    load_product,
+    load_step,
+    make_ring,
+    multiply,
+    start_product,
+)
 from memvp_kernels.backends.triton.hopper.walk import corner
 
 __all__ = ["gluon_dhidden_kernel"]
@@ -37,16 +48,17 @@ def gluon_dhidden_kernel(
         pre_first, dpre_first: gate's, or key's where there is no gate; a tile of dpre is stored after it was read of pre.
         pre_second, dpre_second: key's beside gate's, or None.
     """
+    LATER: gl.constexpr = _waiting(BLOCK_F // PIECE, pre_second is not None, ACTIVATION)
     ring = make_ring(DTYPE, BLOCK_N, BLOCK_F, BLOCK_K, STAGES)
     buffers = make_buffers(DTYPE, BLOCK_N)
     gl.warp_specialize(
         [
             (_consume, (
                 ring, buffers, value, pre_second, dpre_first, dpre_second, memory, columns, N, F, d, M,
-                BLOCK_N, BLOCK_F, GROUP, K_MAJOR, ACTIVATION,
+                BLOCK_N, BLOCK_F, GROUP, K_MAJOR, ACTIVATION, LATER,
             )),
             (_produce, (
-                ring, grad, value, pre_first, pre_second, memory, N, F, d, M, BLOCK_N, BLOCK_F, GROUP, K_MAJOR,
+                ring, grad, value, pre_first, pre_second, memory, N, F, d, M, BLOCK_N, BLOCK_F, GROUP, K_MAJOR, LATER,
             )),
         ],
         [1],
@@ -54,19 +66,40 @@ def gluon_dhidden_kernel(
     )  # fmt: skip
 
 
+@gluon.constexpr_function
+def _waiting(pieces, gated, activation):
+    """How many of a tile's pieces may wait: a third of two branches spilled 24 bytes, and beside erf's coefficients the first 72."""
+    if gated and activation == "gelu" and pieces > 2:
+        return 0
+    return min(pieces, 2 if gated else 3)
+
+
 @gluon.jit
 def _produce(
     ring, grad, value, pre_first, pre_second, memory, N, F: gl.constexpr, d: gl.constexpr, M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_F: gl.constexpr, GROUP: gl.constexpr, K_MAJOR: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_F: gl.constexpr, GROUP: gl.constexpr, K_MAJOR: gl.constexpr, LATER: gl.constexpr,
 ):  # fmt: skip
+    BLOCK_K: gl.constexpr = ring[0].shape[2]
+    NOW: gl.constexpr = BLOCK_F // PIECE - LATER
     row_tiles = gl.cdiv(N, BLOCK_N)
     ffn_tiles = row_tiles * ((F + BLOCK_F - 1) // BLOCK_F)
     step = 0
     if value is not None:
+        last_row = row_tiles * BLOCK_N
+        last_column = NOW * PIECE
         for tile in range(gl.program_id(0), ffn_tiles, gl.num_programs(0)):
             row, column = corner(tile, row_tiles, F, BLOCK_N, BLOCK_F, GROUP)
-            step = load_product(ring, step, grad, value, None, row, column, d, K_MAJOR)
-            step = load_pieces(ring, step, pre_first, pre_second, row, column)
+            for i in gl.static_range(LATER):
+                if i * BLOCK_K < d:
+                    step = load_step(ring, step, grad, value, None, row, column, i * BLOCK_K, K_MAJOR)
+                step = load_piece(ring, step, pre_first, pre_second, last_row, last_column + i * PIECE)
+            step = load_product(ring, step, grad, value, None, row, column, d, K_MAJOR, LATER * BLOCK_K)
+            for i in gl.static_range(NOW):
+                step = load_piece(ring, step, pre_first, pre_second, row, column + i * PIECE)
+            last_row = row
+            last_column = column + NOW * PIECE
+        for i in gl.static_range(LATER):
+            step = load_piece(ring, step, pre_first, pre_second, last_row, last_column + i * PIECE)
     if memory is not None:
         load_columns(ring, step, grad, memory, ffn_tiles, row_tiles, M, d, GROUP)
 
@@ -75,28 +108,69 @@ def _produce(
 def _consume(
     ring, buffers, value, pre_second, dpre_first, dpre_second, memory, columns, N,
     F: gl.constexpr, d: gl.constexpr, M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_F: gl.constexpr, GROUP: gl.constexpr, K_MAJOR: gl.constexpr, ACTIVATION: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_F: gl.constexpr, GROUP: gl.constexpr, K_MAJOR: gl.constexpr, ACTIVATION: gl.constexpr, LATER: gl.constexpr,
 ):  # fmt: skip
-    GATED: gl.constexpr = pre_second is not None
+    """A tile's dHidden waits, rounded, until the first products of the next one run: its epilogue is beside those."""
+    DTYPE: gl.constexpr = buffers.dtype
+    BLOCK_K: gl.constexpr = ring[0].shape[2]
+    NOW: gl.constexpr = BLOCK_F // PIECE - LATER
     row_tiles = gl.cdiv(N, BLOCK_N)
     ffn_tiles = row_tiles * ((F + BLOCK_F - 1) // BLOCK_F)
     step = 0
+    sent = 0
     if value is not None:
+        # Before a program's first tile waits one below the last row, of which nothing is stored.
+        nothing = gl.zeros((BLOCK_N, BLOCK_F), gl.float32, accumulator_layout(BLOCK_F, gl.num_warps()))
+        last = packed_pieces(nothing, None, 0, F, DTYPE)[NOW:]
+        last_row = row_tiles * BLOCK_N
+        last_column = NOW * PIECE
         for tile in range(gl.program_id(0), ffn_tiles, gl.num_programs(0)):
             row, column = corner(tile, row_tiles, F, BLOCK_N, BLOCK_F, GROUP)
             acc = start_product(ring)
-            acc, step = multiply(acc, ring, step, d, K_MAJOR, True)
-            pieces = pieces_of(finish_product(acc, ring, step))
-            finish_stores()
-            for i in gl.static_range(len(pieces)):
-                here = column + i * PIECE
-                b_first, b_key, step = take_pieces(ring, step, GATED)
-                b_active, b_slope = activate_derivative(b_first, ACTIVATION)
-                if GATED:
-                    store_piece(pieces[i] * b_key * b_slope, buffers, 0, dpre_first, row, here)
-                    store_piece(pieces[i] * b_active, buffers, 1, dpre_second, row, here)
-                else:
-                    store_piece(pieces[i] * b_slope, buffers, i, dpre_first, row, here)
+            previous = -1
+            for i in gl.static_range(LATER):
+                begun = step
+                if i * BLOCK_K < d:
+                    acc = begin_step(acc, ring, step, K_MAJOR)
+                    step += 1
+                step, sent = _store_piece(
+                    last[i], ring, step, buffers, sent, pre_second, dpre_first, dpre_second, last_row, last_column + i * PIECE,
+                    ACTIVATION,
+                )  # fmt: skip
+                if i * BLOCK_K < d:
+                    acc = end_step(acc, ring, previous)
+                    previous = begun
+            acc, step, previous = multiply(acc, ring, step, previous, d, K_MAJOR, LATER * BLOCK_K)
+            pieces = packed_pieces(finish_product(acc, ring, previous), None, 0, F, DTYPE)
+            for i in gl.static_range(NOW):
+                step, sent = _store_piece(
+                    pieces[i], ring, step, buffers, sent, pre_second, dpre_first, dpre_second, row, column + i * PIECE, ACTIVATION
+                )  # fmt: skip
+            last = pieces[NOW:]
+            last_row = row
+            last_column = column + NOW * PIECE
+        for i in gl.static_range(LATER):
+            step, sent = _store_piece(
+                last[i], ring, step, buffers, sent, pre_second, dpre_first, dpre_second, last_row, last_column + i * PIECE,
+                ACTIVATION,
+            )  # fmt: skip
     if memory is not None:
-        multiply_columns(ring, step, buffers, columns, ffn_tiles, row_tiles, M, d, GROUP)
+        multiply_columns(ring, step, buffers, sent, columns, ffn_tiles, row_tiles, M, d, GROUP)
     finish_stores()
+
+
+@gluon.jit
+def _store_piece(
+    pairs, ring, step, buffers, sent, pre_second, dpre_first, dpre_second, row, column, ACTIVATION: gl.constexpr
+):
+    """A piece of the gradients of the pre-activations, which the ring has next; returns the next step, and counts `sent` on."""
+    GATED: gl.constexpr = pre_second is not None
+    b_dhidden = unpacked(pairs, buffers.dtype).to(gl.float32)
+    b_first, b_key, step = take_pieces(ring, step, GATED)
+    b_active, b_slope = activate_derivative(b_first.to(gl.float32), ACTIVATION)
+    if GATED:
+        sent = store_piece(b_dhidden * b_key.to(gl.float32) * b_slope, buffers, sent, dpre_first, row, column)
+        sent = store_piece(b_dhidden * b_active, buffers, sent, dpre_second, row, column)
+    else:
+        sent = store_piece(b_dhidden * b_slope, buffers, sent, dpre_first, row, column)
+    return step, sent

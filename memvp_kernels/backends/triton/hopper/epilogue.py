@@ -2,6 +2,9 @@
 
 A piece is what the registers hold beside the rest of the accumulator, and a row of it is one row of the swizzle. It leaves through one of
 two buffers, asynchronously: the next piece is computed, and the next tile's loads run, while the last one's store reads its buffer.
+
+An epilogue that computes much would keep the tensor cores waiting. So its pieces are rounded and packed when the tile's products end, and
+the rest is done while the first products of the program's next tile run (hidden and dHidden, whose loops are short).
 """
 
 from triton.experimental import gluon
@@ -15,15 +18,17 @@ __all__ = [
     "add_bias",
     "finish_stores",
     "halves_of",
-    "load_pieces",
+    "load_piece",
     "make_buffers",
+    "packed_pieces",
     "pieces_of",
     "store_piece",
     "take_pieces",
+    "unpacked",
 ]
 
 PIECE = gl.constexpr(64)
-BUFFERS = gl.constexpr(2)
+BUFFERS = gl.constexpr(2)  # a power of two
 
 
 @gluon.jit
@@ -52,6 +57,42 @@ def halves_of(block):
 
 
 @gluon.jit
+def packed(block, DTYPE: gl.constexpr):
+    """A float32 block rounded to DTYPE, two neighbouring columns in a register: [ROWS, COLUMNS // 2] of 32 bits.
+
+    As single 16-bit numbers they took a register each beside the next tile's accumulator, and spilled.
+    """
+    ROWS: gl.constexpr = block.shape[0]
+    COLUMNS: gl.constexpr = block.shape[1]
+    even, odd = block.to(DTYPE).to(gl.int16, bitcast=True).reshape((ROWS, COLUMNS // 2, 2)).split()
+    return (even.to(gl.int32) & 0xFFFF) | (odd.to(gl.int32) << 16)
+
+
+@gluon.jit
+def unpacked(pairs, DTYPE: gl.constexpr):
+    """The block [ROWS, 2 · COLUMNS] in DTYPE of which these are the pairs."""
+    ROWS: gl.constexpr = pairs.shape[0]
+    COLUMNS: gl.constexpr = 2 * pairs.shape[1]
+    even = pairs.to(gl.int16).to(DTYPE, bitcast=True)
+    odd = (pairs >> 16).to(gl.int16).to(DTYPE, bitcast=True)
+    block = gl.join(even, odd).reshape((ROWS, COLUMNS))
+    return gl.convert_layout(block, accumulator_layout(COLUMNS, gl.num_warps()))
+
+
+@gluon.jit
+def packed_pieces(block, bias, column, COLUMNS: gl.constexpr, DTYPE: gl.constexpr):
+    """The pieces of a float32 block from `column` on, each with its bias (see `add_bias`) and packed."""
+    WIDTH: gl.constexpr = block.shape[1]
+    if WIDTH <= PIECE:
+        piece = gl.convert_layout(block, accumulator_layout(WIDTH, gl.num_warps()))
+        return (packed(add_bias(piece, bias, column, COLUMNS), DTYPE),)
+    else:
+        left, right = halves_of(block)
+        first = packed_pieces(left, bias, column, COLUMNS, DTYPE)
+        return first + packed_pieces(right, bias, column + WIDTH // 2, COLUMNS, DTYPE)
+
+
+@gluon.jit
 def add_bias(piece, bias, column, COLUMNS: gl.constexpr):
     """piece + bias (COLUMNS,), contiguous and of any float dtype; bias None: piece."""
     if bias is not None:
@@ -63,28 +104,24 @@ def add_bias(piece, bias, column, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def load_pieces(ring, step, first, second, row, column):
-    """Producer: a tile's pieces of one or two epilogue operands, a step each; `second` may be None. Returns the next step."""
-    tiles_left, tiles_right, full, empty = ring
+def load_piece(ring, step, first, second, row, column):
+    """Producer: a piece of one or two epilogue operands, a step; `second` may be None. Returns the next step."""
+    tiles_left, _, full, empty = ring
     BLOCK_N: gl.constexpr = tiles_left.shape[1]
-    WIDE: gl.constexpr = tiles_right.shape[1]
-    for piece in gl.static_range(WIDE // PIECE):
-        stage = wait_empty(empty, step)
-        arrived = full.index(stage)
-        at = [row, column + piece * PIECE]
-        if second is None:
-            mbarrier.expect(arrived, BLOCK_N * PIECE * 2)
-        else:
-            mbarrier.expect(arrived, 2 * BLOCK_N * PIECE * 2)
-            tma.async_copy_global_to_shared(second, at, arrived, _second(ring, stage))
-        tma.async_copy_global_to_shared(first, at, arrived, tiles_left.index(stage))
-        step += 1
-    return step
+    stage = wait_empty(empty, step)
+    arrived = full.index(stage)
+    if second is None:
+        mbarrier.expect(arrived, BLOCK_N * PIECE * 2)
+    else:
+        mbarrier.expect(arrived, 2 * BLOCK_N * PIECE * 2)
+        tma.async_copy_global_to_shared(second, [row, column], arrived, _second(ring, stage))
+    tma.async_copy_global_to_shared(first, [row, column], arrived, tiles_left.index(stage))
+    return step + 1
 
 
 @gluon.jit
 def take_pieces(ring, step, TWO: gl.constexpr):
-    """Consumers: the next piece of one operand, or of TWO (otherwise it comes twice), in float32; returns (first, second, next step)."""
+    """Consumers: the next piece of one operand, or of TWO (otherwise it comes twice); returns (first, second, next step)."""
     tiles_left, _, full, empty = ring
     LAYOUT: gl.constexpr = accumulator_layout(PIECE, gl.num_warps())
     stage = wait_full(full, step)
@@ -93,7 +130,7 @@ def take_pieces(ring, step, TWO: gl.constexpr):
     if TWO:
         second = _second(ring, stage).load(LAYOUT)
     release(empty, step)
-    return first.to(gl.float32), second.to(gl.float32), step + 1
+    return first, second, step + 1
 
 
 @gluon.jit
@@ -108,17 +145,18 @@ def _second(ring, stage):
 
 
 @gluon.jit
-def store_piece(piece, buffers, BUFFER: gl.constexpr, out, row, column):
-    """Round the piece and send it to `out` (rows, columns), which cuts off what lies outside; BUFFER counts a tile's stores."""
-    buffer = buffers.index(BUFFER % BUFFERS)
+def store_piece(piece, buffers, sent, out, row, column):
+    """Round the piece and send it to `out` (rows, columns), which cuts off what lies outside; `sent` counts a program's stores, and one more."""
+    buffer = buffers.index(sent & (BUFFERS - 1))
     # All but the latest store have read what they store; that one has the other buffer.
     tma.store_wait(BUFFERS - 1)
     buffer.store(piece.to(buffers.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(out, [row, column], buffer)
+    return sent + 1
 
 
 @gluon.jit
 def finish_stores():
-    """Until every store has read its buffer: before a tile's first, which takes the first buffer, and before the block's memory may go."""
+    """Before a program ends: every store has read its buffer, and the block's shared memory may go."""
     tma.store_wait(0)

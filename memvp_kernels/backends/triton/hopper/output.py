@@ -11,7 +11,7 @@ from memvp_kernels.backends.triton.hopper.epilogue import (
     PIECE,
     add_bias,
     finish_stores,
-    load_pieces,
+    load_piece,
     make_buffers,
     pieces_of,
     store_piece,
@@ -87,7 +87,8 @@ def _produce(
             else:
                 step = load_product(ring, step, visual, memory, None, row, column, M, False)
         if residual is not None:
-            step = load_pieces(ring, step, residual, None, row, column)
+            for i in gl.static_range(BLOCK_D // PIECE):
+                step = load_piece(ring, step, residual, None, row, column + i * PIECE)
 
 
 @gluon.jit
@@ -99,21 +100,22 @@ def _consume(
     row_tiles = gl.cdiv(N, BLOCK_N)
     column_tiles: gl.constexpr = (d + BLOCK_D - 1) // BLOCK_D
     step = 0
+    sent = 0
     for tile in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
         row, column = corner(tile, row_tiles, d, BLOCK_N, BLOCK_D, GROUP)
         acc = start_product(ring)
+        previous = -1
         if right is not None:
-            acc, step = multiply(acc, ring, step, F, K_MAJOR, True)
+            acc, step, previous = multiply(acc, ring, step, previous, F, K_MAJOR)
         if second_right is not None:
-            acc, step = multiply(acc, ring, step, F, K_MAJOR_SECOND, False)
+            acc, step, previous = multiply(acc, ring, step, previous, F, K_MAJOR_SECOND)
         if memory is not None:
-            acc, step = multiply(acc, ring, step, M, False, right is None)
-        pieces = pieces_of(finish_product(acc, ring, step))
-        finish_stores()
+            acc, step, previous = multiply(acc, ring, step, previous, M, False)
+        pieces = pieces_of(finish_product(acc, ring, previous))
         for i in gl.static_range(len(pieces)):
             piece = add_bias(pieces[i], bias, column + i * PIECE, d)
             if residual is not None:
                 b_residual, _, step = take_pieces(ring, step, False)
-                piece += b_residual
-            store_piece(piece, buffers, i, y, row, column + i * PIECE)
+                piece += b_residual.to(gl.float32)
+            sent = store_piece(piece, buffers, sent, y, row, column + i * PIECE)
     finish_stores()

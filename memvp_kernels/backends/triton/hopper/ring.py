@@ -25,9 +25,12 @@ __all__ = [
     "SWIZZLED",
     "SWIZZLED_BOX",
     "accumulator_layout",
+    "begin_step",
+    "end_step",
     "finish_product",
     "load_memory",
     "load_product",
+    "load_step",
     "make_ring",
     "multiply",
     "release",
@@ -85,8 +88,8 @@ def release(empty, step, pred=True):
 
 
 @gluon.jit
-def load_product(ring, step, left, first, second, row, column, K: gl.constexpr, K_MAJOR: gl.constexpr):
-    """Producer: the steps over K of one tile, left rows from `row` and right columns from `column`; returns the next step.
+def load_step(ring, step, left, first, second, row, column, k, K_MAJOR: gl.constexpr):
+    """Producer: one step of one tile, left rows from `row`, right columns from `column`, both from k on; returns the next step.
 
     Args:
         left: descriptor (N, K), boxes [BLOCK_N, BLOCK_K].
@@ -99,27 +102,36 @@ def load_product(ring, step, left, first, second, row, column, K: gl.constexpr, 
     BLOCK_K: gl.constexpr = tiles_left.shape[2]
     WIDE: gl.constexpr = tiles_right.shape[1]
     HALF: gl.constexpr = WIDE // 2
-    for k in range(0, K, BLOCK_K):
-        stage = wait_empty(empty, step)
-        arrived = full.index(stage)
-        mbarrier.expect(arrived, (BLOCK_N + WIDE) * BLOCK_K * 2)
-        tma.async_copy_global_to_shared(left, [row, k], arrived, tiles_left.index(stage))
-        if K_MAJOR:
-            if second is None:
-                tma.async_copy_global_to_shared(first, [column, k], arrived, tiles_right.index(stage))
-            else:
-                halves = tiles_right._reinterpret(DTYPE, [2 * STAGES, HALF, BLOCK_K], SWIZZLED)
-                tma.async_copy_global_to_shared(first, [column, k], arrived, halves.index(2 * stage))
-                tma.async_copy_global_to_shared(second, [column, k], arrived, halves.index(2 * stage + 1))
+    stage = wait_empty(empty, step)
+    arrived = full.index(stage)
+    mbarrier.expect(arrived, (BLOCK_N + WIDE) * BLOCK_K * 2)
+    tma.async_copy_global_to_shared(left, [row, k], arrived, tiles_left.index(stage))
+    if K_MAJOR:
+        if second is None:
+            tma.async_copy_global_to_shared(first, [column, k], arrived, tiles_right.index(stage))
         else:
-            if second is None:
-                turned = tiles_right._reinterpret(DTYPE, [STAGES, BLOCK_K, WIDE], SWIZZLED)
-                tma.async_copy_global_to_shared(first, [k, column], arrived, turned.index(stage))
-            else:
-                halves = tiles_right._reinterpret(DTYPE, [2 * STAGES, BLOCK_K, HALF], SWIZZLED)
-                tma.async_copy_global_to_shared(first, [k, column], arrived, halves.index(2 * stage))
-                tma.async_copy_global_to_shared(second, [k, column], arrived, halves.index(2 * stage + 1))
-        step += 1
+            halves = tiles_right._reinterpret(DTYPE, [2 * STAGES, HALF, BLOCK_K], SWIZZLED)
+            tma.async_copy_global_to_shared(first, [column, k], arrived, halves.index(2 * stage))
+            tma.async_copy_global_to_shared(second, [column, k], arrived, halves.index(2 * stage + 1))
+    else:
+        if second is None:
+            turned = tiles_right._reinterpret(DTYPE, [STAGES, BLOCK_K, WIDE], SWIZZLED)
+            tma.async_copy_global_to_shared(first, [k, column], arrived, turned.index(stage))
+        else:
+            halves = tiles_right._reinterpret(DTYPE, [2 * STAGES, BLOCK_K, HALF], SWIZZLED)
+            tma.async_copy_global_to_shared(first, [k, column], arrived, halves.index(2 * stage))
+            tma.async_copy_global_to_shared(second, [k, column], arrived, halves.index(2 * stage + 1))
+    return step + 1
+
+
+@gluon.jit
+def load_product(
+    ring, step, left, first, second, row, column, K: gl.constexpr, K_MAJOR: gl.constexpr, BEGIN: gl.constexpr = 0
+):
+    """Producer: the steps over K of one tile from BEGIN on; returns the next step."""
+    BLOCK_K: gl.constexpr = ring[0].shape[2]
+    for k in range(BEGIN, K, BLOCK_K):
+        step = load_step(ring, step, left, first, second, row, column, k, K_MAJOR)
     return step
 
 
@@ -158,35 +170,49 @@ def start_product(ring):
 
 
 @gluon.jit
-def multiply(acc, ring, step, K: gl.constexpr, K_MAJOR: gl.constexpr, FIRST: gl.constexpr):
-    """Consumers: acc + left · right over the steps of one product, of which the last is still running; returns (acc, next step).
-
-    Args:
-        FIRST: of the tile's products, so that no step before this one waits for its release.
-    """
-    tiles_left, tiles_right, full, empty = ring
+def begin_step(acc, ring, step, K_MAJOR: gl.constexpr):
+    """Consumers: acc + left · right of this step, asynchronously."""
+    tiles_left, tiles_right, full, _ = ring
     STAGES: gl.constexpr = tiles_left.shape[0]
     BLOCK_K: gl.constexpr = tiles_left.shape[2]
     WIDE: gl.constexpr = tiles_right.shape[1]
-    for k in range(0, K, BLOCK_K):
-        stage = wait_full(full, step)
-        if K_MAJOR:
-            b_right = tiles_right.index(stage).permute((1, 0))
-        else:
-            turned = tiles_right._reinterpret(tiles_right.dtype, [STAGES, BLOCK_K, WIDE], SWIZZLED)
-            b_right = turned.index(stage)
-        acc = warpgroup_mma(tiles_left.index(stage), b_right, acc, is_async=True)
-        # One group stays in flight; the one before it is done, and its stage free.
-        acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
-        release(empty, step - 1, (k > 0) if FIRST else True)
-        step += 1
-    return acc, step
+    stage = wait_full(full, step)
+    if K_MAJOR:
+        b_right = tiles_right.index(stage).permute((1, 0))
+    else:
+        turned = tiles_right._reinterpret(tiles_right.dtype, [STAGES, BLOCK_K, WIDE], SWIZZLED)
+        b_right = turned.index(stage)
+    return warpgroup_mma(tiles_left.index(stage), b_right, acc, is_async=True)
 
 
 @gluon.jit
-def finish_product(acc, ring, step):
-    """The accumulator after its last step, which `step` follows."""
+def end_step(acc, ring, previous):
+    """Let the step just begun run on; the product of step `previous` is done then, and its stage free. -1: this tile has none before."""
+    _, _, _, empty = ring
+    acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
+    release(empty, previous, previous >= 0)
+    return acc
+
+
+@gluon.jit
+def multiply(acc, ring, step, previous, K: gl.constexpr, K_MAJOR: gl.constexpr, BEGIN: gl.constexpr = 0):
+    """Consumers: acc + left · right over the steps of one product from BEGIN on.
+
+    Returns:
+        The accumulator, the next step, and the last one, which is still running.
+    """
+    BLOCK_K: gl.constexpr = ring[0].shape[2]
+    for _ in range(BEGIN, K, BLOCK_K):
+        acc = end_step(begin_step(acc, ring, step, K_MAJOR), ring, previous)
+        previous = step
+        step += 1
+    return acc, step, previous
+
+
+@gluon.jit
+def finish_product(acc, ring, previous):
+    """The accumulator after its last step, `previous`."""
     _, _, _, empty = ring
     done = warpgroup_mma_wait(0, deps=(acc,))
-    release(empty, step - 1)
+    release(empty, previous)
     return done
