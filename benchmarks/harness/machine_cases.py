@@ -54,6 +54,7 @@ class Case:
         tile: for the two large kernels and their backward, as accumulated columns; None: the cost model's own.
         aligned: False: odd sizes and strides, so that no operand has a descriptor and every tail is masked.
         turned: key and value lie the other way round, so that gate and key can't share a descriptor.
+        activation: of FFN and memory; "": silu with a gate, erf's gelu without.
         backward: a key of `_NEEDS`, or "" for the forward.
         road: of `roads.ROADS`; the library's products run for real, so few rows. Gluon's, for Hopper alone, with tiles of its own.
     """
@@ -70,6 +71,7 @@ class Case:
     tile: Tile | None = None
     aligned: bool = True
     turned: bool = False
+    activation: str = ""
     backward: str = ""
     road: str = "fused"
 
@@ -83,6 +85,7 @@ class Case:
         words = [self.form, "gated" if self.gated else "ungated", "full" if self.full else "bare"]
         words += [word for word in ("packed", "turned") if getattr(self, word)]
         words += [f"in {self.tile.splits} parts"] if self.tile is not None and self.tile.splits > 1 else []
+        words += [self.activation] if self.activation else []
         words += [] if self.road == "fused" else [self.road]
         words += [] if self.aligned else ["unaligned"]
         words += [f"rank {self.rank}"] if self.form == "factored" and self.rank != _RANK else []
@@ -182,6 +185,8 @@ def _by_gluon(case: Case) -> Iterator[Case]:
             for form, gated, turned in (("plain", True, False), ("plain", False, True), ("factored", True, True)):
                 yield _variant(given, form=form, gated=gated, turned=turned, backward=backward)
             yield _variant(given, form="factored", backward=backward)
+            for gated, activation in itertools.product((True, False), ("relu", "gelu", "gelu_tanh", "silu")):
+                yield _variant(given, form="factored", gated=gated, activation=activation, backward=backward)
         yield _variant(given, form="alone", full=False)
         yield _variant(given, full=False)
         yield _variant(given, full=False, backward="again")
@@ -278,6 +283,7 @@ def problem_of(case: Case) -> Problem:
 
     inner = case.rank + odd if factored else width
     biased = ffn and case.full
+    activation = case.activation or ("silu" if case.gated else "gelu")
     dropped, several = memory and case.full, case.full and (case.sequences > 1 or factored)
     problem = Problem(
         x=empty(rows, width), residual=if_(case.full, rows, width),
@@ -294,7 +300,7 @@ def problem_of(case: Case) -> Problem:
             cu_seqlens=integers(case.packed, case.sequences + 1),
             index=integers(memory and several, case.sequences), lengths=integers(memory and several, case.sequences),
         ),
-        activation="silu" if case.gated else "gelu", visual_activation="silu" if case.gated else "gelu",
+        activation=activation, visual_activation=activation,
         visual_scale=0.1, dropout_p=0.1 if dropped else 0.0,
     )  # fmt: skip
     return _joined(problem) if case.backward == "shared" else problem

@@ -11,11 +11,12 @@ from memvp_kernels.backends.triton.hopper.columns import load_columns, multiply_
 from memvp_kernels.backends.triton.hopper.epilogue import (
     PIECE,
     finish_stores,
+    first_piece,
     load_piece,
     make_buffers,
     packed_pieces,
+    second_piece,
     store_piece,
-    take_pieces,
     unpacked,
 )
 from memvp_kernels.backends.triton.hopper.ring import (
@@ -27,7 +28,9 @@ from memvp_kernels.backends.triton.hopper.ring import (
     load_step,
     make_ring,
     multiply,
+    release,
     start_product,
+    wait_full,
 )
 from memvp_kernels.backends.triton.hopper.walk import corner
 
@@ -68,10 +71,10 @@ def gluon_dhidden_kernel(
 
 @gluon.constexpr_function
 def _waiting(pieces, gated, activation):
-    """How many of a tile's pieces may wait: a third of two branches spilled 24 bytes, and beside erf's coefficients the first 72."""
-    if gated and activation == "gelu" and pieces > 2:
-        return 0
-    return min(pieces, 2 if gated else 3)
+    """How many of a tile's pieces may wait beside the next one's accumulator; one more of the wide tile's four spilled 8 to 104 bytes."""
+    if not gated:
+        return min(pieces, 3)
+    return pieces if pieces <= 2 else 2 if activation in ("silu", "relu") else 0
 
 
 @gluon.jit
@@ -164,13 +167,14 @@ def _store_piece(
     pairs, ring, step, buffers, sent, pre_second, dpre_first, dpre_second, row, column, ACTIVATION: gl.constexpr
 ):
     """A piece of the gradients of the pre-activations, which the ring has next; returns the next step, and counts `sent` on."""
-    GATED: gl.constexpr = pre_second is not None
+    _, _, full, empty = ring
     b_dhidden = unpacked(pairs, buffers.dtype).to(gl.float32)
-    b_first, b_key, step = take_pieces(ring, step, GATED)
-    b_active, b_slope = activate_derivative(b_first.to(gl.float32), ACTIVATION)
-    if GATED:
-        sent = store_piece(b_dhidden * b_key.to(gl.float32) * b_slope, buffers, sent, dpre_first, row, column)
+    stage = wait_full(full, step)
+    b_active, b_slope = activate_derivative(first_piece(ring, stage).to(gl.float32), ACTIVATION)
+    if pre_second is not None:
+        # Key's gradient leaves before its own value is read: what is alive at once decides how many pieces may wait.
         sent = store_piece(b_dhidden * b_active, buffers, sent, dpre_second, row, column)
-    else:
-        sent = store_piece(b_dhidden * b_slope, buffers, sent, dpre_first, row, column)
-    return step, sent
+        b_dhidden *= second_piece(ring, stage).to(gl.float32)
+    release(empty, step)
+    sent = store_piece(b_dhidden * b_slope, buffers, sent, dpre_first, row, column)
+    return step + 1, sent

@@ -11,19 +11,20 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from memvp_kernels.backends.triton.hopper.ring import SWIZZLED, accumulator_layout, release, wait_empty, wait_full
+from memvp_kernels.backends.triton.hopper.ring import SWIZZLED, accumulator_layout, wait_empty
 
 __all__ = [
     "PIECE",
     "add_bias",
     "finish_stores",
+    "first_piece",
     "halves_of",
     "load_piece",
     "make_buffers",
     "packed_pieces",
     "pieces_of",
+    "second_piece",
     "store_piece",
-    "take_pieces",
     "unpacked",
 ]
 
@@ -120,17 +121,14 @@ def load_piece(ring, step, first, second, row, column):
 
 
 @gluon.jit
-def take_pieces(ring, step, TWO: gl.constexpr):
-    """Consumers: the next piece of one operand, or of TWO (otherwise it comes twice); returns (first, second, next step)."""
-    tiles_left, _, full, empty = ring
-    LAYOUT: gl.constexpr = accumulator_layout(PIECE, gl.num_warps())
-    stage = wait_full(full, step)
-    first = tiles_left.index(stage).load(LAYOUT)
-    second = first
-    if TWO:
-        second = _second(ring, stage).load(LAYOUT)
-    release(empty, step)
-    return first, second, step + 1
+def first_piece(ring, stage):
+    """Consumers: the first operand's piece, from a stage that is full."""
+    return ring[0].index(stage).load(accumulator_layout(PIECE, gl.num_warps()))
+
+
+@gluon.jit
+def second_piece(ring, stage):
+    return _second(ring, stage).load(accumulator_layout(PIECE, gl.num_warps()))
 
 
 @gluon.jit

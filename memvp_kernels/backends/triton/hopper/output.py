@@ -11,11 +11,11 @@ from memvp_kernels.backends.triton.hopper.epilogue import (
     PIECE,
     add_bias,
     finish_stores,
+    first_piece,
     load_piece,
     make_buffers,
     pieces_of,
     store_piece,
-    take_pieces,
 )
 from memvp_kernels.backends.triton.hopper.ring import (
     finish_product,
@@ -23,7 +23,9 @@ from memvp_kernels.backends.triton.hopper.ring import (
     load_product,
     make_ring,
     multiply,
+    release,
     start_product,
+    wait_full,
 )
 from memvp_kernels.backends.triton.hopper.walk import corner
 from memvp_kernels.backends.triton.segments import memory_row
@@ -97,6 +99,7 @@ def _consume(
     F: gl.constexpr, d: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP: gl.constexpr,
     K_MAJOR: gl.constexpr, K_MAJOR_SECOND: gl.constexpr,
 ):  # fmt: skip
+    _, _, full, empty = ring
     row_tiles = gl.cdiv(N, BLOCK_N)
     column_tiles: gl.constexpr = (d + BLOCK_D - 1) // BLOCK_D
     step = 0
@@ -115,7 +118,8 @@ def _consume(
         for i in gl.static_range(len(pieces)):
             piece = add_bias(pieces[i], bias, column + i * PIECE, d)
             if residual is not None:
-                b_residual, _, step = take_pieces(ring, step, False)
-                piece += b_residual.to(gl.float32)
+                piece += first_piece(ring, wait_full(full, step)).to(gl.float32)
+                release(empty, step)
+                step += 1
             sent = store_piece(piece, buffers, sent, y, row, column + i * PIECE)
     finish_stores()

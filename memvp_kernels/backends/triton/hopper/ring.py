@@ -51,6 +51,7 @@ def make_ring(
 ):
     """(left tiles, right tiles, full barriers, empty barriers), before the warps part."""
     gl.static_assert(STAGES & (STAGES - 1) == 0, "a stage's number and phase are bits of the step's")
+    gl.static_assert(STAGES > 2, "a product, the one before it and a piece for an epilogue are there at once")
     left = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, BLOCK_K], SWIZZLED)
     right = gl.allocate_shared_memory(DTYPE, [STAGES, WIDE, BLOCK_K], SWIZZLED)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
