@@ -20,7 +20,7 @@ from triton.experimental.gluon._runtime import GluonJITFunction
 
 from memvp_kernels import fused_ffn, philox
 from memvp_kernels.backends import triton as backend
-from memvp_kernels.backends.triton import gluon_tiles, hopper, launch, roads, steps, tiles
+from memvp_kernels.backends.triton import gluon_tiles, hopper, launch, library, roads, steps, tiles
 from memvp_kernels.backends.triton.hopper import epilogue, ring
 from memvp_kernels.backends.triton.hopper import steps as gluon_steps
 from memvp_kernels.backends.triton.hopper.operands import takes
@@ -221,6 +221,24 @@ def test_in_every_order_of_events(schedule: Schedule, monkeypatch: pytest.Monkey
     few_programs(monkeypatch, 3)
     with interpreted(schedule):
         every_step(False, True, BF16)
+
+
+@pytest.mark.parametrize(("gated", "activation"), [(True, "silu"), (True, "gelu"), (False, "gelu_tanh")])
+def test_an_epilogue_beside_the_next_tiles_products(
+    gated: bool, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How much of it waits goes by what is alive in it: none, some or all. Both roads round between the product and the activation."""
+    widest(monkeypatch)
+    few_programs(monkeypatch, 2)
+    x, key, value = whole(ROWS, 72), whole(520, 72), whole(520, 72)
+    ffn = x, key, whole(520, 72) if gated else None, None, None, activation, None, SHARED, None
+    found, wanted = (road.hidden(*ffn, save_hidden=True, save_scores=False) for road in (hopper, library))
+    assert found.pre is not None and wanted.pre is not None
+    assert torch.equal(found.pre, wanted.pre)
+    torch.testing.assert_close(found.hidden, wanted.hidden)
+    back = whole(ROWS, 72), value, found.pre, activation, None, 0, None, SHARED, None
+    gradients = [road.dhidden(*back, need_visual=False, overwrite=False).dpre for road in (hopper, library)]
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("programs", [1, 2, 100])
