@@ -18,7 +18,7 @@ from torch import Tensor
 
 from harness.machine_code import Compiled, offline
 from memvp_kernels.backends import triton as backend
-from memvp_kernels.backends.triton import gluon_tiles, tiles
+from memvp_kernels.backends.triton import ring_tiles, tiles
 from memvp_kernels.backends.triton.shape import Shape
 from memvp_kernels.backends.triton.steps import forced
 from memvp_kernels.backends.triton.tiles import Tile
@@ -179,7 +179,7 @@ def _by_form(case: Case, single: list[Tile], double: Tile, architecture: int) ->
 
 def _by_gluon(case: Case) -> Iterator[Case]:
     """Every form of the Gluon kernels with either of their tiles, in either number type."""
-    for dtype, tile in itertools.product((torch.bfloat16, torch.float16), gluon_tiles.SHAPES):
+    for dtype, tile in itertools.product((torch.bfloat16, torch.float16), ring_tiles.TILES["gluon"]):
         given = _variant(case, dtype=dtype, tile=tile, road="gluon")
         for backward in ("", "kept"):
             for form, gated, turned in (("plain", True, False), ("plain", False, True), ("factored", True, True)):
@@ -259,7 +259,7 @@ def _gluon(tile: Tile | None) -> Iterator[None]:
     if tile is None:
         yield
         return
-    with mock.patch.object(steps, "gluon_tile", return_value=tile):
+    with mock.patch.object(steps, "ring_tile", return_value=tile):
         yield
 
 

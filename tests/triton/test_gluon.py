@@ -20,7 +20,7 @@ from triton.experimental.gluon._runtime import GluonJITFunction
 
 from memvp_kernels import fused_ffn, philox
 from memvp_kernels.backends import triton as backend
-from memvp_kernels.backends.triton import gluon_tiles, hopper, launch, library, roads, steps, tiles
+from memvp_kernels.backends.triton import hopper, launch, library, ring_tiles, roads, steps, tiles
 from memvp_kernels.backends.triton.hopper import epilogue, ring
 from memvp_kernels.backends.triton.hopper import steps as gluon_steps
 from memvp_kernels.backends.triton.hopper.operands import takes
@@ -36,7 +36,7 @@ run = functools.partial(fused_ffn, backend="triton")
 
 ROOT = Path(__file__).resolve().parents[2]
 BF16, FP16 = torch.bfloat16, torch.float16
-WIDE, NARROW = gluon_tiles.SHAPES
+WIDE, NARROW = ring_tiles.TILES["gluon"]
 KERNELS = {"gluon_hidden_kernel", "gluon_output_kernel", "gluon_dhidden_kernel"}
 #: Who goes first and when what was begun is done; `LATEST` is one more.
 SCHEDULES = (
@@ -73,7 +73,7 @@ def gluon_road(fused_road: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[li
 
 def widest(monkeypatch: pytest.MonkeyPatch, tile: tiles.Tile = WIDE) -> None:
     """Problems as small as these would all take the narrow tile."""
-    monkeypatch.setattr(gluon_steps, "gluon_tile", lambda *_: tile)
+    monkeypatch.setattr(gluon_steps, "ring_tile", lambda *_: tile)
 
 
 def few_programs(monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
@@ -322,9 +322,10 @@ def test_what_it_cannot_take_is_the_fused_twins(name: str, gluon_road: list[str]
 def test_the_tile_goes_by_the_waves() -> None:
     """LLaMA-7B's output on 132 multiprocessors: 64 wide tiles at 512 rows would leave half of them idle; then the wide one."""
     chip = tiles.chip_of(90)
-    assert [gluon_tiles.gluon_tile(chip, rows, 4096) for rows in (512, 1024, 8192)] == [NARROW, WIDE, WIDE]
-    assert gluon_tiles.gluon_tile(chip, 512, 2 * 11008) == WIDE
-    for tile in gluon_tiles.SHAPES:
+    tile_of = functools.partial(ring_tiles.ring_tile, chip, "gluon")
+    assert [tile_of(rows, (4096,), 11008) for rows in (512, 1024, 8192)] == [NARROW, WIDE, WIDE]
+    assert tile_of(512, (2 * 11008, 456), 4096) == WIDE
+    for tile in ring_tiles.TILES["gluon"]:
         stages = tile.stages * (tile.block_n + tile.columns) * tile.block_k * 2
         assert stages + 2 * tile.block_n * epilogue.PIECE.value * 2 + 1024 <= chip.shared
 

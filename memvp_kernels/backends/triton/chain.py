@@ -2,7 +2,7 @@
 
 Every kernel of the backend calls `follow` before its first access to memory. What ran before has then ended and its stores are seen, so a
 stream orders the launches as ever; the next launch's programs may take the multiprocessors that this one's last wave leaves free,
-and are there when it ends. Without the launch option both instructions do nothing.
+and are there when it ends. Without the launch option both instructions do nothing. A warp that loads for the others waits for itself.
 """
 
 from __future__ import annotations

@@ -96,6 +96,7 @@ def _ring_cycles(chip: Chip, shape: Shape, step: str, road: str, rates: Rates) -
     inside = s.slots > 0 and _within(s, step, road)
     if s.pairs or inside:
         slots = s.slots if inside else 0
+        columns: tuple[int, ...]
         if step in ("hidden", "dhidden"):
             columns, depth = (s.pairs * (s.branches if step == "hidden" else 1), slots), s.width
         else:

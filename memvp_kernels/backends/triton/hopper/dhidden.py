@@ -7,6 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from memvp_kernels.backends.triton.activations import activate_derivative
+from memvp_kernels.backends.triton.chain import follow
 from memvp_kernels.backends.triton.hopper.columns import load_columns, multiply_columns
 from memvp_kernels.backends.triton.hopper.epilogue import (
     PIECE,
@@ -43,6 +44,7 @@ def gluon_dhidden_kernel(
     F: gl.constexpr, d: gl.constexpr, M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_F: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     K_MAJOR: gl.constexpr, ACTIVATION: gl.constexpr, DTYPE: gl.constexpr,
+    CHAINED: gl.constexpr,
 ):  # fmt: skip
     """Programs that stay; tiles: cdiv(N, BLOCK_N) · cdiv(F, BLOCK_F) of the FFN, then the shared memory's.
 
@@ -52,6 +54,7 @@ def gluon_dhidden_kernel(
         pre_second, dpre_second: key's beside gate's, or None.
     """
     LATER: gl.constexpr = _waiting(BLOCK_F // PIECE, pre_second is not None, ACTIVATION)
+    follow(CHAINED)
     ring = make_ring(DTYPE, BLOCK_N, BLOCK_F, BLOCK_K, STAGES)
     buffers = make_buffers(DTYPE, BLOCK_N)
     gl.warp_specialize(
@@ -61,7 +64,7 @@ def gluon_dhidden_kernel(
                 BLOCK_N, BLOCK_F, GROUP, K_MAJOR, ACTIVATION, LATER,
             )),
             (_produce, (
-                ring, grad, value, pre_first, pre_second, memory, N, F, d, M, BLOCK_N, BLOCK_F, GROUP, K_MAJOR, LATER,
+                ring, grad, value, pre_first, pre_second, memory, N, F, d, M, BLOCK_N, BLOCK_F, GROUP, K_MAJOR, LATER, CHAINED,
             )),
         ],
         [1],
@@ -80,10 +83,11 @@ def _waiting(pieces, gated, activation):
 @gluon.jit
 def _produce(
     ring, grad, value, pre_first, pre_second, memory, N, F: gl.constexpr, d: gl.constexpr, M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_F: gl.constexpr, GROUP: gl.constexpr, K_MAJOR: gl.constexpr, LATER: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_F: gl.constexpr, GROUP: gl.constexpr, K_MAJOR: gl.constexpr, LATER: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
     BLOCK_K: gl.constexpr = ring[0].shape[2]
     NOW: gl.constexpr = BLOCK_F // PIECE - LATER
+    follow(CHAINED)
     row_tiles = gl.cdiv(N, BLOCK_N)
     ffn_tiles = row_tiles * ((F + BLOCK_F - 1) // BLOCK_F)
     step = 0

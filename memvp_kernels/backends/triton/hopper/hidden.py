@@ -7,6 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from memvp_kernels.backends.triton.activations import activate
+from memvp_kernels.backends.triton.chain import follow
 from memvp_kernels.backends.triton.hopper.columns import load_columns, multiply_columns
 from memvp_kernels.backends.triton.hopper.epilogue import (
     PIECE,
@@ -38,6 +39,7 @@ def gluon_hidden_kernel(
     F: gl.constexpr, d: gl.constexpr, M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_F: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     K_MAJOR: gl.constexpr, ACTIVATION: gl.constexpr, DTYPE: gl.constexpr,
+    CHAINED: gl.constexpr,
 ):  # fmt: skip
     """Programs that stay; tiles: cdiv(N, BLOCK_N) · cdiv(F, BLOCK_F) of the FFN, then the shared memory's.
 
@@ -46,6 +48,7 @@ def gluon_hidden_kernel(
         key, memory: None: without the tiles of that product.
         hidden, pre_gate, pre_key, columns: None where not asked for.
     """
+    follow(CHAINED)
     WIDE: gl.constexpr = BLOCK_F if gate is None else 2 * BLOCK_F
     ring = make_ring(DTYPE, BLOCK_N, WIDE, BLOCK_K, STAGES)
     buffers = make_buffers(DTYPE, BLOCK_N)
@@ -56,7 +59,7 @@ def gluon_hidden_kernel(
                 N, F, d, M, BLOCK_N, BLOCK_F, GROUP, K_MAJOR, ACTIVATION,
             )),
             (_produce, (
-                ring, x, gate, key, memory, N, F, d, M, BLOCK_N, BLOCK_F, GROUP, K_MAJOR,
+                ring, x, gate, key, memory, N, F, d, M, BLOCK_N, BLOCK_F, GROUP, K_MAJOR, CHAINED,
             )),
         ],
         [1],
@@ -67,8 +70,9 @@ def gluon_hidden_kernel(
 @gluon.jit
 def _produce(
     ring, x, gate, key, memory, N, F: gl.constexpr, d: gl.constexpr, M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_F: gl.constexpr, GROUP: gl.constexpr, K_MAJOR: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_F: gl.constexpr, GROUP: gl.constexpr, K_MAJOR: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
+    follow(CHAINED)
     row_tiles = gl.cdiv(N, BLOCK_N)
     ffn_tiles = row_tiles * ((F + BLOCK_F - 1) // BLOCK_F)
     step = 0

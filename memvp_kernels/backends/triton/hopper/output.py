@@ -7,6 +7,7 @@ zeros on the left, and 0 · NaN would carry one image's NaN into its neighbours'
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from memvp_kernels.backends.triton.chain import follow
 from memvp_kernels.backends.triton.hopper.epilogue import (
     PIECE,
     add_bias,
@@ -39,6 +40,7 @@ def gluon_output_kernel(
     F: gl.constexpr, d: gl.constexpr, M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     K_MAJOR: gl.constexpr, K_MAJOR_SECOND: gl.constexpr, OWN: gl.constexpr, DTYPE: gl.constexpr,
+    CHAINED: gl.constexpr,
 ):  # fmt: skip
     """y (N, d) = left · right + second_left · second_right + visual · memory + bias + residual; any of them may be None.
 
@@ -47,6 +49,7 @@ def gluon_output_kernel(
     Args:
         memory: (M, d) for all rows, or with OWN (R, M, d) and for each sequence of T rows the image that `index` (S,) says.
     """
+    follow(CHAINED)
     ring = make_ring(DTYPE, BLOCK_N, BLOCK_D, BLOCK_K, STAGES)
     buffers = make_buffers(DTYPE, BLOCK_N)
     gl.warp_specialize(
@@ -57,7 +60,7 @@ def gluon_output_kernel(
             )),
             (_produce, (
                 ring, left, right, second_left, second_right, visual, memory, index, residual, N, T, S, R, F, d, M,
-                BLOCK_N, BLOCK_D, GROUP, K_MAJOR, K_MAJOR_SECOND, OWN,
+                BLOCK_N, BLOCK_D, GROUP, K_MAJOR, K_MAJOR_SECOND, OWN, CHAINED,
             )),
         ],
         [1],
@@ -69,8 +72,9 @@ def gluon_output_kernel(
 def _produce(
     ring, left, right, second_left, second_right, visual, memory, index, residual, N, T, S, R,
     F: gl.constexpr, d: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP: gl.constexpr,
-    K_MAJOR: gl.constexpr, K_MAJOR_SECOND: gl.constexpr, OWN: gl.constexpr,
+    K_MAJOR: gl.constexpr, K_MAJOR_SECOND: gl.constexpr, OWN: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
+    follow(CHAINED)
     row_tiles = gl.cdiv(N, BLOCK_N)
     column_tiles: gl.constexpr = (d + BLOCK_D - 1) // BLOCK_D
     step = 0

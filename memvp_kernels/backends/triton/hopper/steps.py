@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from memvp_kernels.backends.triton import launch, tiles
+from memvp_kernels.backends.triton.chain import chained
 from memvp_kernels.backends.triton.dhidden import HiddenGradients, dhidden_backward
 from memvp_kernels.backends.triton.dinput import dinput_backward
-from memvp_kernels.backends.triton.gluon_tiles import SHAPES, gluon_tile
 from memvp_kernels.backends.triton.hidden import Products, hidden_forward
 from memvp_kernels.backends.triton.hopper.dhidden import gluon_dhidden_kernel
 from memvp_kernels.backends.triton.hopper.hidden import gluon_hidden_kernel
@@ -24,10 +24,13 @@ from memvp_kernels.backends.triton.hopper.operands import describe, programs, ta
 from memvp_kernels.backends.triton.hopper.output import gluon_output_kernel
 from memvp_kernels.backends.triton.operands import BY_COLUMN, BY_ROW
 from memvp_kernels.backends.triton.output import output_forward
+from memvp_kernels.backends.triton.ring_tiles import TILES, ring_tile
 from memvp_kernels.backends.triton.visual import Visual
 from memvp_kernels.problem import Segments
 
 __all__ = ["dhidden", "dinput", "hidden", "output"]
+
+_ROAD = "gluon"
 
 
 def hidden(
@@ -82,7 +85,7 @@ def _hidden(
     formed = launch.empty_rows(rows, pairs, x) if key is not None and need_hidden else None
     columns = launch.empty_rows(rows, slots, x) if shared is not None else None
 
-    tile = gluon_tile(launch.chip(x.device), rows, branches * pairs or slots)
+    tile = ring_tile(launch.chip(x.device), _ROAD, rows, (branches * pairs, slots), width)
     form = BY_ROW.value if key is None else launch.form_of(key)
     wide, block_f = tile.columns, tile.columns // branches
     pre_gate = pre[0] if pre is not None and branches == 2 else None
@@ -95,7 +98,7 @@ def _hidden(
             describe(shared, (wide, tile.block_k)), describe(formed, left), describe(pre_gate, left), describe(pre_key, left),
             describe(columns, left), rows,
             F=pairs, d=width, M=slots, BLOCK_N=tile.block_n, BLOCK_F=block_f, BLOCK_K=tile.block_k, STAGES=tile.stages, GROUP=tile.group,
-            K_MAJOR=form == BY_ROW.value, ACTIVATION=activation, DTYPE=launch.element_type(x.dtype), num_warps=tile.warps,
+            K_MAJOR=form == BY_ROW.value, ACTIVATION=activation, DTYPE=launch.element_type(x.dtype), num_warps=tile.warps, **chained(x.device),
         )  # fmt: skip
     return Products(formed, pre, None, columns)
 
@@ -144,7 +147,7 @@ def dinput(
 
 def _dense(segments: Segments) -> bool:
     """Whether a memory's product is one of whole row tiles: read by all rows, or by sequences whose edges are tiles'."""
-    return segments.shared or not tiles.straddles(segments.sequences, segments.length, SHAPES[0].block_n)
+    return segments.shared or not tiles.straddles(segments.sequences, segments.length, TILES[_ROAD][0].block_n)
 
 
 def _sum(
@@ -160,7 +163,8 @@ def _sum(
     rows, width = like.shape
     (first, weight), (second, other) = (*branches, (None, None), (None, None))[:2]
     y = torch.empty(rows, width, dtype=like.dtype, device=like.device)
-    tile = gluon_tile(launch.chip(like.device), rows, width)
+    depth = _rows(weight) + _rows(other) + (0 if memory is None else memory.shape[1])
+    tile = ring_tile(launch.chip(like.device), _ROAD, rows, (width,), depth)
     left, right = (tile.block_n, tile.block_k), (tile.block_k, tile.columns)
     form, other_form = (BY_ROW.value if w is None else launch.form_of(w) for w in (weight, other))
     own = not segments.shared
@@ -174,7 +178,7 @@ def _sum(
             0 if memory is None else memory.shape[0], F=0 if weight is None else weight.shape[0], d=width, M=slots,
             BLOCK_N=tile.block_n, BLOCK_D=tile.columns, BLOCK_K=tile.block_k, STAGES=tile.stages, GROUP=tile.group,
             K_MAJOR=form == BY_COLUMN.value, K_MAJOR_SECOND=other_form == BY_COLUMN.value, OWN=own,
-            DTYPE=launch.element_type(like.dtype), num_warps=tile.warps,
+            DTYPE=launch.element_type(like.dtype), num_warps=tile.warps, **chained(like.device),
         )  # fmt: skip
     return y
 
@@ -216,7 +220,7 @@ def _dhidden(
     dpre = pre if pre is None or overwrite else torch.empty_like(pre)
     columns = launch.empty_rows(rows, slots, grad) if shared is not None else None
 
-    tile = gluon_tile(launch.chip(grad.device), rows, pairs or slots)
+    tile = ring_tile(launch.chip(grad.device), _ROAD, rows, (pairs, slots), width)
     form = BY_ROW.value if value is None else launch.form_of(value)
     left, weight = (tile.block_n, tile.block_k), (tile.columns, tile.block_k)
     branches: list[Tensor | None] = []
@@ -228,7 +232,7 @@ def _dhidden(
             describe(grad, left), describe(value, weight, form), *(describe(t, left) for t in branches), describe(shared, weight),
             describe(columns, left), rows,
             F=pairs, d=width, M=slots, BLOCK_N=tile.block_n, BLOCK_F=tile.columns, BLOCK_K=tile.block_k, STAGES=tile.stages, GROUP=tile.group,
-            K_MAJOR=form == BY_ROW.value, ACTIVATION=activation, DTYPE=launch.element_type(grad.dtype), num_warps=tile.warps,
+            K_MAJOR=form == BY_ROW.value, ACTIVATION=activation, DTYPE=launch.element_type(grad.dtype), num_warps=tile.warps, **chained(grad.device),
         )  # fmt: skip
     return HiddenGradients(dpre, None, None, columns)
 
