@@ -28,7 +28,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/decode/*.cu"))]
+SOURCES = ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*/*.cu"))]
+HOPPER = "90a"  # the one target of the kernels in csrc/hopper, whose instructions no other chip has
 OLDEST_NVCC = (12, 0)  # the first that knows sm_90a
 ARCHS_FROM = {"80": (12, 0), "90a": (12, 0), "100a": (12, 8), "90+PTX": (12, 0)}  # default target: the nvcc it needs
 
@@ -112,24 +113,29 @@ def ninja_path(path: Path) -> str:
 
 
 def ninja_rules(nvcc: str, version: Version, archs: list[str], sources: list[Path], folder: Path, library: Path) -> str:
-    """The text of build.ninja: an object per source, one library."""
+    """The text of build.ninja: an object per source, one library. Without Hopper among the targets its kernels are left out."""
     includes = [f"-I{folder / 'include'}", f"-I{sysconfig.get_path('include')}", f"-I{ROOT / 'csrc'}"]
-    flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xptxas=-warn-spills"]
-    targets = [*(gencode(arch) for arch in archs), "--threads=0"]  # all architectures at once, as cores allow
-    if version >= (13, 0):  # a sixth of the size; drivers older than CUDA 12.4 can't read it, and 13 needs a newer one
-        targets.append("--compress-mode=size")
+    common = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xptxas=-warn-spills"]
+    # A sixth of the size; drivers older than CUDA 12.4 can't read it, and 13 needs a newer one.
+    compress = ["--compress-mode=size"] if version >= (13, 0) else []
+    targets = [*(gencode(arch) for arch in archs), "--threads=0", *compress]  # all architectures at once, as cores allow
     build = [f'-DMEMVP_CUDA_VERSION="{".".join(map(str, version))}"', f'-DMEMVP_CUDA_ARCHS="{";".join(archs)}"']
     lines = [
-        f"rule compile\n command = {shell([nvcc, *flags, *includes])} $flags -MD -MF $out.d -c $in -o $out",
+        f"rule compile\n command = {shell([nvcc, *common, *includes])} $flags -MD -MF $out.d -c $in -o $out",
         " depfile = $out.d\n deps = gcc",
         f"rule link\n command = {shell([nvcc, '-shared', '-cudart=static', '-nodlink'])} $in -o $out "
         "-Xlinker=-s,--exclude-libs,ALL",
     ]
     objects = []
     for source in sources:
-        objects.append(ninja_path(folder / f"{source.name}.o"))
+        flags = build if source.suffix == ".cpp" else targets
+        if source.parent.name == "hopper":
+            if HOPPER not in archs and source.name.startswith("kernels"):
+                continue
+            flags = [gencode(HOPPER), *compress, "-DMEMVP_HAS_SM90A"] if HOPPER in archs else []
+        objects.append(ninja_path(folder / f"{source.parent.name}-{source.name}.o"))
         lines.append(f"build {objects[-1]}: compile {ninja_path(source)}")
-        lines.append(f" flags = {shell(build if source.suffix == '.cpp' else targets)}")
+        lines.append(f" flags = {shell(flags)}")
     lines.append(f"build {ninja_path(library)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "decode/ffn_decode.h"
+#include "hopper/ffn_steps.h"
 
 namespace py = pybind11;
 
@@ -16,6 +17,10 @@ using memvp::DecodeForm;
 using memvp::DecodeTensor;
 using memvp::DecodeType;
 using memvp::FfnDecodeParams;
+using memvp::FfnStepParams;
+using memvp::StepKind;
+using memvp::StepMatrix;
+using memvp::StepVector;
 
 struct TensorField {
   const char* name;
@@ -102,6 +107,62 @@ void launch(FfnDecodeParams& params, uintptr_t y, int64_t y_stride, uintptr_t wo
   throw std::runtime_error(std::string("ffn_decode: ") + (limit ? limit : memvp::ffn_decode_error_text(code)));
 }
 
+// (address, row stride), or None for an absent matrix.
+StepMatrix as_matrix(py::handle description) {
+  if (description.is_none()) return {};
+  const auto [address, stride] = description.cast<std::pair<uintptr_t, int64_t>>();
+  return {as_pointer<const void>(address), stride};
+}
+
+// (address, whether float32), or None for an absent vector.
+StepVector as_vector(py::handle description) {
+  if (description.is_none()) return {};
+  const auto [address, wide] = description.cast<std::pair<uintptr_t, bool>>();
+  return {as_pointer<const void>(address), wide};
+}
+
+// Launches a step; the arguments are those of FfnStepParams, each product as (left, right, depth, across).
+void step(int32_t kind, int32_t type, int32_t activation, int32_t rows, int32_t columns, const py::tuple& products,
+          const py::object& gate, const py::object& bias, const py::object& gate_bias, const py::object& residual,
+          const py::object& result, uintptr_t pre, uintptr_t dpre, bool gated, const py::object& shared,
+          const py::object& shared_result, int32_t shared_columns, int32_t multiprocessors, int32_t device,
+          uintptr_t stream) {
+  if (products.size() > memvp::kMostProducts) throw py::type_error("products: wanted three at most");
+  FfnStepParams params;
+  for (const py::handle description : products) {
+    const auto fields = py::cast<py::tuple>(description);
+    if (fields.size() != 4) throw py::type_error("products: wanted (left, right, depth, across) of each");
+    params.products[params.product_count++] = {as_matrix(fields[0]), as_matrix(fields[1]), fields[2].cast<int32_t>(),
+                                               fields[3].cast<bool>()};
+  }
+  params.kind = static_cast<StepKind>(kind);
+  params.type = static_cast<DecodeType>(type);
+  params.activation = static_cast<DecodeActivation>(activation);
+  params.rows = rows;
+  params.columns = columns;
+  params.gate = as_matrix(gate);
+  params.bias = as_vector(bias);
+  params.gate_bias = as_vector(gate_bias);
+  params.residual = as_matrix(residual);
+  params.result = as_matrix(result);
+  params.pre = as_pointer<void>(pre);
+  params.dpre = as_pointer<void>(dpre);
+  params.gated = gated;
+  params.shared = as_matrix(shared);
+  params.shared_result = as_matrix(shared_result);
+  params.shared_columns = shared_columns;
+  params.multiprocessors = multiprocessors;
+  params.device = device;
+  int code = 0;
+  {
+    const py::gil_scoped_release others;
+    code = memvp::ffn_step_launch(params, as_pointer<void>(stream));
+  }
+  if (code == 0) return;
+  const char* limit = code == memvp::kStepUnsupported ? memvp::ffn_step_unsupported(params) : nullptr;
+  throw std::runtime_error(std::string("ffn_step: ") + (limit ? limit : memvp::ffn_step_error_text(code)));
+}
+
 py::tuple tensor_names() {
   py::tuple names(kTensorCount);
   for (size_t i = 0; i < kTensorCount; ++i) names[i] = kTensors[i].name;
@@ -138,6 +199,14 @@ py::dict form_codes() {
   return codes;
 }
 
+py::dict step_codes() {
+  py::dict codes;
+  codes["hidden"] = code(StepKind::kHidden);
+  codes["output"] = code(StepKind::kOutput);
+  codes["dhidden"] = code(StepKind::kDHidden);
+  return codes;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -148,6 +217,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("type_codes") = type_codes();
   module.attr("activation_codes") = activation_codes();
   module.attr("form_codes") = form_codes();
+  module.attr("step_codes") = step_codes();
 
   py::class_<FfnDecodeParams>(module, "FfnDecodeParams", py::module_local())
       .def(py::init(&make_params), py::arg("tensors"), py::kw_only(), py::arg("type"), py::arg("cu_seqlens"),
@@ -160,4 +230,11 @@ PYBIND11_MODULE(_C, module) {
       .def("workspace_bytes", &memvp::ffn_decode_workspace_bytes)
       .def("launch", &launch, py::arg("y"), py::arg("y_stride"), py::arg("workspace"), py::arg("stream"),
            py::call_guard<py::gil_scoped_release>());
+
+  module.def("step", &step, py::kw_only(), py::arg("kind"), py::arg("type"), py::arg("activation"), py::arg("rows"),
+             py::arg("columns"), py::arg("products"), py::arg("gate") = py::none(), py::arg("bias") = py::none(),
+             py::arg("gate_bias") = py::none(), py::arg("residual") = py::none(), py::arg("result") = py::none(),
+             py::arg("pre") = 0, py::arg("dpre") = 0, py::arg("gated") = false, py::arg("shared") = py::none(),
+             py::arg("shared_result") = py::none(), py::arg("shared_columns") = 0, py::arg("multiprocessors"),
+             py::arg("device"), py::arg("stream"));
 }

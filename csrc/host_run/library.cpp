@@ -1,20 +1,9 @@
 // The host run as a C library, for tests that hand over tensors' addresses.
 #include "host_run/ffn_decode_host.h"
-
-namespace {
+#include "host_run/options.h"
 
 using namespace memvp;
 using namespace memvp::host_run;
-
-struct HostRunOptions {
-  int32_t order;  // Order
-  uint32_t resident;
-  uint64_t seed;
-  const Range* inputs;
-  uint64_t input_count;
-};
-
-}  // namespace
 
 extern "C" {
 
@@ -24,15 +13,10 @@ uint64_t memvp_host_params_bytes() {
 }
 
 // 0, or 1 with a message. Adds to `stats` (switches, barriers, collectives, blocks that began early).
-int memvp_host_decode(const FfnDecodeParams* params, const HostRunOptions* options, uint64_t stats[4], char* message,
+int memvp_host_decode(const FfnDecodeParams* params, const Options* options, uint64_t stats[4], char* message,
                       size_t bytes) {
-  Config config;
-  config.order = static_cast<Order>(options->order);
-  config.resident = options->resident;
-  config.seed = options->seed;
-  config.inputs.assign(options->inputs, options->inputs + options->input_count);
   try {
-    const Stats run = run_decode(*params, config);
+    const Stats run = run_decode(*params, options->config());
     stats[0] += run.switches;
     stats[1] += run.barriers;
     stats[2] += run.collectives;

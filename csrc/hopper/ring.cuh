@@ -1,0 +1,123 @@
+// The way of operands to the tensor cores: one thread asks for copies into a ring of stages, as many steps ahead as
+// there are stages and beyond the end of a tile; two warpgroups wait for each, multiply and give it back.
+#pragma once
+#include "common/hopper.cuh"
+#include "hopper/launch.h"
+
+namespace memvp::hopper {
+
+// A stage holds of a step's operands left's 128 rows and right's 256, or of what an epilogue reads 64 columns of all
+// rows, twice where there are gate's and key's.
+struct Shared {
+  unsigned char *ring, *staging;
+  Barrier *full, *empty;
+};
+
+MEMVP_DEVICE Shared shared_memory() {
+  Barrier* const barriers = shared_at<Barrier>(kRingBytes + kStagingBytes, 2 * kStages);
+  return {shared_at<unsigned char>(0, kRingBytes), shared_at<unsigned char>(kRingBytes, kStagingBytes), barriers,
+          barriers + kStages};
+}
+
+// A step's turn in the ring: its stage, and the parity of the phase that its arrival ends.
+struct Turn {
+  int stage = 0;
+  unsigned parity = 0;
+  __device__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// ---- the thread that asks for copies ------------------------------------------------------------
+
+MEMVP_DEVICE unsigned char* begin_stage(const Shared& shared, const Turn& turn, unsigned bytes) {
+  wait(shared.empty[turn.stage], turn.parity ^ 1);  // at once where nobody has used it yet
+  arrive_expecting(shared.full[turn.stage], bytes);
+  return shared.ring + turn.stage * kStageBytes;
+}
+
+MEMVP_DEVICE void copy_product(const StepArgs& args, const Shared& shared, Turn& turn, const Tile& at, int product) {
+  const StepPlan& plan = args.plan;
+  const TensorMap &left = args.maps[kLeft + product], &right = args.maps[kRight + product];
+  const bool paired = !at.shared && plan.tile_columns < kColumns;  // gate's rows and key's, else one matrix's
+  for (int k = 0; k < plan.depth[product]; k += kDepth, turn.next()) {
+    unsigned char* stage = begin_stage(shared, turn, kStageBytes);
+    Barrier& full = shared.full[turn.stage];
+    load_tile(stage, left, full, k, at.row);
+    stage += kLeftBytes;
+    if (plan.across[product]) {
+#pragma unroll
+      for (int i = 0; i < kColumns / 64; ++i) load_tile(stage + i * kBlockBytes, right, full, at.column + 64 * i, k);
+    } else {
+      load_tile(stage, paired ? args.maps[kGate] : right, full, k, at.column);
+      load_tile(stage + kRightBytes / 2, right, full, k, at.column + (paired ? 0 : kColumns / 2));
+    }
+  }
+}
+
+// What the epilogue reads, piece by piece behind the operands: so it is there when the sums are.
+template <StepKind kKind, bool kGated>
+MEMVP_DEVICE void copy_read(const StepArgs& args, const Shared& shared, Turn& turn, const Tile& at) {
+  const int end = least(at.column + kColumns, args.plan.columns);
+  for (int column = at.column; column < end; column += kPiece, turn.next()) {
+    unsigned char* stage = begin_stage(shared, turn, (1 + kGated) * kLeftBytes);
+    Barrier& full = shared.full[turn.stage];
+    if constexpr (kKind == StepKind::kOutput) {
+      load_tile(stage, args.maps[kRead], full, column, at.row);
+    } else {
+      load_tile(stage, args.maps[kRead], full, column, at.row, 0);
+      if (kGated) load_tile(stage + kLeftBytes, args.maps[kRead], full, column, at.row, 1);
+    }
+  }
+}
+
+// ---- the warpgroups that multiply ---------------------------------------------------------------
+
+// Each warp gives the stage back for itself: its part of the products, and its reads, are done.
+MEMVP_DEVICE void end_stage(const Shared& shared, int stage) {
+  if (threadIdx.x % 32 == 0) arrive(shared.empty[stage]);
+}
+
+// One group of products. Begun and committed here, not round a choice between two of these: where paths meet the
+// compiler would put fences and a group of its own.
+template <class T, Major kMajor>
+MEMVP_DEVICE void multiply_stage(float (&acc)[kColumns / 2], const unsigned char* stage, int group, bool accumulate) {
+  const Operand left = operand(stage + group * kBlockBytes, Major::kK, 0, 1024);
+  const Operand right = operand(stage + kLeftBytes, kMajor, kMajor == Major::kK ? 0 : kBlockBytes, 1024);
+  keep(acc);
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < kDepth; k += 16)
+    multiply<T, kColumns, kMajor>(acc, advance(left, 2 * k), advance(right, kMajor == Major::kK ? 2 * k : 128 * k),
+                                  accumulate || k > 0);
+  commit_products();
+}
+
+// acc = the sum of the tile's products. A step's stage is given back when the next one's products are under way.
+template <class T, StepKind kKind>
+MEMVP_DEVICE void sum_products(float (&acc)[kColumns / 2], const StepPlan& plan, const Shared& shared, Turn& turn,
+                               const Tile& at, int group) {
+  int before = -1;  // the stage of the step before
+  for (int i = at.first_product; i < at.end_product; ++i) {
+    const bool across = kKind != StepKind::kHidden && plan.across[i];
+    for (int k = 0; k < plan.depth[i]; k += kDepth, turn.next()) {
+      wait(shared.full[turn.stage], turn.parity);
+      const unsigned char* stage = shared.ring + turn.stage * kStageBytes;
+      if (across)
+        multiply_stage<T, Major::kMN>(acc, stage, group, before >= 0);
+      else
+        multiply_stage<T, Major::kK>(acc, stage, group, before >= 0);
+      wait_products<1>();
+      if (before >= 0) end_stage(shared, before);
+      before = turn.stage;
+    }
+  }
+  wait_products<0>();
+  keep(acc);
+  end_stage(shared, before);
+}
+
+}  // namespace memvp::hopper

@@ -1,0 +1,63 @@
+// A step's kernel: blocks that stay, each with every plan.blocks-th tile, and in it three warpgroups with a task each.
+#pragma once
+#include "hopper/epilogues.cuh"
+
+namespace memvp::hopper {
+
+// Of a multiprocessor's 65536 registers: 168 a thread at the launch, less for the warpgroup that multiplies nothing.
+constexpr int kFewRegisters = 40, kManyRegisters = 232;
+static_assert(kGroupThreads * (kFewRegisters + kGroups * kManyRegisters) <= 65536, "registers of a multiprocessor");
+
+template <StepKind kKind, bool kGated>
+MEMVP_DEVICE void produce(const StepArgs& args, const Shared& shared) {
+  Turn turn;
+  for (int number = blockIdx.x; number < args.plan.tiles; number += args.plan.blocks) {
+    const Tile at = tile_of(args.plan, number);
+    for (int i = at.first_product; i < at.end_product; ++i) copy_product(args, shared, turn, at, i);
+    if (kKind != StepKind::kHidden && args.plan.reads && !at.shared) copy_read<kKind, kGated>(args, shared, turn, at);
+  }
+}
+
+template <class T, StepKind kKind, bool kGated>
+MEMVP_DEVICE void consume(const StepArgs& args, const Shared& shared, int group) {
+  Turn turn;
+  Staging staging(shared, group);
+  float acc[kColumns / 2];
+  for (int number = blockIdx.x; number < args.plan.tiles; number += args.plan.blocks) {
+    const Tile at = tile_of(args.plan, number);
+    sum_products<T, kKind>(acc, args.plan, shared, turn, at, group);
+    if constexpr (kKind == StepKind::kOutput) {
+      end_output<T>(acc, args, shared, turn, staging, at, group);
+    } else if (at.shared) {
+      end_shared<T>(acc, args, staging, at);
+    } else if constexpr (kKind == StepKind::kHidden) {
+      end_hidden<T, kGated>(acc, args, staging, at);
+    } else {
+      end_dhidden<T, kGated>(acc, args, shared, turn, staging, at, group);
+    }
+  }
+  staging.end();
+}
+
+template <class T, StepKind kKind, bool kGated>
+__global__ void __launch_bounds__(kThreads, 1) ffn_step_kernel(const __grid_constant__ StepArgs args) {
+  const Shared shared = shared_memory();
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      init_barrier(shared.full[stage], 1);
+      init_barrier(shared.empty[stage], kThreads / 32 - kGroupThreads / 32);  // each warp that multiplies
+    }
+    publish_barriers();
+  }
+  __syncthreads();
+  const int group = static_cast<int>(threadIdx.x) / kGroupThreads - 1;
+  if (group < 0) {
+    lower_registers<kFewRegisters>();
+    if (threadIdx.x == 0) produce<kKind, kGated>(args, shared);
+  } else {
+    raise_registers<kManyRegisters>();
+    consume<T, kKind, kGated>(args, shared, group);
+  }
+}
+
+}  // namespace memvp::hopper
