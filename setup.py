@@ -118,7 +118,11 @@ def ninja_rules(nvcc: str, version: Version, archs: list[str], sources: list[Pat
     common = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xptxas=-warn-spills"]
     # A sixth of the size; drivers older than CUDA 12.4 can't read it, and 13 needs a newer one.
     compress = ["--compress-mode=size"] if version >= (13, 0) else []
-    targets = [*(gencode(arch) for arch in archs), "--threads=0", *compress]  # all architectures at once, as cores allow
+    targets = [
+        *(gencode(arch) for arch in archs),
+        "--threads=0",
+        *compress,
+    ]  # all architectures at once, as cores allow
     build = [f'-DMEMVP_CUDA_VERSION="{".".join(map(str, version))}"', f'-DMEMVP_CUDA_ARCHS="{";".join(archs)}"']
     lines = [
         f"rule compile\n command = {shell([nvcc, *common, *includes])} $flags -MD -MF $out.d -c $in -o $out",

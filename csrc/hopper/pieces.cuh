@@ -52,9 +52,9 @@ class Staging {
     }
     fence_async_shared();
     sync_some(1 + group_, kGroupThreads);
-    if (first && row + row_ < rows) {
-      store_tile(map, buffer, column, row + row_, page...);
-      commit_stores();
+    if (first) {
+      if (row + row_ < rows) store_tile(map, buffer, column, row + row_, page...);
+      commit_stores();  // of none, too: the next wait counts groups
     }
   }
 

@@ -70,6 +70,7 @@ inline const char* why_unsupported(const FfnStepParams& p) {
     return "the steps compute in bfloat16 or float16";
   if (p.rows < 0 || p.columns < 0 || p.shared_columns < 0) return "a size is negative";
   if (p.multiprocessors < 1) return "multiprocessors must be the device's own number";
+  if (p.rows == 0) return nullptr;  // nothing to do
   if (p.columns % 8 != 0) return "the columns must be a multiple of 8";
   if (p.product_count < 1 || p.product_count > (output ? kMostProducts : 1))
     return "an output is the sum of one to three products, another step one";

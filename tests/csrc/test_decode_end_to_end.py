@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sysconfig
 import types
 from typing import Any
 
@@ -16,27 +12,7 @@ from torch import Tensor
 from memvp_kernels import reference
 from memvp_kernels.backends.cuda import decode
 from tests import cases, yardstick
-from tests.csrc.conftest import ROOT, load_extension
 from tests.csrc.fake_gpu import Machine, on_gpu, problem_of
-
-SOURCES = ("csrc/bindings.cpp", "csrc/host_run/extension.cpp")
-
-
-@pytest.fixture(scope="module")
-def host_extension(tmp_path_factory: pytest.TempPathFactory) -> types.ModuleType:
-    """The bindings over the host run."""
-    pybind11 = pytest.importorskip("pybind11")
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    output = tmp_path_factory.mktemp("host") / "_C.so"
-    build = ['-DMEMVP_CUDA_VERSION="none"', '-DMEMVP_CUDA_ARCHS="90"']
-    includes = [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    sources = [str(ROOT / source) for source in SOURCES]
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", *build, *includes, *sources, "-o", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return load_extension(output, "host_run")
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
-from memvp_kernels.backends.triton import launch, library, roads
+from memvp_kernels.backends.triton import launch, library, roads, wgmma
 from memvp_kernels.backends.triton.dhidden import dhidden_backward
 from memvp_kernels.backends.triton.dinput import dinput_backward
 from memvp_kernels.backends.triton.hidden import hidden_forward
@@ -20,7 +20,7 @@ from memvp_kernels.backends.triton.output import output_forward
 from memvp_kernels.backends.triton.shape import Shape
 from memvp_kernels.problem import Problem
 
-__all__ = ["ON_ROAD", "Fused", "Gluon", "Library", "Steps", "forced", "shape_of", "steps_of"]
+__all__ = ["ON_ROAD", "Fused", "Gluon", "Library", "Steps", "Wgmma", "forced", "shape_of", "steps_of"]
 
 
 class Library:
@@ -60,11 +60,20 @@ class Gluon(Library):
     dinput = staticmethod(_of_gluon("dinput"))
 
 
+class Wgmma(Library):
+    """Every step by the extension's kernels for Hopper, or by its fused twin where they can't take it."""
+
+    hidden = staticmethod(wgmma.hidden)
+    output = staticmethod(wgmma.output)
+    dhidden = staticmethod(wgmma.dhidden)
+    dinput = staticmethod(wgmma.dinput)
+
+
 #: The functions that compute the steps of a problem.
 Steps: TypeAlias = type[Library]
 
 #: Every step on one road, by `roads.ROADS`.
-ON_ROAD: dict[str, Steps] = {"fused": Fused, "library": Library, "gluon": Gluon}
+ON_ROAD: dict[str, Steps] = {"fused": Fused, "library": Library, "gluon": Gluon, "wgmma": Wgmma}
 
 # Not a context variable: autograd runs a backward on threads of its own, which would not see it.
 _forced: str | None = None

@@ -1,0 +1,165 @@
+"""The Hopper steps' source, executed on the CPU thread by thread, against float64 by the 2x rule."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.csrc.host_run import ACTIVATIONS, ORDERS, compiler
+from tests.csrc.planted_step_bugs import BUGS, QUICK, noticed
+from tests.csrc.step_cases import StepCase, columns_case, dhidden_case, hidden_case, output_case
+from tests.csrc.steps_host import StepsLibrary
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.fixture(scope="module")
+def library() -> StepsLibrary:
+    return StepsLibrary()
+
+
+def check(library: StepsLibrary, case: StepCase, **how: Any) -> None:
+    library.run(case.step, **how)
+    case.check()
+
+
+# Rows: less than a warpgroup's, a whole tile, tiles of which the last warpgroup has none. Columns: tails of a piece and of a tile.
+HIDDEN = {
+    "one_row": {"N": 1, "F": 264, "d": 72, "M": 24},
+    "tails": {"N": 77, "F": 264, "d": 72, "M": 136, "bias": "same"},
+    "whole_tiles": {"N": 128, "F": 256, "d": 128, "dtype": FP16, "bias": "wide"},
+    "more_tiles_than_blocks": {"N": 300, "F": 384, "d": 320, "M": 24, "activation": "gelu"},
+    "pre_alone": {"N": 128, "F": 384, "d": 72, "keep": "pre", "activation": "relu", "dtype": FP16},
+    "hidden_alone": {"N": 77, "F": 384, "d": 72, "keep": "hidden", "activation": "gelu_tanh", "bias": "same"},
+    "plain": {"N": 300, "F": 264, "d": 72, "M": 136, "gated": False, "bias": "wide"},
+    "plain_fp16": {"N": 77, "F": 384, "d": 320, "gated": False, "activation": "gelu", "dtype": FP16},
+    "any_depth": {"N": 77, "F": 64, "d": 71, "M": 9},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_hidden(library: StepsLibrary, name: str) -> None:
+    check(library, hidden_case(**HIDDEN[name]))
+
+
+OUTPUT = {
+    "one_row": {"N": 1, "d": 72, "depths": (264, 24), "across": "-+"},
+    "tails": {"N": 77, "d": 72, "depths": (264, 136), "across": "++", "bias": "same", "residual": "other"},
+    "three_products": {"N": 300, "d": 320, "depths": (264, 264, 24), "across": "+++"},
+    "three_otherwise": {"N": 128, "d": 320, "depths": (72, 136, 24), "across": "-+-", "dtype": FP16, "bias": "wide"},
+    "in_place": {"N": 300, "d": 72, "depths": (24,), "across": "+", "residual": "in place"},
+    "more_tiles_than_blocks": {"N": 300, "d": 520, "depths": (384, 9), "across": "-+", "bias": "wide", "residual": "other", "dtype": FP16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUTPUT)
+def test_output(library: StepsLibrary, name: str) -> None:
+    check(library, output_case(**OUTPUT[name]))
+
+
+DHIDDEN = {
+    "one_row": {"N": 1, "F": 264, "d": 72, "M": 24, "across": True},
+    "tails": {"N": 77, "F": 264, "d": 72, "M": 136, "activation": "gelu"},
+    "in_place": {"N": 300, "F": 384, "d": 320, "M": 24, "in_place": True, "across": True, "activation": "gelu_tanh"},
+    "fp16": {"N": 128, "F": 512, "d": 128, "dtype": FP16},
+    "plain": {"N": 300, "F": 264, "d": 72, "M": 136, "gated": False, "in_place": True},
+    "plain_fp16": {"N": 77, "F": 384, "d": 320, "gated": False, "activation": "gelu", "dtype": FP16, "across": True},
+    "relu": {"N": 77, "F": 64, "d": 71, "activation": "relu"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DHIDDEN)
+def test_dhidden(library: StepsLibrary, name: str) -> None:
+    check(library, dhidden_case(**DHIDDEN[name]))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_any_order(library: StepsLibrary, order: str) -> None:
+    """However copies and products fall, and whichever of the blocks are resident."""
+    for seed in (1, 2, 3) if order == "random" else (1,):
+        how: dict[str, Any] = {"order": order, "seed": seed, "resident": 1 + seed}
+        check(library, hidden_case(300, 264, 72, M=24, seed=seed), **how)
+        check(
+            library,
+            output_case(300, 264, (136, 72, 24), across="+-+", bias="same", residual="in place", seed=seed),
+            **how,
+        )
+        check(library, dhidden_case(300, 264, 72, M=24, in_place=True, seed=seed), **how)
+
+
+def test_more_row_tiles_than_a_group(library: StepsLibrary) -> None:
+    """Groups of 16 row tiles, the last one short: every tile once, with blocks that have two or three."""
+    check(library, hidden_case(17 * 128 + 8, 136, 24, M=264, keep="hidden", multiprocessors=40), resident=3)
+
+
+@pytest.mark.parametrize("kind", ["hidden", "dhidden"])
+def test_shared_columns_alone(library: StepsLibrary, kind: str) -> None:
+    check(library, columns_case(kind, 77, 72, 264))
+
+
+def test_nothing_to_do(library: StepsLibrary) -> None:
+    library.run(output_case(0, 72, (24,)).step)
+
+
+SWEEP = [
+    (N, F, d, M, activation, dtype)
+    for (N, F, d, M), activation, dtype in itertools.product(
+        [(1, 264, 72, 0), (77, 384, 320, 24), (128, 264, 320, 136), (300, 384, 72, 24)], ACTIVATIONS, (BF16, FP16)
+    )
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("N", "F", "d", "M", "activation", "dtype"), SWEEP)
+def test_sweep(library: StepsLibrary, N: int, F: int, d: int, M: int, activation: str, dtype: torch.dtype) -> None:
+    for seed, (gated, flag) in enumerate(itertools.product((True, False), (True, False))):
+        same: dict[str, Any] = {"M": M, "dtype": dtype, "activation": activation, "gated": gated, "seed": seed}
+        bias = "wide" if flag else "same"
+        check(library, hidden_case(N, F, d, bias=bias, keep="hidden pre" if flag else "hidden", **same), seed=seed + 1)
+        check(library, dhidden_case(N, F, d, across=flag, in_place=not flag, **same), seed=seed + 1)
+        depths = (F, F, M or 8)[: 1 + seed % 3]
+        check(
+            library,
+            output_case(
+                N,
+                d,
+                depths,
+                across="+-+"[seed % 3 :] + "+-",
+                bias=bias,
+                residual="other" if gated else None,
+                dtype=dtype,
+            ),
+        )
+
+
+def test_says_what_it_does_not_take(library: StepsLibrary) -> None:
+    def of(**changes: Any) -> str | None:
+        step = hidden_case(8, 16, 8, M=8).step
+        for name, value in changes.items():
+            setattr(step.params, name, value)
+        return library.unsupported(step)
+
+    assert of() is None
+    assert "bfloat16 or float16" in str(of(type=2))
+    assert "multiple of 8" in str(of(columns=12))
+    assert "by 16 bytes" in str(of(pre=8))
+    assert "negative" in str(of(rows=-1))
+    assert "gated goes with a gate" in str(of(gated=False))
+    assert "one to three products" in str(of(product_count=2))
+    assert "multiprocessors" in str(of(multiprocessors=0))
+    step = output_case(8, 16, (8,)).step
+    step.params.products[0].left.stride = 12
+    assert "by 16 bytes" in str(library.unsupported(step))
+    step.params.products[0].left.data = None
+    assert "operand is missing" in str(library.unsupported(step))
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in BUGS])
+def test_planted_bug_is_noticed(name: str, tmp_path: Path) -> None:
+    assert noticed(BUGS[name], tmp_path) != ""
