@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import shutil
 from collections.abc import Callable
@@ -168,19 +169,37 @@ def test_ninja_compiles_what_changed(checkout: Path, make_nvcc: MakeNvcc) -> Non
         assert done.returncode == 0, done.stdout + done.stderr
         return log.read_text().splitlines()
 
-    sources = [*(checkout / "csrc").glob("*.cpp"), *(checkout / "csrc/decode").glob("*.cu")]
+    hopper = {"csrc/hopper/ffn_steps.cu"}  # without 90a among the targets its kernels are left out
+    sources = [*(checkout / "csrc").glob("*.cpp"), *(checkout / "csrc/decode").glob("*.cu"), *hopper]
     first = build()
     assert len(first) == len(sources) + 1  # and the link
     assert all(str(checkout) in line for line in first)
-    assert all(
-        ("code=sm_80" in line and "code=compute_90" in line) for line in first if ".cu.o" in line and " -c " in line
-    )
+    kernels = [line for line in first if "csrc/decode" in line and " -c " in line]
+    assert kernels and all("code=sm_80" in line and "code=compute_90" in line for line in kernels)
     (library,) = (checkout / "lib/memvp_kernels").iterdir()
     assert library.read_text() == "built\n"
 
     assert build() == []
     (checkout / "csrc/bindings.cpp").write_text("// changed\n")
     assert len(build()) == 2
+
+
+@pytest.mark.parametrize("archs", ["80;90a", "80;90+PTX"])
+def test_hopper_kernels_are_compiled_for_hopper_alone(archs: str, functions: Functions) -> None:
+    """Nothing of them where 90a is no target; then the launcher says so."""
+    sources = [ROOT / source for source in functions["SOURCES"]]
+    folder = ROOT / "build"
+    rules = functions["ninja_rules"]("nvcc", (13, 0), archs.split(";"), sources, folder, folder / "_C.so")
+    flags = dict(re.findall(r"compile \S+/csrc/(\S+)\n flags = (.*)", rules))
+    wanted = {"ffn_steps.cu", "kernels_bfloat16.cu", "kernels_float16.cu"} if "90a" in archs else {"ffn_steps.cu"}
+    of_hopper = {name: text for name, text in flags.items() if name.startswith("hopper/")}
+    assert set(of_hopper) == {f"hopper/{name}" for name in wanted}
+    for text in of_hopper.values():
+        assert "sm_80" not in text
+        assert ("sm_90a" in text and "MEMVP_HAS_SM90A" in text) == ("90a" in archs)
+    objects = re.search(r"build \S+_C.so: link (.*)", rules)
+    assert objects is not None
+    assert len(set(objects[1].split())) == len(flags)
 
 
 def test_a_failed_compilation_says_the_way_out(checkout: Path, make_nvcc: MakeNvcc) -> None:
