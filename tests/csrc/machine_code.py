@@ -26,6 +26,8 @@ class Kernel:
         stack, local: per thread, in device memory: arrays that could not stay in registers, and spills.
         shared: static shared memory.
         opcodes: how often each instruction stands there, with its modifiers ("LDG.E.128.CONSTANT").
+        products: Hopper's products in their order, whole; the last one of a group names the counter that it is waited by ("gsb0").
+        depths: of the waits for them in their order, how many groups may go on.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Kernel:
     local: int
     shared: int
     opcodes: Mapping[str, int]
+    products: tuple[str, ...] = ()
+    depths: tuple[int, ...] = ()
 
     def count(self, start: str, *modifiers: str) -> int:
         """Instructions whose opcode is `start` and that have all these modifiers."""
@@ -68,13 +72,18 @@ def kernels(cubin: Path) -> list[Kernel]:
     """The kernels of one file of machine code."""
     usage = _tool("cuobjdump", "-res-usage", str(cubin))
     code = _tool("nvdisasm", "-c", str(cubin))
-    opcodes = {
-        name: _opcodes(body) for name, body in re.findall(r"\.text\.(\S+):\n(.*?)(?=\n\s*\.section|\Z)", code, re.S)
-    }
+    bodies = dict(re.findall(r"\.text\.(\S+):\n(.*?)(?=\n\s*\.section|\Z)", code, re.S))
     found = []
     for name, line in re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", usage):
         sizes = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
-        found.append(Kernel(name, sizes["REG"], sizes["STACK"], sizes["LOCAL"], sizes["SHARED"], opcodes[name]))
+        body = bodies[name]
+        products = tuple(re.findall(r"HGMMA[^;]*", body))
+        depths = tuple(int(depth, 16) for depth in re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", body))
+        found.append(
+            Kernel(
+                name, sizes["REG"], sizes["STACK"], sizes["LOCAL"], sizes["SHARED"], _opcodes(body), products, depths
+            )
+        )
     return found
 
 

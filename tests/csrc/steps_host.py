@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tests.csrc.host_run import (
     extent,
 )
 
+_NUMBERS = itertools.count()
 KINDS = {"hidden": 0, "output": 1, "dhidden": 2}
 
 
@@ -123,7 +125,7 @@ class StepsLibrary:
 
     def __init__(self, sources: Path = SOURCES, *flags: str) -> None:
         BUILD.mkdir(parents=True, exist_ok=True)
-        path = BUILD / f"steps-{os.getpid()}.so"
+        path = BUILD / f"steps-{os.getpid()}-{next(_NUMBERS)}.so"  # the loader knows a library by its name
         # The notes are of GCC 4.6, which passed structs like the kernel's in another way.
         how = ("-O1", "-shared", "-fPIC", "-Wno-psabi", *flags)
         compile_host(sources / "host_run" / "steps_library.cpp", path, *how, include=sources)

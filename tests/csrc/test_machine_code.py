@@ -1,4 +1,4 @@
-"""What nvcc made of the decode kernels, for every architecture in the library: no spill, wide loads, tensor cores. Needs no GPU."""
+"""What nvcc made of the kernels, for every architecture in the library: no spill, wide loads, tensor cores. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -20,13 +20,25 @@ Code = dict[str, dict[str, Kernel]]
 
 
 @pytest.fixture(scope="module")
-def code(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Code:
+def every(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Code:
     """Kernels by architecture and name."""
     files = machine_code.cubins(library, tmp_path_factory.mktemp("cubins"))
     return {
         architecture: {kernel.name: kernel for cubin in found for kernel in machine_code.kernels(cubin)}
         for architecture, found in files.items()
     }
+
+
+@pytest.fixture(scope="module")
+def code(every: Code) -> Code:
+    """The decode kernels, which are there for all architectures."""
+    return {architecture: {n: k for n, k in found.items() if STEP not in n} for architecture, found in every.items()}
+
+
+@pytest.fixture(scope="module")
+def steps(every: Code) -> dict[str, Kernel]:
+    """The steps' kernels for Hopper."""
+    return {name: kernel for name, kernel in every["sm_90a"].items() if STEP in name}
 
 
 def each(code: Code, pattern: str = "") -> list[tuple[str, Kernel]]:
@@ -42,6 +54,8 @@ def each(code: Code, pattern: str = "") -> list[tuple[str, Kernel]]:
 # Of the mangled names: hidden_kernel<T, kTokenTiles>, values_kernel<T, kTokenTiles, kAcross>, finish_kernel<T, kBy16>,
 # step_kernel<T, kTokenTiles>.
 BFLOAT16, FLOAT16 = "8BFloat16", "7Float16"
+#: ffn_step_kernel<T, StepKind, kGated>.
+STEP, HIDDEN, OUTPUT, DHIDDEN = "ffn_step_kernel", "StepKindE0", "StepKindE1", "StepKindE2"
 RING = r"(hidden|values)_kernelI\w+Li[1-9]E"
 SLOW = r"(hidden_kernelI\w+Li0EE|values_kernelI\w+Li0ELb0E|finish_kernelI\w+Lb0E)"
 
@@ -61,15 +75,15 @@ def test_every_architecture_has_every_kernel(library: Path, code: Code, tmp_path
             assert any(kernel in name and number in name for name in names[0]), (kernel, number)
 
 
-def test_no_kernel_is_empty(code: Code) -> None:
-    for what, kernel in each(code):
+def test_no_kernel_is_empty(every: Code) -> None:
+    for what, kernel in each(every):
         padding = kernel.count("NOP") + kernel.count("BRA")
         assert sum(kernel.opcodes.values()) - padding > FEWEST_INSTRUCTIONS, what
-        assert kernel.count("STG") > 0, f"{what} stores nothing"
+        assert kernel.count("STG") + kernel.count("UTMASTG") > 0, f"{what} stores nothing"
 
 
-def test_no_kernel_spills(code: Code) -> None:
-    for what, kernel in each(code):
+def test_no_kernel_spills(every: Code) -> None:
+    for what, kernel in each(every):
         spills = kernel.count("STL"), kernel.count("LDL")
         assert (kernel.stack, kernel.local, spills) == (0, 0, (0, 0)), (
             f"{what} spills, with {kernel.registers} registers"
@@ -126,3 +140,36 @@ def test_products_run_on_tensor_cores(code: Code, number: str, suffix: set[str])
         for _, *modifiers in products:
             assert {"16816", "F32"} <= set(modifiers), f"{what}: {modifiers}"
             assert {"BF16"} & set(modifiers) == suffix, f"{what}: {modifiers}"
+
+
+def test_hopper_alone_has_the_steps(every: Code, steps: dict[str, Kernel]) -> None:
+    assert all(not any(STEP in name for name in found) for chip, found in every.items() if chip != "sm_90a")
+    for number in (BFLOAT16, FLOAT16):
+        forms = [(HIDDEN, "Lb0"), (HIDDEN, "Lb1"), (OUTPUT, "Lb0"), (DHIDDEN, "Lb0"), (DHIDDEN, "Lb1")]
+        for kind, gated in forms:
+            assert sum(number in name and f"{kind}E{gated}" in name for name in steps) == 1, (number, kind, gated)
+    assert len(steps) == 10
+
+
+def test_steps_multiply_the_widest_and_are_not_serialised(steps: dict[str, Kernel]) -> None:
+    """Four products of 64 x 256 x 16 a step, of which the last one ends their group; in the loop one group goes on."""
+    for what, kernel in steps.items():
+        suffix = ".BF16" if BFLOAT16 in what else ""
+        assert all(re.match(rf"HGMMA\.64x256x16\.F32{suffix} ", product) for product in kernel.products), what
+        # Along k alone, or in a loop with a choice of the two ways in which right operands lie.
+        ways = 1 if HIDDEN in what else 2
+        ends = ["gsb0" in product for product in kernel.products]
+        assert ends == [False, False, False, True] * ways, f"{what}: {kernel.products}"
+        assert sum("tnspB" in product for product in kernel.products) == 4 * (ways - 1), what
+        assert kernel.depths == (1, 0), what
+
+
+def test_steps_copy_tiles_and_nothing_else(steps: dict[str, Kernel]) -> None:
+    """In by TMA, out through shared memory by TMA; the one who asks for copies gives up registers for those who multiply."""
+    for what, kernel in steps.items():
+        assert kernel.count("UTMALDG") >= 3, what
+        assert kernel.count("UTMASTG") > 0, what
+        assert kernel.count("STSM") > 0, what
+        assert kernel.count("STG") == kernel.count("STS") == kernel.count("LDGSTS") == 0, what
+        assert kernel.count("USETMAXREG") == 2, what
+        assert kernel.registers <= REGISTERS // 384, f"{what} begins with {kernel.registers} registers"
