@@ -1,9 +1,12 @@
-// The device side of the launcher, csrc/decode/ffn_decode.cu itself, over a made-up runtime: which launches may begin
-// early, what is set and how often, which device is current afterwards. Prints what is wrong; exit status 1 then.
+// The device side of the launchers, csrc/decode/ffn_decode.cu and csrc/hopper/ffn_steps.cu themselves, over a made-up
+// runtime: which launches may begin early, what is set and how often, which device is current afterwards. Prints what
+// is wrong; exit status 1 then.
 #include <cstdio>
 #include <thread>
 
 #include "decode/ffn_decode.cu"
+#define MEMVP_HAS_SM90A
+#include "hopper/ffn_steps.cu"
 
 namespace memvp::decode {
 
@@ -36,6 +39,20 @@ template DecodeKernel finish_kernel_of<memvp::Float16>(const DecodePlan&);
 template DecodeKernel step_kernel_of<memvp::Float16>(const DecodePlan&);
 
 }  // namespace memvp::decode
+
+namespace memvp::hopper {
+
+template <class T, bool kGated>
+void kernel(StepArgs) {}
+
+template <class T>
+StepKernel step_kernel_of(StepKind, bool gated) {
+  return gated ? kernel<T, true> : kernel<T, false>;
+}
+template StepKernel step_kernel_of<memvp::BFloat16>(StepKind, bool);
+template StepKernel step_kernel_of<memvp::Float16>(StepKind, bool);
+
+}  // namespace memvp::hopper
 
 namespace {
 
@@ -169,6 +186,48 @@ void leaves_the_devices_as_they_were() {
     check(launch.shared_bytes <= launch.allowed_bytes, "shared memory as allowed");
 }
 
+// A product of (rows, 64) and (64, 512), whose addresses are never read.
+FfnStepParams an_output(int rows, int device) {
+  const StepMatrix matrix{reinterpret_cast<const void*>(4096), 512};
+  FfnStepParams p;
+  p.rows = rows;
+  p.columns = 512;
+  p.products[0] = {matrix, matrix, 64, true};
+  p.product_count = 1;
+  p.result = matrix;
+  p.device = device;
+  return p;
+}
+
+void a_step_is_one_launch_of_blocks_that_stay() {
+  fake::machine.launches.clear();
+  const int before = fake::machine.attribute_calls;
+  fake::current_device = 0;
+  fake::machine.contexts = {0};
+  for (const int rows : {300, 128 * 100}) check(ffn_step_launch(an_output(rows, 9), nullptr) == 0, "a step failed");
+  const std::vector<fake::Launch>& all = fake::machine.launches;
+  check(all.size() == 2 && all[0].blocks == 6 && all[1].blocks == 132, "a block for each tile, or multiprocessor");
+  for (const fake::Launch& launch : all) {
+    check(launch.shared_bytes == hopper::kSharedBytes && launch.device == 9,
+          "shared memory of the step, on its device");
+    check(!launch.early && !launch.cooperative, "it waits for the stream, and no block for another's place");
+  }
+  check(fake::machine.attribute_calls - before == 1, "shared memory is allowed once");
+  check(fake::current_device == 0, "the caller's device is current after a step");
+}
+
+void a_step_that_can_not_be_taken_launches_nothing() {
+  fake::machine.launches.clear();
+  FfnStepParams p = an_output(300, 9);
+  p.products[0].depth = 0;
+  check(ffn_step_launch(p, nullptr) == kStepUnsupported, "an unsupported step says so");
+  check(ffn_step_launch(an_output(0, 9), nullptr) == 0, "no rows are no work");
+  check(fake::machine.launches.empty(), "neither is launched");
+  fake::machine.shared_bytes = 99 << 10;
+  check(ffn_step_launch(an_output(300, 10), nullptr) == cudaErrorInvalidValue, "too little shared memory is an error");
+  check(fake::machine.launches.empty(), "and not launched");
+}
+
 }  // namespace
 
 int main() {
@@ -179,5 +238,7 @@ int main() {
   threads_with_different_plans();
   a_larger_chip_is_read_further_ahead();
   leaves_the_devices_as_they_were();
+  a_step_is_one_launch_of_blocks_that_stay();
+  a_step_that_can_not_be_taken_launches_nothing();
   return failures == 0 ? 0 : 1;
 }

@@ -1,4 +1,4 @@
-// As much of the CUDA runtime as csrc/decode/ffn_decode.cu calls, on a machine that the test makes up: what a kernel
+// As much of the CUDA runtime as the launchers in csrc call, on a machine that the test makes up: what a kernel
 // was compiled for, which devices have a context, and a record of what was set and launched.
 #pragma once
 #include <cstddef>
