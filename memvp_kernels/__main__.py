@@ -9,6 +9,7 @@ import torch
 
 from memvp_kernels import choose
 from memvp_kernels.backends import cuda
+from memvp_kernels.backends.cuda import extension
 from memvp_kernels.version import __version__
 
 __all__ = ["main", "rows"]
@@ -50,6 +51,8 @@ def rows() -> list[tuple[str, str]]:
     )
     for name, missing in choose.available().items():
         facts.append((f"backend {name}", "ready" if missing is None else f"not here: {missing}"))
+    missing = extension.steps_status()
+    facts.append(("road wgmma", "ready, on request" if missing is None else f"not here: {missing}"))
     return facts
 
 

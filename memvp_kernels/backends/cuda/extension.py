@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Status", "device_limit", "load", "runs_on", "status"]
+__all__ = ["Status", "device_limit", "load", "runs_on", "status", "steps_limit", "steps_status"]
 
 _NAME = "memvp_kernels._C"
+#: The one architecture whose instructions the kernels of csrc/hopper are made of, and the chip that has them.
+_HOPPER, _HOPPER_CAPABILITY = "90a", (9, 0)
 _NOT_BUILT = (
     "the CUDA extension was not built: when memvp_kernels was installed there was no nvcc, or MEMVP_CUDA=0 was set; "
     "install it again where nvcc is found (set CUDA_HOME, and MEMVP_CUDA=require to see why it is not built)"
@@ -82,6 +84,24 @@ def device_limit(index: int) -> str | None:
 
 
 @functools.cache
+def steps_limit(index: int) -> str | None:
+    """Why GPU `index` cannot run the extension's kernels of the large steps, which are Hopper's alone; None: it can."""
+    limit = device_limit(index)
+    if limit is not None:
+        return limit
+    capability = torch.cuda.get_device_capability(index)
+    if capability != _HOPPER_CAPABILITY:
+        return f"wgmma is Hopper's (compute capability 9.0), and cuda:{index} has {capability[0]}.{capability[1]}"
+    extension = load()
+    assert extension is not None, "device_limit looked"
+    if _HOPPER not in extension.archs.split(";"):
+        return (
+            f"the CUDA extension was built for {extension.archs}; install it again with {_HOPPER} in MEMVP_CUDA_ARCHS"
+        )
+    return None
+
+
+@functools.cache
 def _machine_limit() -> str | None:
     """Why no GPU of this machine can run the extension."""
     if load() is None:
@@ -99,3 +119,8 @@ def status() -> Status:
     build = {} if extension is None else {"cuda": extension.cuda, "archs": extension.archs}
     reason = _machine_limit() or device_limit(torch.cuda.current_device())
     return Status(reason is None, reason or "", build)
+
+
+def steps_status() -> str | None:
+    """Why this machine cannot run the kernels of the large steps; None: it can."""
+    return _machine_limit() or steps_limit(torch.cuda.current_device())

@@ -13,7 +13,6 @@ chip or number type (`missing`), an operand whose rows don't start at multiples 
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -31,28 +30,14 @@ from memvp_kernels.problem import Segments
 
 __all__ = ["dhidden", "dinput", "hidden", "missing", "output"]
 
-_CAPABILITY = (9, 0)
-_TARGET = "90a"  # the one architecture that has these instructions
 _UNIT = 8  # numbers in 16 bytes
 
 
-@functools.cache
 def missing(device: torch.device) -> str | None:
     """Why these kernels can't run on this device; None: they can."""
     if device.type != "cuda":
         return f"tensors are on {device}, and the extension's kernels need an NVIDIA GPU"
-    index = torch.cuda.current_device() if device.index is None else device.index
-    limit = extension.device_limit(index)
-    if limit is not None:
-        return limit
-    capability = torch.cuda.get_device_capability(index)
-    if capability != _CAPABILITY:
-        return f"wgmma is Hopper's (compute capability 9.0), and cuda:{index} has {capability[0]}.{capability[1]}"
-    built = extension.load()
-    assert built is not None, "device_limit looked"
-    if _TARGET not in built.archs.split(";"):
-        return f"the CUDA extension was built for {built.archs}; install it again with {_TARGET} in MEMVP_CUDA_ARCHS"
-    return None
+    return extension.steps_limit(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def hidden(
