@@ -83,7 +83,7 @@ def noticed(bug: Bug, folder: Path) -> str:
     sources = folder / "csrc"
     shutil.copytree(SOURCES, sources)
     bug.plant(sources)
-    library = StepsLibrary(sources, "-Wno-error")  # a mistake may leave something unused
+    library = StepsLibrary(sources, "-Wno-error", "-Og")  # a mistake may leave something unused
     for case, how in cases():
         try:
             library.run(case.step, **how)

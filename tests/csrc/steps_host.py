@@ -127,7 +127,7 @@ class StepsLibrary:
         BUILD.mkdir(parents=True, exist_ok=True)
         path = BUILD / f"steps-{os.getpid()}-{next(_NUMBERS)}.so"  # the loader knows a library by its name
         # The notes are of GCC 4.6, which passed structs like the kernel's in another way.
-        how = ("-O1", "-shared", "-fPIC", "-Wno-psabi", *flags)
+        how = ("-Og", "-shared", "-fPIC", "-Wno-psabi", *flags)
         compile_host(sources / "host_run" / "steps_library.cpp", path, *how, include=sources)
         self._library = ctypes.CDLL(str(path))
         path.unlink()

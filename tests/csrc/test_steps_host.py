@@ -82,7 +82,7 @@ def test_dhidden(library: StepsLibrary, name: str) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 def test_any_order(library: StepsLibrary, order: str) -> None:
     """However copies and products fall, and whichever of the blocks are resident."""
-    for seed in (1, 2, 3) if order == "random" else (1,):
+    for seed in (1, 2) if order == "random" else (1,):
         how: dict[str, Any] = {"order": order, "seed": seed, "resident": 1 + seed}
         check(library, hidden_case(300, 264, 72, M=24, seed=seed), **how)
         check(
