@@ -113,7 +113,7 @@ MEMVP_DEVICE void end_output(float (&acc)[kColumns / 2], const StepArgs& args, c
     pack_piece<T, kFirst>(words, acc);
     staging.store(words, args.maps[kResult], plan.rows, at.row, at.column + 2 * kFirst);
     if (plan.reads) {  // behind the barriers of the store: all lanes have read
-      end_stage(shared, turn.stage);
+      end_stage(plan, shared, turn.stage);
       turn.next();
     }
   });
@@ -150,7 +150,7 @@ MEMVP_DEVICE void end_dhidden(const float (&acc)[kColumns / 2], const StepArgs& 
     });
     const int column = at.column + 2 * kFirst;
     staging.store(first, args.maps[kPre], plan.rows, at.row, column, 0);
-    end_stage(shared, turn.stage);  // behind the barriers of the store: all lanes have read
+    end_stage(plan, shared, turn.stage);  // behind the barriers of the store: all lanes have read
     turn.next();
     if (kGated) staging.store(key, args.maps[kPre], plan.rows, at.row, column, 1);
   });

@@ -39,6 +39,12 @@ int ffn_step_launch(const FfnStepParams& params, void* stream) {
     config.blockDim = dim3(hopper::kThreads);
     config.dynamicSmemBytes = hopper::kSharedBytes;
     config.stream = static_cast<cudaStream_t>(stream);
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(args.plan.cluster);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = args.plan.cluster > 1 ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, args);
   });
 }

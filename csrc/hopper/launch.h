@@ -65,7 +65,7 @@ int launch_step(const FfnStepParams& p, Launch launch) {
   StepArgs args{make_plan(p), p.activation, p.bias, p.gate_bias, {}};
   if (args.plan.tiles == 0) return 0;
   if (!describe_all<T>(args.maps, p)) return kStepNoMap;
-  return launch(step_kernel_of<T>(p.kind, p.gated), args.plan.blocks, args);
+  return launch(step_kernel_of<T>(p.kind, p.gated), args.plan.clusters * args.plan.cluster, args);
 }
 
 // The error of `launch`, or one of ours, or 0.

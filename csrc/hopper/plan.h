@@ -19,8 +19,8 @@ constexpr int kPiece = 64, kPieces = kColumns / kPiece, kBuffers = 2;
 constexpr int kRingBytes = kStages * kStageBytes, kStagingBytes = kGroups * kBuffers * kBlockBytes;
 constexpr int kSharedBytes = kRingBytes + kStagingBytes + 2 * kStages * 8;
 static_assert(kSharedBytes <= 227 << 10, "shared memory of one block");
-// Row tiles side by side, all of them before the next column: 16 of 16 KB and 8 columns of 32 KB a step are what 132
-// blocks read the least with.
+// Row tiles side by side, all of them before the next column: 16 of 16 KB and 8 columns of 32 KB a step are the least
+// that 132 blocks can read between them.
 constexpr int kGroupTiles = 16;
 
 // Of StepArgs::maps. An operand of product i is at kLeft + i and kRight + i; kShared is one more product.
@@ -29,29 +29,32 @@ enum Map { kLeft = 0, kRight = 4, kGate = 8, kRead, kPre, kResult, kSharedResult
 
 struct StepPlan {
   int32_t rows, columns, shared_columns;
-  int32_t row_tiles, column_tiles, ffn_tiles, tiles, blocks;
-  int32_t tile_columns;  // 256, or 128 of gate's and key's
+  int32_t cluster;  // blocks with the same columns of neighbouring rows, whose right operands are copied once for all
+  int32_t
+      row_units;  // of so many row tiles; a unit and a column tile are what a cluster takes, its blocks a row tile each
+  int32_t column_tiles, ffn_tiles, tiles, clusters, group;  // group: units side by side
+  int32_t tile_columns;                                     // 256, or 128 of gate's and key's
   int32_t products;
   int32_t depth[kMostProducts + 1];
   bool across[kMostProducts + 1];
   bool reads, keeps_pre, keeps_result;  // the epilogue has something to read; stores these
 };
 
-// Where a tile is, and which products it is the sum of.
+// Where a block's tile is, and which products it is the sum of. The last unit's may begin past the last row.
 struct Tile {
   int row, column;
   int first_product, end_product;
   bool shared;
 };
 
-MEMVP_HOST_DEVICE inline Tile tile_of(const StepPlan& plan, int number) {
+MEMVP_HOST_DEVICE inline Tile tile_of(const StepPlan& plan, int number, int rank) {
   const bool shared = number >= plan.ffn_tiles;
   if (shared) number -= plan.ffn_tiles;
   const int width = shared ? kColumns : plan.tile_columns;
   const int columns = shared ? ceil_div(plan.shared_columns, kColumns) : plan.column_tiles;
-  const int per_group = kGroupTiles * columns, first = number / per_group * kGroupTiles;
-  const int rows = least(plan.row_tiles - first, kGroupTiles), inside = number % per_group;
-  return {(first + inside % rows) * kRows, inside / rows * width, shared ? kShared : 0,
+  const int per_group = plan.group * columns, first = number / per_group * plan.group;
+  const int rows = least(plan.row_units - first, plan.group), inside = number % per_group;
+  return {((first + inside % rows) * plan.cluster + rank) * kRows, inside / rows * width, shared ? kShared : 0,
           shared ? kShared + 1 : plan.products, shared};
 }
 
@@ -70,6 +73,7 @@ inline const char* why_unsupported(const FfnStepParams& p) {
     return "the steps compute in bfloat16 or float16";
   if (p.rows < 0 || p.columns < 0 || p.shared_columns < 0) return "a size is negative";
   if (p.multiprocessors < 1) return "multiprocessors must be the device's own number";
+  if (p.cluster < 0 || p.cluster > least(2, p.multiprocessors)) return "a cluster is one block or two";
   if (p.rows == 0) return nullptr;  // nothing to do
   if (p.columns % 8 != 0) return "the columns must be a multiple of 8";
   if (p.product_count < 1 || p.product_count > (output ? kMostProducts : 1))
@@ -99,6 +103,11 @@ inline const char* why_unsupported(const FfnStepParams& p) {
   return nullptr;
 }
 
+// Units times column tiles: what so many clusters take one after the other.
+inline int rounds(int row_tiles, int columns, int cluster, int multiprocessors) {
+  return ceil_div(ceil_div(row_tiles, cluster) * columns, greatest(multiprocessors / cluster, 1));
+}
+
 // Of params that why_unsupported has nothing against.
 inline StepPlan make_plan(const FfnStepParams& p) {
   StepPlan plan{};
@@ -106,11 +115,17 @@ inline StepPlan make_plan(const FfnStepParams& p) {
   plan.columns = p.columns;
   plan.shared_columns = p.shared_columns;
   plan.tile_columns = p.kind == StepKind::kHidden && p.gated ? kColumns / 2 : kColumns;
-  plan.row_tiles = ceil_div(p.rows, kRows);
   plan.column_tiles = ceil_div(p.columns, plan.tile_columns);
-  plan.ffn_tiles = plan.row_tiles * plan.column_tiles;
-  plan.tiles = plan.ffn_tiles + plan.row_tiles * ceil_div(p.shared_columns, kColumns);
-  plan.blocks = least(plan.tiles, p.multiprocessors);
+  const int row_tiles = ceil_div(p.rows, kRows), shared_tiles = ceil_div(p.shared_columns, kColumns);
+  const int columns = plan.column_tiles + shared_tiles, most = p.multiprocessors;
+  const bool pairs =
+      row_tiles > 1 && most > 1 && rounds(row_tiles, columns, 2, most) <= rounds(row_tiles, columns, 1, most);
+  plan.cluster = p.cluster > 0 ? p.cluster : 1 + pairs;
+  plan.row_units = ceil_div(row_tiles, plan.cluster);
+  plan.ffn_tiles = plan.row_units * plan.column_tiles;
+  plan.tiles = plan.row_units * columns;
+  plan.clusters = least(plan.tiles, most / plan.cluster);
+  plan.group = kGroupTiles / plan.cluster;
   plan.products = p.product_count;
   for (int i = 0; i < p.product_count; ++i) {
     plan.depth[i] = p.products[i].depth;

@@ -39,21 +39,34 @@ MEMVP_DEVICE unsigned char* begin_stage(const Shared& shared, const Turn& turn, 
   return shared.ring + turn.stage * kStageBytes;
 }
 
-MEMVP_DEVICE void copy_product(const StepArgs& args, const Shared& shared, Turn& turn, const Tile& at, int product) {
+// Left's tile, and right's; in a cluster of two each block asks for one half of right's for both.
+MEMVP_DEVICE void copy_product(const StepArgs& args, const Shared& shared, Turn& turn, const Tile& at, int product,
+                               int rank) {
   const StepPlan& plan = args.plan;
   const TensorMap &left = args.maps[kLeft + product], &right = args.maps[kRight + product];
   const bool paired = !at.shared && plan.tile_columns < kColumns;  // gate's rows and key's, else one matrix's
+  const bool together = plan.cluster > 1;
+  const auto load = [&](unsigned char* to, const TensorMap& map, int column, int row) {
+    if (together)
+      load_tile_to(3, to, map, shared.full[turn.stage], column, row);
+    else
+      load_tile(to, map, shared.full[turn.stage], column, row);
+  };
   for (int k = 0; k < plan.depth[product]; k += kDepth, turn.next()) {
-    unsigned char* stage = begin_stage(shared, turn, kStageBytes);
-    Barrier& full = shared.full[turn.stage];
-    load_tile(stage, left, full, k, at.row);
-    stage += kLeftBytes;
-    if (plan.across[product]) {
-#pragma unroll
-      for (int i = 0; i < kColumns / 64; ++i) load_tile(stage + i * kBlockBytes, right, full, at.column + 64 * i, k);
-    } else {
-      load_tile(stage, paired ? args.maps[kGate] : right, full, k, at.column);
-      load_tile(stage + kRightBytes / 2, right, full, k, at.column + (paired ? 0 : kColumns / 2));
+    unsigned char* const stage = begin_stage(shared, turn, kStageBytes);
+    load_tile(stage, left, shared.full[turn.stage], k, at.row);
+#pragma unroll 1
+    for (int half = together ? rank : 0; half < (together ? rank + 1 : 2); ++half) {
+      unsigned char* const to = stage + kLeftBytes + half * kRightBytes / 2;
+      const int column = at.column + half * kColumns / 2;
+      if (plan.across[product]) {
+        load(to, right, column, k);
+        load(to + kBlockBytes, right, column + 64, k);
+      } else if (paired) {
+        load(to, half == 0 ? args.maps[kGate] : right, k, at.column);
+      } else {
+        load(to, right, k, column);
+      }
     }
   }
 }
@@ -76,9 +89,11 @@ MEMVP_DEVICE void copy_read(const StepArgs& args, const Shared& shared, Turn& tu
 
 // ---- the warpgroups that multiply ---------------------------------------------------------------
 
-// Each warp gives the stage back for itself: its part of the products, and its reads, are done.
-MEMVP_DEVICE void end_stage(const Shared& shared, int stage) {
+// Each warp gives the stage back for itself, to all who copy into it: its part of the products, and its reads, are
+// done.
+MEMVP_DEVICE void end_stage(const StepPlan& plan, const Shared& shared, int stage) {
   if (threadIdx.x % 32 == 0) arrive(shared.empty[stage]);
+  if (threadIdx.x % 32 == 1 && plan.cluster > 1) arrive_at(shared.empty[stage], 1 - blockIdx.x % 2);
 }
 
 // One group of products. Begun and committed here, not round a choice between two of these: where paths meet the
@@ -111,13 +126,13 @@ MEMVP_DEVICE void sum_products(float (&acc)[kColumns / 2], const StepPlan& plan,
       else
         multiply_stage<T, Major::kK>(acc, stage, group, before >= 0);
       wait_products<1>();
-      if (before >= 0) end_stage(shared, before);
+      if (before >= 0) end_stage(plan, shared, before);
       before = turn.stage;
     }
   }
   wait_products<0>();
   keep(acc);
-  end_stage(shared, before);
+  end_stage(plan, shared, before);
 }
 
 }  // namespace memvp::hopper

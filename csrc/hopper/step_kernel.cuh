@@ -1,4 +1,5 @@
-// A step's kernel: blocks that stay, each with every plan.blocks-th tile, and in it three warpgroups with a task each.
+// A step's kernel: blocks that stay, alone or two together, which walk through the tiles; in each three warpgroups with
+// a task of their own.
 #pragma once
 #include "hopper/epilogues.cuh"
 
@@ -8,12 +9,21 @@ namespace memvp::hopper {
 constexpr int kFewRegisters = 40, kManyRegisters = 232;
 static_assert(kGroupThreads * (kFewRegisters + kGroups * kManyRegisters) <= 65536, "registers of a multiprocessor");
 
+// Of its cluster, and which of the tiles is its cluster's first.
+MEMVP_DEVICE int rank_of_block(const StepPlan& plan) {
+  return plan.cluster > 1 ? static_cast<int>(blockIdx.x) % 2 : 0;
+}
+MEMVP_DEVICE int first_of_block(const StepPlan& plan) {
+  return plan.cluster > 1 ? static_cast<int>(blockIdx.x) / 2 : static_cast<int>(blockIdx.x);
+}
+
 template <StepKind kKind, bool kGated>
 MEMVP_DEVICE void produce(const StepArgs& args, const Shared& shared) {
   Turn turn;
-  for (int number = blockIdx.x; number < args.plan.tiles; number += args.plan.blocks) {
-    const Tile at = tile_of(args.plan, number);
-    for (int i = at.first_product; i < at.end_product; ++i) copy_product(args, shared, turn, at, i);
+  const int rank = rank_of_block(args.plan);
+  for (int number = first_of_block(args.plan); number < args.plan.tiles; number += args.plan.clusters) {
+    const Tile at = tile_of(args.plan, number, rank);
+    for (int i = at.first_product; i < at.end_product; ++i) copy_product(args, shared, turn, at, i, rank);
     if (kKind != StepKind::kHidden && args.plan.reads && !at.shared) copy_read<kKind, kGated>(args, shared, turn, at);
   }
 }
@@ -23,8 +33,9 @@ MEMVP_DEVICE void consume(const StepArgs& args, const Shared& shared, int group)
   Turn turn;
   Staging staging(shared, group);
   float acc[kColumns / 2];
-  for (int number = blockIdx.x; number < args.plan.tiles; number += args.plan.blocks) {
-    const Tile at = tile_of(args.plan, number);
+  const int rank = rank_of_block(args.plan);
+  for (int number = first_of_block(args.plan); number < args.plan.tiles; number += args.plan.clusters) {
+    const Tile at = tile_of(args.plan, number, rank);
     sum_products<T, kKind>(acc, args.plan, shared, turn, at, group);
     if constexpr (kKind == StepKind::kOutput) {
       end_output<T>(acc, args, shared, turn, staging, at, group);
@@ -42,14 +53,18 @@ MEMVP_DEVICE void consume(const StepArgs& args, const Shared& shared, int group)
 template <class T, StepKind kKind, bool kGated>
 __global__ void __launch_bounds__(kThreads, 1) ffn_step_kernel(const __grid_constant__ StepArgs args) {
   const Shared shared = shared_memory();
+  const bool together = args.plan.cluster > 1;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       init_barrier(shared.full[stage], 1);
-      init_barrier(shared.empty[stage], kThreads / 32 - kGroupThreads / 32);  // each warp that multiplies
+      init_barrier(shared.empty[stage], args.plan.cluster * kGroups * kGroupThreads / 32);  // each warp that multiplies
     }
     publish_barriers();
   }
-  __syncthreads();
+  if (together)
+    sync_cluster();
+  else
+    __syncthreads();
   const int group = static_cast<int>(threadIdx.x) / kGroupThreads - 1;
   if (group < 0) {
     lower_registers<kFewRegisters>();
@@ -58,6 +73,7 @@ __global__ void __launch_bounds__(kThreads, 1) ffn_step_kernel(const __grid_cons
     raise_registers<kManyRegisters>();
     consume<T, kKind, kGated>(args, shared, group);
   }
+  if (together) sync_cluster();  // the other block may still give a stage back here
 }
 
 }  // namespace memvp::hopper

@@ -49,15 +49,18 @@ inline uint64_t barrier_word(const void* barrier) {
   return 0xBA221E2000000000ull ^ reinterpret_cast<uintptr_t>(barrier);
 }
 
-inline SharedBarrier& barrier_at(const uint64_t& word, const Site& site) {
+inline SharedBarrier& barrier_at(Block& block, const uint64_t& word, const Site& site) {
   const uint64_t found = *const_cast<const volatile uint64_t*>(&word);  // the thread's own access, for the sanitizers
   Quiet quiet(this_thread().fiber);
-  auto& barriers = unit<BarrierUnit>().shared;
+  auto& barriers = unit<BarrierUnit>(block).shared;
   const auto at = barriers.find(&word);
   if (found != barrier_word(&word) || at == barriers.end())
     fail(name_of(site) +
          ": no barrier there, or not yet: init_barrier comes before, and a barrier of the block between");
   return at->second;
+}
+inline SharedBarrier& barrier_at(const uint64_t& word, const Site& site) {
+  return barrier_at(*this_thread().block, word, site);
 }
 
 inline void init_barrier(uint64_t& word, unsigned arrivals, const Site& site) {
@@ -98,9 +101,9 @@ inline void settle(SharedBarrier& barrier, const Site& site) {
   barrier.waiting.clear();
 }
 
-inline void arrive(uint64_t& word, unsigned bytes, const Site& site) {
+inline void arrive(Block& block, uint64_t& word, unsigned bytes, const Site& site) {
   yield_point();
-  SharedBarrier& barrier = barrier_at(word, site);
+  SharedBarrier& barrier = barrier_at(block, word, site);
   Quiet quiet(this_thread().fiber);
   release(&barrier.object[barrier.phase % 2]);
   if (barrier.pending == 0)
@@ -108,6 +111,9 @@ inline void arrive(uint64_t& word, unsigned bytes, const Site& site) {
   barrier.pending--;
   barrier.bytes += bytes;
   settle(barrier, site);
+}
+inline void arrive(uint64_t& word, unsigned bytes, const Site& site) {
+  arrive(*this_thread().block, word, bytes, site);
 }
 
 inline void wait(uint64_t& word, unsigned parity, const Site& site) {

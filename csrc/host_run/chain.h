@@ -45,7 +45,7 @@ inline void admit_blocks() {
   for (unsigned launch = 0; launch < r.launches.size(); ++launch)
     while ((r.alive < r.config.resident || r.launches[launch].cooperative) &&
            r.progress[launch].admitted < r.launches[launch].blocks && may_admit(launch))
-      admit(launch);
+      for (unsigned i = 0; i < r.launches[launch].cluster; ++i) admit(launch);
 }
 
 inline void free_block(Block& block) {
@@ -128,15 +128,18 @@ inline Stats run_chain(std::vector<Launch> launches, const Config& config) {
     before.emplace_back(static_cast<const char*>(range.data), static_cast<const char*>(range.data) + range.bytes);
   for (unsigned launch = 0; launch < r.launches.size(); ++launch) {
     const Launch& shape = r.launches[launch];
-    if (shape.blocks == 0 || shape.threads == 0 || shape.threads > 1024 || shape.shared_bytes > 227 * 1024)
-      throw std::runtime_error(
-          text("host run: launch %u of %u blocks, %u threads, %zu bytes of shared memory is impossible", launch,
-               shape.blocks, shape.threads, shape.shared_bytes));
-    std::vector<unsigned>& order = r.progress[launch].order;
-    for (unsigned i = 0; i < shape.blocks; ++i)
-      order.push_back(config.order == Order::kReverse ? shape.blocks - 1 - i : i);
+    if (shape.blocks == 0 || shape.threads == 0 || shape.threads > 1024 || shape.shared_bytes > 227 * 1024 ||
+        shape.cluster == 0 || shape.blocks % shape.cluster != 0)
+      throw std::runtime_error(text(
+          "host run: launch %u of %u blocks in clusters of %u, %u threads, %zu bytes of shared memory is impossible",
+          launch, shape.blocks, shape.cluster, shape.threads, shape.shared_bytes));
+    const unsigned clusters = shape.blocks / shape.cluster;
+    std::vector<unsigned> order;
+    for (unsigned i = 0; i < clusters; ++i) order.push_back(config.order == Order::kReverse ? clusters - 1 - i : i);
     if (config.order == Order::kRandom)
-      for (unsigned i = shape.blocks; i > 1; --i) std::swap(order[i - 1], order[r.random() % i]);
+      for (unsigned i = clusters; i > 1; --i) std::swap(order[i - 1], order[r.random() % i]);
+    for (const unsigned cluster : order)
+      for (unsigned i = 0; i < shape.cluster; ++i) r.progress[launch].order.push_back(cluster * shape.cluster + i);
   }
   {
     Quiet quiet(r.main.fiber);

@@ -10,8 +10,10 @@ inline Stats run_step(const FfnStepParams& params, const Config& config) {
   std::vector<Launch> launches;
   const int error =
       hopper::launch_step(params, [&](hopper::StepKernel kernel, int blocks, const hopper::StepArgs& args) {
-        launches.push_back(
-            {static_cast<unsigned>(blocks), hopper::kThreads, hopper::kSharedBytes, [kernel, args] { kernel(args); }});
+        Launch launch{static_cast<unsigned>(blocks), hopper::kThreads, hopper::kSharedBytes,
+                      [kernel, args] { kernel(args); }};
+        launch.cluster = static_cast<unsigned>(args.plan.cluster);
+        launches.push_back(std::move(launch));
         return 0;
       });
   if (error != 0) throw std::runtime_error("host run: an operand has no map");

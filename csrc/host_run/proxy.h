@@ -43,12 +43,16 @@ inline void fence_async_shared(const Site&) {
   }
 }
 
-// The unit U of the running thread's block.
+// The unit U of a block, by itself of the running thread's.
+template <class U>
+U& unit(Block& block) {
+  std::unique_ptr<BlockUnit>& found = block.units[U::kSlot];
+  if (found == nullptr) found = std::make_unique<U>(block);
+  return static_cast<U&>(*found);
+}
 template <class U>
 U& unit() {
-  std::unique_ptr<BlockUnit>& found = this_thread().block->units[U::kSlot];
-  if (found == nullptr) found = std::make_unique<U>(*this_thread().block);
-  return static_cast<U&>(*found);
+  return unit<U>(*this_thread().block);
 }
 
 }  // namespace memvp::host_run

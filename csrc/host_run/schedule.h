@@ -40,6 +40,7 @@ struct Launch {
   std::function<void()> kernel;
   bool chained = false;      // may begin when every block of the launch before has begun and let it
   bool cooperative = false;  // all its blocks are resident at once, and may wait for one another
+  unsigned cluster = 1;      // so many blocks are resident together, and reach each other's shared memory
   unsigned registers = 0;    // of each thread when it begins; 0: as many as a multiprocessor has for this many threads
 };
 
@@ -122,9 +123,11 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::vector<Thread*> at_barrier;
-  std::map<size_t, Carve> shared;  // by offset; each an allocation of its own
+  std::vector<Thread*> at_cluster;  // of a cluster's first block: threads of all of them
+  std::map<size_t, Carve> shared;   // by offset; each an allocation of its own
   std::unique_ptr<BlockUnit> units[kUnits];
   char barrier_object[2];  // for the thread sanitizer: this barrier and the next
+  char cluster_object;     // likewise
   char end_object;         // likewise: its threads' ends, which the reuse of their stacks comes after
 };
 

@@ -121,22 +121,18 @@ struct CopyUnit : BlockUnit {
   }
 };
 
-inline void load_tile(void* shared, const TensorMap& map, int rank, uint64_t& word, const Coordinates& at,
-                      const Site& site) {
-  yield_point();
-  SharedBarrier& barrier = barrier_at(word, site);
-  Thread& me = this_thread();
-  Quiet quiet(me.fiber);
-  check_copy(map, rank, shared, site);
+// To the shared memory of one block, and with its barrier.
+inline void begin_load(Block& to, void* shared, const TensorMap& map, uint64_t& word, const Coordinates& at,
+                       const Site& site) {
+  SharedBarrier& barrier = barrier_at(to, word, site);
   if (!barrier.published) fail(name_of(site) + ": a barrier without publish_barriers");
-  Block* const block = me.block;
-  const auto fill = [block, shared, map, site](auto piece) {
+  const auto fill = [block = &to, shared, map, site](auto piece) {
     Carve& carve = carve_of(*block, shared, tile_bytes(map), site);
     piece(static_cast<char*>(shared));
     memcpy(seen_at(carve, shared), shared, tile_bytes(map));
   };
   fill([&map](char* tile) { memset(tile, 0xFF, tile_bytes(map)); });
-  begin_landing({block, &word, [fill, map, at, &barrier, site] {
+  begin_landing({&to, &word, [fill, map, at, &barrier, site] {
                    fill([&map, &at](char* tile) {
                      each_piece(map, at, tile, [&map](char* to, const char* row, int64_t x) {
                        if (row != nullptr && x >= 0 && x + 8 <= map.sizes[0]) {
@@ -150,6 +146,15 @@ inline void load_tile(void* shared, const TensorMap& map, int rank, uint64_t& wo
                    });
                    complete_bytes(barrier, tile_bytes(map), site);
                  }});
+}
+
+inline void load_tile(void* shared, const TensorMap& map, int rank, uint64_t& word, const Coordinates& at,
+                      const Site& site) {
+  yield_point();
+  Thread& me = this_thread();
+  Quiet quiet(me.fiber);
+  check_copy(map, rank, shared, site);
+  begin_load(*me.block, shared, map, word, at, site);
 }
 
 inline void store_tile(const TensorMap& map, int rank, const void* shared, const Coordinates& at, const Site& site) {

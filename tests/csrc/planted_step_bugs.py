@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ BUGS: dict[str, Bug] = {
     "parity never changes": Bug(RING, "      parity ^= 1;\n", ""),
     "products of what is not there yet": Bug(RING, "      wait(shared.full[turn.stage], turn.parity);\n", ""),
     "stage given back while it is multiplied": Bug(RING, "wait_products<1>();", "wait_products<2>();"),
-    "this step's stage given back for the last one's": Bug(RING, "end_stage(shared, before);", "end_stage(shared, turn.stage);", count=2),
+    "this step's stage given back for the last one's": Bug(RING, "end_stage(plan, shared, before);", "end_stage(plan, shared, turn.stage);", count=2),
     "sums read before they are there": Bug(RING, "  wait_products<0>();\n", ""),
     "products not begun": Bug(RING, "  begin_products();\n", ""),
     "a tile goes on from the last one's sums": Bug(RING, "accumulate || k > 0", "true"),
@@ -36,13 +37,23 @@ BUGS: dict[str, Bug] = {
     "both warpgroups multiply the first rows": Bug(RING, "operand(stage + group * kBlockBytes,", "operand(stage,"),
     "columns across by another distance": Bug(RING, "kMajor == Major::kK ? 0 : kBlockBytes", "0"),
     "k across by another distance": Bug(RING, "2 * k : 128 * k", "2 * k : 64 * k"),
-    "gate and key swapped": Bug(RING, "paired ? args.maps[kGate] : right", "paired ? right : right"),
+    "gate and key swapped": Bug(RING, "half == 0 ? args.maps[kGate] : right", "half == 1 ? args.maps[kGate] : right"),
     "fewer bytes expected than copied": Bug(RING, "begin_stage(shared, turn, kStageBytes)", "begin_stage(shared, turn, kLeftBytes)"),
     "barriers not published": Bug(KERNEL, "    publish_barriers();\n", ""),
-    "a warp too few gives a stage back": Bug(KERNEL, "kThreads / 32 - kGroupThreads / 32", "kThreads / 32 - kGroupThreads / 32 - 1"),
+    "a warp too few gives a stage back": Bug(KERNEL, "args.plan.cluster * kGroups * kGroupThreads / 32", "args.plan.cluster * kGroups * kGroupThreads / 32 - 1"),
     "more registers than there are": Bug(KERNEL, "kFewRegisters = 40, kManyRegisters = 232;\nstatic_assert(", "kFewRegisters = 80, kManyRegisters = 240;\nstatic_assert(true || "),
+    # two blocks together
+    "copies into a block that is not there yet": Bug(KERNEL, "    sync_cluster();\n  else\n", "    __syncthreads();\n  else\n"),
+    "a block ends before the other has given its stages back": Bug(KERNEL, "  if (together) sync_cluster();", "  //"),
+    "a stage given back to one block alone": Bug(RING, "threadIdx.x % 32 == 1 && plan.cluster > 1", "false"),
+    "a stage given back twice to one block": Bug(RING, "1 - blockIdx.x % 2)", "blockIdx.x % 2)"),
+    "the other block's warps not counted": Bug(KERNEL, "args.plan.cluster * kGroups * kGroupThreads", "kGroups * kGroupThreads"),
+    "both blocks ask for the same half": Bug(RING, "half = together ? rank : 0; half < (together ? rank + 1 : 2)", "half = 0; half < (together ? 1 : 2)"),
+    "a half for one block alone": Bug(RING, "load_tile_to(3, ", "load_tile_to(1 << rank, "),
+    "both blocks with the same rows": Bug(PLAN, "* plan.cluster + rank) * kRows", "* plan.cluster) * kRows"),
+    "two clusters with the same tiles": Bug(KERNEL, "static_cast<int>(blockIdx.x) / 2", "static_cast<int>(blockIdx.x) / 4"),
     # tiles
-    "the last row tiles of a short group": Bug(PLAN, "least(plan.row_tiles - first, kGroupTiles)", "kGroupTiles"),
+    "the last row tiles of a short group": Bug(PLAN, "least(plan.row_units - first, plan.group)", "plan.group"),
     "a column tile forgotten": Bug(PLAN, "plan.column_tiles = ceil_div(p.columns, plan.tile_columns)", "plan.column_tiles = greatest(1, p.columns / plan.tile_columns)"),
     "shared columns from the first product's right": Bug(LAUNCH, "describe<T>(maps[kRight + kShared], p.shared,", "describe<T>(maps[kRight + kShared], first.right,"),
     # pieces
@@ -60,8 +71,8 @@ BUGS: dict[str, Bug] = {
     "bias of the next columns": Bug(EPILOGUES, "least(column + 8 * j, columns - 8)", "least(column + 8 * j + 8, columns - 8)"),
     "bias past its end": Bug(EPILOGUES, "least(column + 8 * j, columns - 8)", "column + 8 * j"),
     "gradients in each other's place": Bug(EPILOGUES, "staging.store(key, args.maps[kPre], plan.rows, at.row, column, 1);", "staging.store(first, args.maps[kPre], plan.rows, at.row, column, 1);"),
-    "a residual's stage never given back": Bug(EPILOGUES, "      end_stage(shared, turn.stage);\n      turn.next();\n", "      turn.next();\n"),
-    "a stage given back while it is read": Bug(EPILOGUES, "    read_piece(first, stage);\n", "    end_stage(shared, turn.stage);\n    read_piece(first, stage);\n"),
+    "a residual's stage never given back": Bug(EPILOGUES, "      end_stage(plan, shared, turn.stage);\n      turn.next();\n", "      turn.next();\n"),
+    "a stage given back while it is read": Bug(EPILOGUES, "    read_piece(first, stage);\n", "    end_stage(plan, shared, turn.stage);\n    read_piece(first, stage);\n"),
     "the pieces past the end of a row": Bug(PIECES, "if (column + (kCount - 1) * kPiece < columns) body", "body"),
 }  # fmt: skip
 QUICK = ("a warpgroup without rows loses count of its stores",)  # in every run of the suite; the others are `slow`
@@ -69,12 +80,13 @@ QUICK = ("a warpgroup without rows loses count of its stores",)  # in every run 
 
 def cases() -> Iterator[tuple[StepCase, dict[str, Any]]]:
     """Small cases that reach all of the kernel between them, with the order and the seed to run each in."""
-    for order in ("forward", "reverse", "random"):
-        for seed in (1, 2) if order == "random" else (1,):
-            how = {"order": order, "seed": seed}
-            yield hidden_case(300, 264, 200, M=24, bias="wide", seed=seed), how
-            yield output_case(300, 264, (136, 72, 24), across="+-+", bias="same", residual="in place", seed=seed), how
-            yield dhidden_case(300, 264, 72, M=24, in_place=True, seed=seed), how
+    schedules = [("forward", 1), ("reverse", 1), ("random", 1), ("random", 2)]
+    for (order, seed), cluster in itertools.product(schedules, (1, 2)):
+        how = {"order": order, "seed": seed, "resident": 2 * cluster}
+        same: dict[str, Any] = {"seed": seed, "cluster": cluster, "multiprocessors": 2 * cluster}
+        yield hidden_case(300, 264, 200, M=24, bias="wide", **same), how
+        yield output_case(300, 264, (136, 72, 24), across="+-+", bias="same", residual="in place", **same), how
+        yield dhidden_case(300, 264, 72, M=24, in_place=True, **same), how
     yield hidden_case(17 * 128 + 8, 136, 24, M=264, keep="hidden", multiprocessors=40), {}
 
 

@@ -56,7 +56,7 @@ class StepParams(ctypes.Structure):
         ("gated", ctypes.c_bool),
         ("shared", Matrix),
         ("shared_result", Matrix),
-        *((name, ctypes.c_int32) for name in ("shared_columns", "multiprocessors", "device")),
+        *((name, ctypes.c_int32) for name in ("shared_columns", "multiprocessors", "cluster", "device")),
     )
 
 
@@ -75,12 +75,13 @@ class Step:
         self, kind: str, columns: int, products: list[tuple[Tensor, Tensor | None]], *, activation: str = "silu", gate: Tensor | None = None,
         bias: Tensor | None = None, gate_bias: Tensor | None = None, residual: Tensor | None = None, result: Tensor | None = None,
         pre: Tensor | None = None, dpre: Tensor | None = None, shared: Tensor | None = None, shared_result: Tensor | None = None,
-        multiprocessors: int = 2,
+        multiprocessors: int = 2, cluster: int = 0,
     ) -> None:  # fmt: skip
         first = products[0][0]
         p = self.params = StepParams()
         p.type, p.kind, p.activation = TYPES[first.dtype], KINDS[kind], ACTIVATIONS[activation]
-        p.rows, p.columns, p.multiprocessors = first.shape[0], columns, multiprocessors
+        p.rows, p.columns = first.shape[0], columns
+        p.multiprocessors, p.cluster = multiprocessors, cluster
         self.read: list[Tensor] = []
         for i, (left, right) in enumerate(products):
             p.products[i].left, p.products[i].depth = self._matrix(left), left.shape[1]

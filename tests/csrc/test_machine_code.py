@@ -171,5 +171,9 @@ def test_steps_copy_tiles_and_nothing_else(steps: dict[str, Kernel]) -> None:
         assert kernel.count("UTMASTG") > 0, what
         assert kernel.count("STSM") > 0, what
         assert kernel.count("STG") == kernel.count("STS") == kernel.count("LDGSTS") == 0, what
+        assert kernel.count("UTMALDG", "MULTICAST") > 0, f"{what}: no copy to two blocks"
+        assert kernel.count("UCGABAR_ARV") == kernel.count("UCGABAR_WAIT") == 2, f"{what}: blocks meet first and last"
+        # Before the first copy and where the blocks of a cluster meet, not where a stage is given back.
+        assert kernel.count("MEMBAR", "GPU") <= 3, f"{what}: fences of the whole chip"
         assert kernel.count("USETMAXREG") == 2, what
         assert kernel.registers <= REGISTERS // 384, f"{what} begins with {kernel.registers} registers"

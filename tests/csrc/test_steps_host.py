@@ -79,18 +79,24 @@ def test_dhidden(library: StepsLibrary, name: str) -> None:
     check(library, dhidden_case(**DHIDDEN[name]))
 
 
+@pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize("order", ORDERS)
-def test_any_order(library: StepsLibrary, order: str) -> None:
-    """However copies and products fall, and whichever of the blocks are resident."""
+def test_any_order(library: StepsLibrary, order: str, cluster: int) -> None:
+    """However copies and products fall, and whichever of the blocks are resident. Of two together the last one has no rows."""
     for seed in (1, 2) if order == "random" else (1,):
         how: dict[str, Any] = {"order": order, "seed": seed, "resident": 1 + seed}
-        check(library, hidden_case(300, 264, 72, M=24, seed=seed), **how)
+        same: dict[str, Any] = {"seed": seed, "cluster": cluster, "multiprocessors": 3 * cluster}
+        check(library, hidden_case(300, 264, 72, M=24, **same), **how)
         check(
-            library,
-            output_case(300, 264, (136, 72, 24), across="+-+", bias="same", residual="in place", seed=seed),
-            **how,
+            library, output_case(300, 264, (136, 72, 24), across="+-+", bias="same", residual="in place", **same), **how
         )
-        check(library, dhidden_case(300, 264, 72, M=24, in_place=True, seed=seed), **how)
+        check(library, dhidden_case(300, 264, 72, M=24, in_place=True, **same), **how)
+
+
+def test_two_blocks_together(library: StepsLibrary) -> None:
+    check(library, hidden_case(1, 264, 72, gated=False, cluster=2))  # of which one has nothing to store
+    check(library, output_case(520, 320, (264,), cluster=2, multiprocessors=5))
+    check(library, dhidden_case(256, 264, 72, M=264, across=True, cluster=2))
 
 
 def test_more_row_tiles_than_a_group(library: StepsLibrary) -> None:
@@ -153,6 +159,8 @@ def test_says_what_it_does_not_take(library: StepsLibrary) -> None:
     assert "gated goes with a gate" in str(of(gated=False))
     assert "one to three products" in str(of(product_count=2))
     assert "multiprocessors" in str(of(multiprocessors=0))
+    assert "one block or two" in str(of(cluster=3))
+    assert "one block or two" in str(of(cluster=2, multiprocessors=1))
     step = output_case(8, 16, (8,)).step
     step.params.products[0].left.stride = 12
     assert "by 16 bytes" in str(library.unsupported(step))

@@ -32,12 +32,16 @@ constexpr int cudaSharedmemCarveoutMaxShared = 100;
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeCooperative = 2,
+  cudaLaunchAttributeClusterDimension = 4,
   cudaLaunchAttributeProgrammaticStreamSerialization = 6
 };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   union {
     int programmaticStreamSerializationAllowed, cooperative;
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -57,7 +61,7 @@ struct Launch {
   int device;
   size_t shared_bytes, allowed_bytes;
   bool early, cooperative;
-  unsigned blocks;
+  unsigned blocks, cluster;
 };
 
 struct Machine {
@@ -127,8 +131,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, 
   const bool cooperative = has(cudaLaunchAttributeCooperative) && config->attrs->val.cooperative != 0;
   if (cooperative && config->gridDim.x > fake::machine.resident)
     return fake::machine.last_error = cudaErrorCooperativeLaunchTooLarge;
-  fake::machine.launches.push_back(
-      {key, fake::current_device, config->dynamicSmemBytes, allowed, early, cooperative, config->gridDim.x});
+  fake::machine.launches.push_back({key, fake::current_device, config->dynamicSmemBytes, allowed, early, cooperative,
+                                    config->gridDim.x,
+                                    has(cudaLaunchAttributeClusterDimension) ? config->attrs->val.clusterDim.x : 1});
   return config->dynamicSmemBytes <= allowed ? cudaSuccess : cudaErrorInvalidValue;
 }
 inline cudaError_t cudaGetLastError() {
