@@ -15,6 +15,16 @@
 
 namespace memvp {
 
+// A number that all lanes of a warp have, for the compiler to know that they do: where it decides a branch or an
+// address, one for all.
+MEMVP_DEVICE int uniform(int number) {
+#ifdef __CUDACC__
+  return __shfl_sync(0xFFFFFFFFu, number, 0);
+#else
+  return number;
+#endif
+}
+
 // Along which dimension an operand's 128-byte rows run: k, or the rows of a and columns of b.
 enum class Major { kK, kMN };
 

@@ -61,8 +61,10 @@ struct FfnStepParams {
   StepMatrix shared, shared_result;
   int32_t shared_columns = 0;
   int32_t multiprocessors = 132;  // of the device: as many blocks, each of which walks through the tiles
-  int32_t cluster = 0;            // blocks that share right operands' copies: 1 or 2; 0: what takes the fewer rounds
-  int32_t device = 0;             // CUDA ordinal that all pointers and the stream belong to
+  // Blocks that share right operands' copies, and warpgroups that multiply in each: 1 or 2; 0: what takes the least
+  // time.
+  int32_t cluster = 0, warpgroups = 0;
+  int32_t device = 0;  // CUDA ordinal that all pointers and the stream belong to
 };
 
 // Why these params can't be taken, as a sentence; nullptr: they can. Looks at no data.

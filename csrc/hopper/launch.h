@@ -29,15 +29,15 @@ bool describe(TensorMap& map, const StepMatrix& m, int columns, int rows, int ti
   return make_map<T>(map, m.data, pages > 0 ? 3 : 2, sizes, strides, box) == 0;
 }
 
-// Whether the driver describes all that the kernel copies.
+// Whether the driver describes all that the kernel copies, in tiles of a block's rows or a warpgroup's.
 template <class T>
-bool describe_all(TensorMap (&maps)[kMaps], const FfnStepParams& p) {
+bool describe_all(TensorMap (&maps)[kMaps], const FfnStepParams& p, int tile_rows) {
   const int half = kColumns / 2, branches = 1 + p.gated;
   const StepProduct& first = p.products[0];
   bool good = true;
   for (int i = 0; i < p.product_count; ++i) {
     const StepProduct& product = p.products[i];
-    good = good && describe<T>(maps[kLeft + i], product.left, product.depth, p.rows, kRows);
+    good = good && describe<T>(maps[kLeft + i], product.left, product.depth, p.rows, tile_rows);
     if (p.columns > 0 && product.across)
       good = good && describe<T>(maps[kRight + i], product.right, p.columns, product.depth, kDepth);
     else if (p.columns > 0)
@@ -47,8 +47,8 @@ bool describe_all(TensorMap (&maps)[kMaps], const FfnStepParams& p) {
     const StepMatrix pre{p.pre, p.columns}, dpre{p.dpre, p.columns};
     const bool reads = p.kind == StepKind::kDHidden;
     good = good && describe<T>(maps[kGate], p.gate, first.depth, p.columns, half) &&
-           (reads ? describe<T>(maps[kRead], pre, p.columns, p.rows, kRows, branches)
-                  : describe<T>(maps[kRead], p.residual, p.columns, p.rows, kRows)) &&
+           (reads ? describe<T>(maps[kRead], pre, p.columns, p.rows, tile_rows, branches)
+                  : describe<T>(maps[kRead], p.residual, p.columns, p.rows, tile_rows)) &&
            describe<T>(maps[kPre], reads ? dpre : pre, p.columns, p.rows, kGroupRows, branches) &&
            describe<T>(maps[kResult], p.result, p.columns, p.rows, kGroupRows);
   }
@@ -64,7 +64,7 @@ template <class T, class Launch>
 int launch_step(const FfnStepParams& p, Launch launch) {
   StepArgs args{make_plan(p), p.activation, p.bias, p.gate_bias, {}};
   if (args.plan.tiles == 0) return 0;
-  if (!describe_all<T>(args.maps, p)) return kStepNoMap;
+  if (!describe_all<T>(args.maps, p, args.plan.tile_rows)) return kStepNoMap;
   return launch(step_kernel_of<T>(p.kind, p.gated), args.plan.clusters * args.plan.cluster, args);
 }
 

@@ -7,7 +7,7 @@
 namespace memvp::hopper {
 
 // A tile is 128 x 256 sums, 64 rows to each of two warpgroups: 128 registers a thread. A step along k brings 64 of both
-// operands, and four steps are under way at once.
+// operands, and four steps are under way at once. Where tiles are few, one warpgroup has 64 rows and the other nothing.
 constexpr int kRows = 128, kColumns = 256, kDepth = 64, kStages = 4;
 constexpr int kGroups = 2, kGroupRows = kRows / kGroups, kGroupThreads = 128;
 constexpr int kThreads = kGroupThreads * (1 + kGroups);  // one more warpgroup asks for the copies
@@ -19,9 +19,9 @@ constexpr int kPiece = 64, kPieces = kColumns / kPiece, kBuffers = 2;
 constexpr int kRingBytes = kStages * kStageBytes, kStagingBytes = kGroups * kBuffers * kBlockBytes;
 constexpr int kSharedBytes = kRingBytes + kStagingBytes + 2 * kStages * 8;
 static_assert(kSharedBytes <= 227 << 10, "shared memory of one block");
-// Row tiles side by side, all of them before the next column: 16 of 16 KB and 8 columns of 32 KB a step are the least
+// Rows side by side, all of them before the next column: 16 tiles of 16 KB and 8 columns of 32 KB a step are the least
 // that 132 blocks can read between them.
-constexpr int kGroupTiles = 16;
+constexpr int kSideRows = 16 * kRows;
 
 // Of StepArgs::maps. An operand of product i is at kLeft + i and kRight + i; kShared is one more product.
 constexpr int kShared = kMostProducts;
@@ -29,18 +29,19 @@ enum Map { kLeft = 0, kRight = 4, kGate = 8, kRead, kPre, kResult, kSharedResult
 
 struct StepPlan {
   int32_t rows, columns, shared_columns;
-  int32_t cluster;  // blocks with the same columns of neighbouring rows, whose right operands are copied once for all
-  int32_t
-      row_units;  // of so many row tiles; a unit and a column tile are what a cluster takes, its blocks a row tile each
-  int32_t column_tiles, ffn_tiles, tiles, clusters, group;  // group: units side by side
-  int32_t tile_columns;                                     // 256, or 128 of gate's and key's
+  // Blocks with the same columns of neighbouring rows, whose right operands are copied once for all of them; and of
+  // each block the warpgroups that multiply.
+  int32_t cluster, groups;
+  int32_t tile_rows, tile_columns;  // of a block: 64 a warpgroup; 256, or 128 of gate's and key's
+  // A unit is the row tiles of a cluster, a tile what it takes at a time, `side` units are side by side.
+  int32_t units, side, column_tiles, ffn_tiles, tiles, clusters;
   int32_t products;
   int32_t depth[kMostProducts + 1];
   bool across[kMostProducts + 1];
   bool reads, keeps_pre, keeps_result;  // the epilogue has something to read; stores these
 };
 
-// Where a block's tile is, and which products it is the sum of. The last unit's may begin past the last row.
+// Where a block's tile is, and which products it is the sum of. In the last unit it may begin past the last row.
 struct Tile {
   int row, column;
   int first_product, end_product;
@@ -52,9 +53,9 @@ MEMVP_HOST_DEVICE inline Tile tile_of(const StepPlan& plan, int number, int rank
   if (shared) number -= plan.ffn_tiles;
   const int width = shared ? kColumns : plan.tile_columns;
   const int columns = shared ? ceil_div(plan.shared_columns, kColumns) : plan.column_tiles;
-  const int per_group = plan.group * columns, first = number / per_group * plan.group;
-  const int rows = least(plan.row_units - first, plan.group), inside = number % per_group;
-  return {((first + inside % rows) * plan.cluster + rank) * kRows, inside / rows * width, shared ? kShared : 0,
+  const int per_group = plan.side * columns, first = number / per_group * plan.side;
+  const int rows = least(plan.units - first, plan.side), inside = number % per_group;
+  return {((first + inside % rows) * plan.cluster + rank) * plan.tile_rows, inside / rows * width, shared ? kShared : 0,
           shared ? kShared + 1 : plan.products, shared};
 }
 
@@ -74,6 +75,7 @@ inline const char* why_unsupported(const FfnStepParams& p) {
   if (p.rows < 0 || p.columns < 0 || p.shared_columns < 0) return "a size is negative";
   if (p.multiprocessors < 1) return "multiprocessors must be the device's own number";
   if (p.cluster < 0 || p.cluster > least(2, p.multiprocessors)) return "a cluster is one block or two";
+  if (p.warpgroups < 0 || p.warpgroups > kGroups) return "one warpgroup multiplies, or two";
   if (p.rows == 0) return nullptr;  // nothing to do
   if (p.columns % 8 != 0) return "the columns must be a multiple of 8";
   if (p.product_count < 1 || p.product_count > (output ? kMostProducts : 1))
@@ -99,13 +101,32 @@ inline const char* why_unsupported(const FfnStepParams& p) {
   if (output && ffn && p.result.data == nullptr) return "the result is missing";
   if (shared && (p.shared.data == nullptr || p.shared_result.data == nullptr)) return "the shared columns are missing";
   const int64_t across = ceil_div<int64_t>(p.columns, kColumns / 2) + ceil_div<int64_t>(p.shared_columns, kColumns);
-  if (ceil_div<int64_t>(p.rows, kRows) * across >= int64_t{1} << 30) return "the step has too many tiles";
+  if (ceil_div<int64_t>(p.rows, kGroupRows) * across >= int64_t{1} << 30) return "the step has too many tiles";
   return nullptr;
 }
 
-// Units times column tiles: what so many clusters take one after the other.
-inline int rounds(int row_tiles, int columns, int cluster, int multiprocessors) {
-  return ceil_div(ceil_div(row_tiles, cluster) * columns, greatest(multiprocessors / cluster, 1));
+// How a step is shared out: blocks of a cluster, warpgroups of a block that multiply.
+struct Form {
+  int cluster, groups;
+};
+
+// What the clusters take one after the other, in tiles of 64 rows.
+inline int64_t rounds(const Form& form, int rows, int columns, int multiprocessors) {
+  const int64_t tiles = ceil_div(rows, form.cluster * form.groups * kGroupRows) * int64_t{columns};
+  return ceil_div<int64_t>(tiles, multiprocessors / form.cluster) * form.groups;
+}
+
+// The fewest rounds; among equals what copies the least for a product.
+inline Form form_of(const FfnStepParams& p, int columns) {
+  Form best{0, 0};
+  for (const Form& form : {Form{2, 2}, Form{1, 2}, Form{2, 1}, Form{1, 1}}) {
+    if (p.cluster > 0 ? form.cluster != p.cluster : form.cluster > 1 && p.rows <= form.groups * kGroupRows) continue;
+    if ((p.warpgroups > 0 && form.groups != p.warpgroups) || form.cluster > p.multiprocessors) continue;
+    if (best.cluster == 0 ||
+        rounds(form, p.rows, columns, p.multiprocessors) < rounds(best, p.rows, columns, p.multiprocessors))
+      best = form;
+  }
+  return best;
 }
 
 // Of params that why_unsupported has nothing against.
@@ -116,16 +137,16 @@ inline StepPlan make_plan(const FfnStepParams& p) {
   plan.shared_columns = p.shared_columns;
   plan.tile_columns = p.kind == StepKind::kHidden && p.gated ? kColumns / 2 : kColumns;
   plan.column_tiles = ceil_div(p.columns, plan.tile_columns);
-  const int row_tiles = ceil_div(p.rows, kRows), shared_tiles = ceil_div(p.shared_columns, kColumns);
-  const int columns = plan.column_tiles + shared_tiles, most = p.multiprocessors;
-  const bool pairs =
-      row_tiles > 1 && most > 1 && rounds(row_tiles, columns, 2, most) <= rounds(row_tiles, columns, 1, most);
-  plan.cluster = p.cluster > 0 ? p.cluster : 1 + pairs;
-  plan.row_units = ceil_div(row_tiles, plan.cluster);
-  plan.ffn_tiles = plan.row_units * plan.column_tiles;
-  plan.tiles = plan.row_units * columns;
-  plan.clusters = least(plan.tiles, most / plan.cluster);
-  plan.group = kGroupTiles / plan.cluster;
+  const int columns = plan.column_tiles + ceil_div(p.shared_columns, kColumns);
+  const Form form = form_of(p, columns);
+  plan.cluster = form.cluster;
+  plan.groups = form.groups;
+  plan.tile_rows = form.groups * kGroupRows;
+  plan.units = ceil_div(p.rows, form.cluster * plan.tile_rows);
+  plan.side = kSideRows / (form.cluster * plan.tile_rows);
+  plan.ffn_tiles = plan.units * plan.column_tiles;
+  plan.tiles = plan.units * columns;
+  plan.clusters = least(plan.tiles, p.multiprocessors / form.cluster);
   plan.products = p.product_count;
   for (int i = 0; i < p.product_count; ++i) {
     plan.depth[i] = p.products[i].depth;

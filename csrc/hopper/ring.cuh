@@ -53,7 +53,7 @@ MEMVP_DEVICE void copy_product(const StepArgs& args, const Shared& shared, Turn&
       load_tile(to, map, shared.full[turn.stage], column, row);
   };
   for (int k = 0; k < plan.depth[product]; k += kDepth, turn.next()) {
-    unsigned char* const stage = begin_stage(shared, turn, kStageBytes);
+    unsigned char* const stage = begin_stage(shared, turn, plan.groups * kBlockBytes + kRightBytes);
     load_tile(stage, left, shared.full[turn.stage], k, at.row);
 #pragma unroll 1
     for (int half = together ? rank : 0; half < (together ? rank + 1 : 2); ++half) {
@@ -76,7 +76,7 @@ template <StepKind kKind, bool kGated>
 MEMVP_DEVICE void copy_read(const StepArgs& args, const Shared& shared, Turn& turn, const Tile& at) {
   const int end = least(at.column + kColumns, args.plan.columns);
   for (int column = at.column; column < end; column += kPiece, turn.next()) {
-    unsigned char* stage = begin_stage(shared, turn, (1 + kGated) * kLeftBytes);
+    unsigned char* stage = begin_stage(shared, turn, (1 + kGated) * args.plan.groups * kBlockBytes);
     Barrier& full = shared.full[turn.stage];
     if constexpr (kKind == StepKind::kOutput) {
       load_tile(stage, args.maps[kRead], full, column, at.row);

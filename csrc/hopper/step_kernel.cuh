@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(kThreads, 1) ffn_step_kernel(const __grid_cons
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       init_barrier(shared.full[stage], 1);
-      init_barrier(shared.empty[stage], args.plan.cluster * kGroups * kGroupThreads / 32);  // each warp that multiplies
+      init_barrier(shared.empty[stage],
+                   args.plan.cluster * args.plan.groups * kGroupThreads / 32);  // each warp that multiplies
     }
     publish_barriers();
   }
@@ -65,13 +66,13 @@ __global__ void __launch_bounds__(kThreads, 1) ffn_step_kernel(const __grid_cons
     sync_cluster();
   else
     __syncthreads();
-  const int group = static_cast<int>(threadIdx.x) / kGroupThreads - 1;
+  const int group = uniform(static_cast<int>(threadIdx.x) / kGroupThreads) - 1;
   if (group < 0) {
     lower_registers<kFewRegisters>();
     if (threadIdx.x == 0) produce<kKind, kGated>(args, shared);
   } else {
     raise_registers<kManyRegisters>();
-    consume<T, kKind, kGated>(args, shared, group);
+    if (group < args.plan.groups) consume<T, kKind, kGated>(args, shared, group);
   }
   if (together) sync_cluster();  // the other block may still give a stage back here
 }

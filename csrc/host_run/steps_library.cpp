@@ -24,4 +24,11 @@ int memvp_host_step(const memvp::FfnStepParams* params, const memvp::host_run::O
 const char* memvp_host_step_unsupported(const memvp::FfnStepParams* params) {
   return memvp::hopper::why_unsupported(*params);
 }
+
+// How a step is shared out: blocks of a cluster, warpgroups that multiply.
+void memvp_host_step_form(const memvp::FfnStepParams* params, int32_t out[2]) {
+  const memvp::hopper::StepPlan plan = memvp::hopper::make_plan(*params);
+  out[0] = plan.cluster;
+  out[1] = plan.groups;
+}
 }

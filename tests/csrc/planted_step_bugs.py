@@ -38,22 +38,26 @@ BUGS: dict[str, Bug] = {
     "columns across by another distance": Bug(RING, "kMajor == Major::kK ? 0 : kBlockBytes", "0"),
     "k across by another distance": Bug(RING, "2 * k : 128 * k", "2 * k : 64 * k"),
     "gate and key swapped": Bug(RING, "half == 0 ? args.maps[kGate] : right", "half == 1 ? args.maps[kGate] : right"),
-    "fewer bytes expected than copied": Bug(RING, "begin_stage(shared, turn, kStageBytes)", "begin_stage(shared, turn, kLeftBytes)"),
+    "fewer bytes expected than copied": Bug(RING, "begin_stage(shared, turn, plan.groups * kBlockBytes + kRightBytes)", "begin_stage(shared, turn, kRightBytes)"),
     "barriers not published": Bug(KERNEL, "    publish_barriers();\n", ""),
-    "a warp too few gives a stage back": Bug(KERNEL, "args.plan.cluster * kGroups * kGroupThreads / 32", "args.plan.cluster * kGroups * kGroupThreads / 32 - 1"),
+    "a warp too few gives a stage back": Bug(KERNEL, "args.plan.cluster * args.plan.groups * kGroupThreads / 32", "args.plan.cluster * args.plan.groups * kGroupThreads / 32 - 1"),
     "more registers than there are": Bug(KERNEL, "kFewRegisters = 40, kManyRegisters = 232;\nstatic_assert(", "kFewRegisters = 80, kManyRegisters = 240;\nstatic_assert(true || "),
     # two blocks together
     "copies into a block that is not there yet": Bug(KERNEL, "    sync_cluster();\n  else\n", "    __syncthreads();\n  else\n"),
     "a block ends before the other has given its stages back": Bug(KERNEL, "  if (together) sync_cluster();", "  //"),
     "a stage given back to one block alone": Bug(RING, "threadIdx.x % 32 == 1 && plan.cluster > 1", "false"),
     "a stage given back twice to one block": Bug(RING, "1 - blockIdx.x % 2)", "blockIdx.x % 2)"),
-    "the other block's warps not counted": Bug(KERNEL, "args.plan.cluster * kGroups * kGroupThreads", "kGroups * kGroupThreads"),
+    "the other block's warps not counted": Bug(KERNEL, "args.plan.cluster * args.plan.groups * kGroupThreads", "args.plan.groups * kGroupThreads"),
     "both blocks ask for the same half": Bug(RING, "half = together ? rank : 0; half < (together ? rank + 1 : 2)", "half = 0; half < (together ? 1 : 2)"),
     "a half for one block alone": Bug(RING, "load_tile_to(3, ", "load_tile_to(1 << rank, "),
-    "both blocks with the same rows": Bug(PLAN, "* plan.cluster + rank) * kRows", "* plan.cluster) * kRows"),
+    "both blocks with the same rows": Bug(PLAN, "* plan.cluster + rank) * plan.tile_rows", "* plan.cluster) * plan.tile_rows"),
     "two clusters with the same tiles": Bug(KERNEL, "static_cast<int>(blockIdx.x) / 2", "static_cast<int>(blockIdx.x) / 4"),
+    # one warpgroup
+    "a warpgroup that multiplies without rows": Bug(KERNEL, "if (group < args.plan.groups) consume", "consume"),
+    "the bytes of two warpgroups' rows expected for one": Bug(RING, "plan.groups * kBlockBytes + kRightBytes", "kStageBytes"),
+    "tiles of two warpgroups' rows for one": Bug(LAUNCH, "describe_all<T>(args.maps, p, args.plan.tile_rows)", "describe_all<T>(args.maps, p, kRows)"),
     # tiles
-    "the last row tiles of a short group": Bug(PLAN, "least(plan.row_units - first, plan.group)", "plan.group"),
+    "the last row tiles of a short group": Bug(PLAN, "least(plan.units - first, plan.side)", "plan.side"),
     "a column tile forgotten": Bug(PLAN, "plan.column_tiles = ceil_div(p.columns, plan.tile_columns)", "plan.column_tiles = greatest(1, p.columns / plan.tile_columns)"),
     "shared columns from the first product's right": Bug(LAUNCH, "describe<T>(maps[kRight + kShared], p.shared,", "describe<T>(maps[kRight + kShared], first.right,"),
     # pieces
@@ -81,9 +85,14 @@ QUICK = ("a warpgroup without rows loses count of its stores",)  # in every run 
 def cases() -> Iterator[tuple[StepCase, dict[str, Any]]]:
     """Small cases that reach all of the kernel between them, with the order and the seed to run each in."""
     schedules = [("forward", 1), ("reverse", 1), ("random", 1), ("random", 2)]
-    for (order, seed), cluster in itertools.product(schedules, (1, 2)):
+    for (order, seed), (cluster, warpgroups) in itertools.product(schedules, ((1, 2), (2, 2), (2, 1))):
         how = {"order": order, "seed": seed, "resident": 2 * cluster}
-        same: dict[str, Any] = {"seed": seed, "cluster": cluster, "multiprocessors": 2 * cluster}
+        same: dict[str, Any] = {
+            "seed": seed,
+            "cluster": cluster,
+            "warpgroups": warpgroups,
+            "multiprocessors": 2 * cluster,
+        }
         yield hidden_case(300, 264, 200, M=24, bias="wide", **same), how
         yield output_case(300, 264, (136, 72, 24), across="+-+", bias="same", residual="in place", **same), how
         yield dhidden_case(300, 264, 72, M=24, in_place=True, **same), how

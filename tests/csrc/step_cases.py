@@ -87,7 +87,7 @@ def in_order(seed: int) -> Multiply:
 
 def hidden_case(
     N: int, F: int, d: int, *, M: int = 0, dtype: torch.dtype = torch.bfloat16, seed: int = 0, activation: str = "silu", gated: bool = True,
-    bias: str | None = None, keep: str = "hidden pre", multiprocessors: int = 2, cluster: int = 0,
+    bias: str | None = None, keep: str = "hidden pre", multiprocessors: int = 2, cluster: int = 0, warpgroups: int = 0,
 ) -> StepCase:  # fmt: skip
     """keep: which of "hidden" and "pre" are stored."""
     draw = Draw(dtype, seed)
@@ -107,14 +107,14 @@ def hidden_case(
 
     step = Step(
         "hidden", F, [(x, key.T)], activation=activation, gate=gate, bias=key_bias, gate_bias=gate_bias, result=_tensor(hidden), pre=_tensor(pre),
-        shared=memory, shared_result=_tensor(columns), multiprocessors=multiprocessors, cluster=cluster,
+        shared=memory, shared_result=_tensor(columns), multiprocessors=multiprocessors, cluster=cluster, warpgroups=warpgroups,
     )  # fmt: skip
     return _case(step, {"hidden": hidden, "pre": pre, "columns": columns}, compute)
 
 
 def output_case(
     N: int, d: int, depths: tuple[int, ...], *, across: str = "++-", dtype: torch.dtype = torch.bfloat16, seed: int = 0, bias: str | None = None,
-    residual: str | None = None, multiprocessors: int = 2, cluster: int = 0,
+    residual: str | None = None, multiprocessors: int = 2, cluster: int = 0, warpgroups: int = 0,
 ) -> StepCase:  # fmt: skip
     """across: of each product, "+" with right (K, d) as it lies, "-" its transpose. residual: None, "other" or "in place"."""
     draw = Draw(dtype, seed)
@@ -135,14 +135,14 @@ def output_case(
     ]  # fmt: skip
     step = Step(
         "output", d, products, bias=bias_, residual=y.tensor if residual == "in place" else start, result=y.tensor,
-        multiprocessors=multiprocessors, cluster=cluster,
+        multiprocessors=multiprocessors, cluster=cluster, warpgroups=warpgroups,
     )  # fmt: skip
     return _case(step, {"y": y}, compute)
 
 
 def dhidden_case(
     N: int, F: int, d: int, *, M: int = 0, dtype: torch.dtype = torch.bfloat16, seed: int = 0, activation: str = "silu", gated: bool = True,
-    across: bool = False, in_place: bool = False, multiprocessors: int = 2, cluster: int = 0,
+    across: bool = False, in_place: bool = False, multiprocessors: int = 2, cluster: int = 0, warpgroups: int = 0,
 ) -> StepCase:  # fmt: skip
     """across: value (F, d) as the transpose of contiguous (d, F), the layout of a model's down projection."""
     draw = Draw(dtype, seed)
@@ -163,7 +163,7 @@ def dhidden_case(
     right = value.T.contiguous() if across else value.T
     step = Step(
         "dhidden", F, [(dy, right)], activation=activation, pre=dpre.tensor if in_place else pre, dpre=dpre.tensor, shared=memory,
-        shared_result=_tensor(columns), multiprocessors=multiprocessors, cluster=cluster,
+        shared_result=_tensor(columns), multiprocessors=multiprocessors, cluster=cluster, warpgroups=warpgroups,
     )  # fmt: skip
     return _case(step, {"dpre": dpre, "columns": columns}, compute)
 

@@ -56,7 +56,7 @@ class StepParams(ctypes.Structure):
         ("gated", ctypes.c_bool),
         ("shared", Matrix),
         ("shared_result", Matrix),
-        *((name, ctypes.c_int32) for name in ("shared_columns", "multiprocessors", "cluster", "device")),
+        *((name, ctypes.c_int32) for name in ("shared_columns", "multiprocessors", "cluster", "warpgroups", "device")),
     )
 
 
@@ -75,13 +75,13 @@ class Step:
         self, kind: str, columns: int, products: list[tuple[Tensor, Tensor | None]], *, activation: str = "silu", gate: Tensor | None = None,
         bias: Tensor | None = None, gate_bias: Tensor | None = None, residual: Tensor | None = None, result: Tensor | None = None,
         pre: Tensor | None = None, dpre: Tensor | None = None, shared: Tensor | None = None, shared_result: Tensor | None = None,
-        multiprocessors: int = 2, cluster: int = 0,
+        multiprocessors: int = 2, cluster: int = 0, warpgroups: int = 0,
     ) -> None:  # fmt: skip
         first = products[0][0]
         p = self.params = StepParams()
         p.type, p.kind, p.activation = TYPES[first.dtype], KINDS[kind], ACTIVATIONS[activation]
         p.rows, p.columns = first.shape[0], columns
-        p.multiprocessors, p.cluster = multiprocessors, cluster
+        p.multiprocessors, p.cluster, p.warpgroups = multiprocessors, cluster, warpgroups
         self.read: list[Tensor] = []
         for i, (left, right) in enumerate(products):
             p.products[i].left, p.products[i].depth = self._matrix(left), left.shape[1]
@@ -147,3 +147,9 @@ class StepsLibrary:
     def unsupported(self, step: Step) -> str | None:
         text = self._library.memvp_host_step_unsupported(ctypes.byref(step.params))
         return None if text is None else str(text.decode())
+
+    def form(self, params: StepParams) -> tuple[int, int]:
+        """(blocks of a cluster, warpgroups that multiply) of a step of these sizes; looks at no data."""
+        out = (ctypes.c_int32 * 2)()
+        self._library.memvp_host_step_form(ctypes.byref(params), out)
+        return out[0], out[1]

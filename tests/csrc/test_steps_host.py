@@ -12,7 +12,7 @@ import torch
 from tests.csrc.host_run import ACTIVATIONS, ORDERS, compiler
 from tests.csrc.planted_step_bugs import BUGS, QUICK, noticed
 from tests.csrc.step_cases import StepCase, columns_case, dhidden_case, hidden_case, output_case
-from tests.csrc.steps_host import StepsLibrary
+from tests.csrc.steps_host import KINDS, StepParams, StepsLibrary
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 
@@ -79,13 +79,19 @@ def test_dhidden(library: StepsLibrary, name: str) -> None:
     check(library, dhidden_case(**DHIDDEN[name]))
 
 
-@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("form", [(1, 2), (2, 2), (2, 1)], ids=str)
 @pytest.mark.parametrize("order", ORDERS)
-def test_any_order(library: StepsLibrary, order: str, cluster: int) -> None:
+def test_any_order(library: StepsLibrary, order: str, form: tuple[int, int]) -> None:
     """However copies and products fall, and whichever of the blocks are resident. Of two together the last one has no rows."""
     for seed in (1, 2) if order == "random" else (1,):
         how: dict[str, Any] = {"order": order, "seed": seed, "resident": 1 + seed}
-        same: dict[str, Any] = {"seed": seed, "cluster": cluster, "multiprocessors": 3 * cluster}
+        cluster, warpgroups = form
+        same: dict[str, Any] = {
+            "seed": seed,
+            "cluster": cluster,
+            "warpgroups": warpgroups,
+            "multiprocessors": 3 * cluster,
+        }
         check(library, hidden_case(300, 264, 72, M=24, **same), **how)
         check(
             library, output_case(300, 264, (136, 72, 24), across="+-+", bias="same", residual="in place", **same), **how
@@ -93,8 +99,10 @@ def test_any_order(library: StepsLibrary, order: str, cluster: int) -> None:
         check(library, dhidden_case(300, 264, 72, M=24, in_place=True, **same), **how)
 
 
-def test_two_blocks_together(library: StepsLibrary) -> None:
-    check(library, hidden_case(1, 264, 72, gated=False, cluster=2))  # of which one has nothing to store
+def test_other_forms(library: StepsLibrary) -> None:
+    check(library, hidden_case(1, 264, 72, gated=False, cluster=2))  # two blocks, of which one has nothing to store
+    check(library, dhidden_case(100, 264, 72, gated=False, warpgroups=1))
+    check(library, output_case(100, 264, (72,), bias="same", residual="other", warpgroups=1, cluster=1))
     check(library, output_case(520, 320, (264,), cluster=2, multiprocessors=5))
     check(library, dhidden_case(256, 264, 72, M=264, across=True, cluster=2))
 
@@ -125,7 +133,8 @@ SWEEP = [
 @pytest.mark.parametrize(("N", "F", "d", "M", "activation", "dtype"), SWEEP)
 def test_sweep(library: StepsLibrary, N: int, F: int, d: int, M: int, activation: str, dtype: torch.dtype) -> None:
     for seed, (gated, flag) in enumerate(itertools.product((True, False), (True, False))):
-        same: dict[str, Any] = {"M": M, "dtype": dtype, "activation": activation, "gated": gated, "seed": seed}
+        form: dict[str, Any] = {"cluster": 1 + gated, "warpgroups": 1 + flag}
+        same: dict[str, Any] = {"M": M, "dtype": dtype, "activation": activation, "gated": gated, "seed": seed, **form}
         bias = "wide" if flag else "same"
         check(library, hidden_case(N, F, d, bias=bias, keep="hidden pre" if flag else "hidden", **same), seed=seed + 1)
         check(library, dhidden_case(N, F, d, across=flag, in_place=not flag, **same), seed=seed + 1)
@@ -140,8 +149,19 @@ def test_sweep(library: StepsLibrary, N: int, F: int, d: int, M: int, activation
                 bias=bias,
                 residual="other" if gated else None,
                 dtype=dtype,
+                **form,
             ),
         )
+
+
+def test_which_form_a_step_takes(library: StepsLibrary) -> None:
+    """Of an output of LLaMA-7B on 132 multiprocessors: few tiles are halved, many keep 128 rows and go by two blocks."""
+    found = {}
+    for rows in (32, 100, 512, 1024, 8192):
+        p = StepParams()
+        p.kind, p.rows, p.columns, p.product_count, p.multiprocessors = KINDS["output"], rows, 4096, 1, 132
+        found[rows] = library.form(p)
+    assert found == {32: (1, 1), 100: (2, 1), 512: (2, 1), 1024: (2, 2), 8192: (2, 2)}
 
 
 def test_says_what_it_does_not_take(library: StepsLibrary) -> None:
@@ -161,6 +181,7 @@ def test_says_what_it_does_not_take(library: StepsLibrary) -> None:
     assert "multiprocessors" in str(of(multiprocessors=0))
     assert "one block or two" in str(of(cluster=3))
     assert "one block or two" in str(of(cluster=2, multiprocessors=1))
+    assert "one warpgroup multiplies, or two" in str(of(warpgroups=3))
     step = output_case(8, 16, (8,)).step
     step.params.products[0].left.stride = 12
     assert "by 16 bytes" in str(library.unsupported(step))
