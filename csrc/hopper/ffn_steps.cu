@@ -1,4 +1,4 @@
-// The device side of the launcher: one kernel in the caller's stream.
+// The device side of the launcher: one kernel in the caller's stream, which begins while the launch ahead ends.
 #include <cuda_runtime.h>
 
 #include <mutex>
@@ -39,12 +39,14 @@ int ffn_step_launch(const FfnStepParams& params, void* stream) {
     config.blockDim = dim3(hopper::kThreads);
     config.dynamicSmemBytes = hopper::kSharedBytes;
     config.stream = static_cast<cudaStream_t>(stream);
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = static_cast<unsigned>(args.plan.cluster);
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster;
-    config.numAttrs = args.plan.cluster > 1 ? 1 : 0;
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = static_cast<unsigned>(args.plan.cluster);
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    config.attrs = attributes;
+    config.numAttrs = args.plan.cluster > 1 ? 2 : 1;
     return cudaLaunchKernelEx(&config, kernel, args);
   });
 }

@@ -62,6 +62,9 @@ __global__ void __launch_bounds__(kThreads, 1) ffn_step_kernel(const __grid_cons
     }
     publish_barriers();
   }
+  // Before the first access to memory: the launch ahead may not have ended. The next one's blocks wait in their turn.
+  wait_for_previous_grid();
+  let_next_grid_begin();
   if (together)
     sync_cluster();
   else

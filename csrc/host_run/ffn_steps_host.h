@@ -12,6 +12,7 @@ inline Stats run_step(const FfnStepParams& params, const Config& config) {
       hopper::launch_step(params, [&](hopper::StepKernel kernel, int blocks, const hopper::StepArgs& args) {
         Launch launch{static_cast<unsigned>(blocks), hopper::kThreads, hopper::kSharedBytes,
                       [kernel, args] { kernel(args); }};
+        launch.chained = true;
         launch.cluster = static_cast<unsigned>(args.plan.cluster);
         launches.push_back(std::move(launch));
         return 0;

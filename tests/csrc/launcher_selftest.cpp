@@ -212,7 +212,7 @@ void a_step_is_one_launch_of_blocks_that_stay() {
   for (const fake::Launch& launch : all) {
     check(launch.shared_bytes == hopper::kSharedBytes && launch.device == 9,
           "shared memory of the step, on its device");
-    check(!launch.early && !launch.cooperative, "it waits for the stream, and no block for another's place");
+    check(launch.early && !launch.cooperative, "it begins early, and no block waits for another's place");
   }
   check(fake::machine.attribute_calls - before == 1, "shared memory is allowed once");
   check(fake::current_device == 0, "the caller's device is current after a step");

@@ -42,6 +42,7 @@ BUGS: dict[str, Bug] = {
     "barriers not published": Bug(KERNEL, "    publish_barriers();\n", ""),
     "a warp too few gives a stage back": Bug(KERNEL, "args.plan.cluster * args.plan.groups * kGroupThreads / 32", "args.plan.cluster * args.plan.groups * kGroupThreads / 32 - 1"),
     "more registers than there are": Bug(KERNEL, "kFewRegisters = 40, kManyRegisters = 232;\nstatic_assert(", "kFewRegisters = 80, kManyRegisters = 240;\nstatic_assert(true || "),
+    "no wait for the launch before": Bug(KERNEL, "  wait_for_previous_grid();\n", ""),
     # two blocks together
     "copies into a block that is not there yet": Bug(KERNEL, "    sync_cluster();\n  else\n", "    __syncthreads();\n  else\n"),
     "a block ends before the other has given its stages back": Bug(KERNEL, "  if (together) sync_cluster();", "  //"),

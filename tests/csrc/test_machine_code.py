@@ -175,5 +175,6 @@ def test_steps_copy_tiles_and_nothing_else(steps: dict[str, Kernel]) -> None:
         assert kernel.count("UCGABAR_ARV") == kernel.count("UCGABAR_WAIT") == 2, f"{what}: blocks meet first and last"
         # Before the first copy and where the blocks of a cluster meet, not where a stage is given back.
         assert kernel.count("MEMBAR", "GPU") <= 3, f"{what}: fences of the whole chip"
+        assert kernel.count("ACQBULK") == kernel.count("PREEXIT") == 1, f"{what}: the launch before, and the one after"
         assert kernel.count("USETMAXREG") == 2, what
         assert kernel.registers <= REGISTERS // 384, f"{what} begins with {kernel.registers} registers"

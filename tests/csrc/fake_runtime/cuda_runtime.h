@@ -125,15 +125,20 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, 
   const std::lock_guard<std::mutex> lock(fake::machine.mutex);
   const void* const key = reinterpret_cast<const void*>(kernel);
   const size_t allowed = fake::machine.allowed[{key, fake::current_device}];
-  const auto has = [&](cudaLaunchAttributeID id) { return config->numAttrs == 1 && config->attrs->id == id; };
-  const bool early = has(cudaLaunchAttributeProgrammaticStreamSerialization) &&
-                     config->attrs->val.programmaticStreamSerializationAllowed != 0;
-  const bool cooperative = has(cudaLaunchAttributeCooperative) && config->attrs->val.cooperative != 0;
+  const auto value = [&](cudaLaunchAttributeID id, auto read, unsigned otherwise) {
+    for (unsigned i = 0; i < config->numAttrs; ++i)
+      if (config->attrs[i].id == id) return static_cast<unsigned>(read(config->attrs[i].val));
+    return otherwise;
+  };
+  const bool early = value(
+      cudaLaunchAttributeProgrammaticStreamSerialization,
+      [](const auto& v) { return v.programmaticStreamSerializationAllowed; }, 0);
+  const bool cooperative = value(cudaLaunchAttributeCooperative, [](const auto& v) { return v.cooperative; }, 0);
+  const unsigned cluster = value(cudaLaunchAttributeClusterDimension, [](const auto& v) { return v.clusterDim.x; }, 1);
   if (cooperative && config->gridDim.x > fake::machine.resident)
     return fake::machine.last_error = cudaErrorCooperativeLaunchTooLarge;
-  fake::machine.launches.push_back({key, fake::current_device, config->dynamicSmemBytes, allowed, early, cooperative,
-                                    config->gridDim.x,
-                                    has(cudaLaunchAttributeClusterDimension) ? config->attrs->val.clusterDim.x : 1});
+  fake::machine.launches.push_back(
+      {key, fake::current_device, config->dynamicSmemBytes, allowed, early, cooperative, config->gridDim.x, cluster});
   return config->dynamicSmemBytes <= allowed ? cudaSuccess : cudaErrorInvalidValue;
 }
 inline cudaError_t cudaGetLastError() {
