@@ -144,8 +144,8 @@ def parts(device: str) -> list[Part]:
         Part("tests-cuda", 40, tests("tests/csrc", *ignored), pytest_needs, built),
         Part("tests-triton", 45, tests("tests/triton", *ignored), pytest_needs),
         Part("decode", 50, program("decode")),
-        Part("latency", 60, program("latency", *large, "--batch", "16", "1", "64", "--text-length", "64")),
-        Part("training", 60, program("training", *large, "--batch", "16", "4", "--text-length", "64")),
+        Part("latency", 55, program("latency", *large, "--batch", "16", "1", "64", "--text-length", "64")),
+        Part("training", 55, program("training", *large, "--batch", "16", "4", "--text-length", "64")),
         Part("kernels", 35, program("kernels", *large, "--batch", "16", "1", "--text-length", "512")),
         Part(
             "quantized",
@@ -154,10 +154,10 @@ def parts(device: str) -> list[Part]:
             quantized_needs,
         ),
         # Where one of these hangs, nothing comes after it in its part.
-        Part("tests-rings", 20, tests(*RING_TESTS), pytest_needs, built),
+        Part("tests-rings", 35, tests(*RING_TESTS), pytest_needs, built),
         Part("rings", 25, rings),
         sanitizer("memcheck"),
-        Part("sweep", 25, program("sweep", "--preset", "llama-7b")),
+        Part("sweep", 20, program("sweep", "--preset", "llama-7b")),
         sanitizer("racecheck"),
         Part("tests", 15, tests("tests", "--ignore=tests/csrc", "--ignore=tests/triton"), pytest_needs),
     ]

@@ -20,8 +20,10 @@ __all__ = ["TILES", "fits", "ring_cycles", "ring_tile"]
 #: By road, widest first: rows, accumulated columns (gate's and key's together) and step of a product, warps that multiply, stages.
 TILES: dict[str, tuple[Tile, ...]] = {
     "gluon": (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
-    "wgmma": (Tile(128, 256, 64, 8, 4),),
+    "wgmma": (Tile(128, 256, 64, 8, 4), Tile(64, 256, 64, 4, 4)),
 }
+#: Programs that have the same columns side by side, each of which copies its share of the right operand to all (csrc/hopper/plan.h).
+_CLUSTER = {"gluon": 1, "wgmma": 2}
 _ITEMSIZE = 2
 
 
@@ -33,10 +35,12 @@ def fits(chip: Chip, shape: Shape) -> bool:
 @lru_cache(tiles.REMEMBERED)
 def ring_tile(chip: Chip, road: str, rows: int, columns: tuple[int, ...], depth: int) -> Tile:
     """The tile of a launch, see `ring_cycles`; of equal cost the widest."""
-    return min(TILES[road], key=lambda tile: ring_cycles(chip, tile, rows, columns, depth))
+    return min(TILES[road], key=lambda tile: ring_cycles(chip, road, tile, rows, columns, depth))
 
 
-def ring_cycles(chip: Chip, tile: Tile, rows: int, columns: tuple[int, ...], depth: int, rate: float = 1.0) -> float:
+def ring_cycles(
+    chip: Chip, road: str, tile: Tile, rows: int, columns: tuple[int, ...], depth: int, rate: float = 1.0
+) -> float:
     """Predicted clock cycles of one launch.
 
     Args:
@@ -49,7 +53,7 @@ def ring_cycles(chip: Chip, tile: Tile, rows: int, columns: tuple[int, ...], dep
     waves = math.ceil(count / chip.multiprocessors)
     flops = 2 * tile.block_n * tile.columns * tile.block_k
     products = flops / (chip.tensor * tiles.wide_efficiency(tile.columns) * rate)
-    delivered = (tile.block_n + tile.columns) * tile.block_k * _ITEMSIZE / chip.l2
+    delivered = (tile.block_n + tile.columns / _CLUSTER[road]) * tile.block_k * _ITEMSIZE / chip.l2
     store = tile.block_n * tile.columns * _ITEMSIZE / chip.l2
     moved = (rows * depth + (depth + rows) * sum(columns)) * _ITEMSIZE
     cycles = tiles.FILL + waves * (math.ceil(depth / tile.block_k) * max(products, delivered) + store)

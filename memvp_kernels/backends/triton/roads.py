@@ -103,7 +103,7 @@ def _ring_cycles(chip: Chip, shape: Shape, step: str, road: str, rates: Rates) -
             columns, depth = (s.width,), s.pairs * (s.branches if step == "dinput" else 1) + slots
         tile = ring_tiles.ring_tile(chip, road, s.rows, columns, depth)
         yield ring_tiles.ring_cycles(
-            chip, tile, s.rows, columns, depth, {"gluon": rates.gluon, "wgmma": rates.extension}[road]
+            chip, road, tile, s.rows, columns, depth, {"gluon": rates.gluon, "wgmma": rates.extension}[road]
         )
         yield _beyond(chip, s, step)
     if s.slots and not inside:

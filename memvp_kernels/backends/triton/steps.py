@@ -11,6 +11,8 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
+import torch
+
 from memvp_kernels.backends.triton import launch, library, roads, wgmma
 from memvp_kernels.backends.triton.dhidden import dhidden_backward
 from memvp_kernels.backends.triton.dinput import dinput_backward
@@ -20,7 +22,7 @@ from memvp_kernels.backends.triton.output import output_forward
 from memvp_kernels.backends.triton.shape import Shape
 from memvp_kernels.problem import Problem
 
-__all__ = ["ON_ROAD", "Fused", "Gluon", "Library", "Steps", "Wgmma", "forced", "shape_of", "steps_of"]
+__all__ = ["ON_ROAD", "Fused", "Gluon", "Library", "Steps", "Wgmma", "forced", "missing", "shape_of", "steps_of"]
 
 
 class Library:
@@ -88,6 +90,15 @@ def forced(road: str | None) -> Iterator[None]:
         yield
     finally:
         _forced = known
+
+
+def missing(road: str, device: torch.device) -> str | None:
+    """Why every step of a road would be its fused twin's on this device; None: not so."""
+    if road == "wgmma":
+        return wgmma.missing(device)
+    if road == "gluon" and launch.architecture(device) != 90:
+        return f"the gluon road's kernels are Hopper's (sm_90), and {device} is sm_{launch.architecture(device)}"
+    return None
 
 
 def steps_of(problem: Problem) -> Steps:
