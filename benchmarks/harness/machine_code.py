@@ -17,7 +17,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from memvp_kernels.backends.triton import launch
 from memvp_kernels.backends.triton.steps import forced
 
-__all__ = ["Compiled", "Loop", "Machine", "inspect", "offline", "waits_first"]
+__all__ = ["Compiled", "Loop", "Machine", "inspect", "offline", "read", "tool", "waits_first"]
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA")
@@ -191,25 +191,40 @@ def inspect(compiled: Any) -> Machine:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = _tool("cuobjdump", "-res-usage", cubin)
-        sass = _tool("nvdisasm", "-c", cubin)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump reported no resource usage:\n{usage}")
+        (found,) = read(cubin).values()
+    metadata = compiled.metadata
+    return replace(
+        found,
+        shared=metadata.shared,
+        warps=metadata.num_warps,
+        tensor_memory=getattr(metadata, "tmem_size", 0) or 0,
+        follows=metadata.launch_pdl and found.follows,
+    )
+
+
+def read(cubin: Path) -> dict[str, Machine]:
+    """The kernels of a file of machine code by name. What only their launch knows is left out: warps, dynamic shared and tensor memory."""
+    usage = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", tool("cuobjdump", "-res-usage", cubin))
+    bodies = dict(re.findall(r"\.text\.(\S+):\n(.*?)(?=\n\s*\.section|\Z)", tool("nvdisasm", "-c", cubin), re.S))
+    return {
+        name: _machine(bodies[name], int(registers), int(stack), int(shared))
+        for name, registers, stack, shared in usage
+    }
+
+
+def _machine(sass: str, registers: int, stack: int, shared: int) -> Machine:
     code, labels = _instructions(sass)
     counts = collections.Counter(_base(operation) for operation, _ in code)
-    shapes = collections.Counter(operation for operation, _ in code if _base(operation) in _MATRIX)
     return Machine(
-        registers=int(found[1]),
-        stack=int(found[2]),
+        registers=registers,
+        stack=stack,
         spills=counts["LDL"] + counts["STL"],
-        shared=compiled.metadata.shared,
-        warps=compiled.metadata.num_warps,
-        matrix=dict(shapes),
+        shared=shared,
+        warps=0,
+        matrix=dict(collections.Counter(operation for operation, _ in code if _base(operation) in _MATRIX)),
         tensor_loads=counts["UTMALDG"],
-        tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
         loops=tuple(_loops(code, labels)),
-        follows=compiled.metadata.launch_pdl and waits_first([_base(operation) for operation, _ in code]),
+        follows=waits_first([_base(operation) for operation, _ in code]),
     )
 
 
@@ -218,10 +233,12 @@ def waits_first(operations: list[str]) -> bool:
     return _FOLLOWS in operations and not set(operations[: operations.index(_FOLLOWS)]).intersection(_MEMORY)
 
 
-def _tool(name: str, *arguments: object) -> str:
+def tool(name: str, *arguments: object, folder: Path | None = None) -> str:
+    """What one of the CUDA programs of Triton's wheel prints; `folder`: where it runs."""
     environment = {**os.environ, "PATH": f"{_TOOLS}{os.pathsep}{os.environ.get('PATH', '')}"}
     command = [str(_TOOLS / name), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 def _base(operation: str) -> str:
