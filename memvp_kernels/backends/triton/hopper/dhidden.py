@@ -77,7 +77,7 @@ def _waiting(pieces, gated, activation):
     """How many of a tile's pieces may wait beside the next one's accumulator; one more of the wide tile's four spilled 8 to 104 bytes."""
     if not gated:
         return min(pieces, 3)
-    return pieces if pieces <= 2 else 2 if activation in ("silu", "relu") else 0
+    return pieces if pieces <= 2 else 0 if activation == "gelu" else 2
 
 
 @gluon.jit
@@ -171,14 +171,24 @@ def _store_piece(
     pairs, ring, step, buffers, sent, pre_second, dpre_first, dpre_second, row, column, ACTIVATION: gl.constexpr
 ):
     """A piece of the gradients of the pre-activations, which the ring has next; returns the next step, and counts `sent` on."""
+    # What is alive at once decides how many pieces may wait. Tanh's derivative leaves room for key's value beside it, the others only
+    # after key's gradient has left: each the other way round spilled 8 to 104 bytes.
+    EARLY: gl.constexpr = ACTIVATION == "gelu_tanh"
     _, _, full, empty = ring
     b_dhidden = unpacked(pairs, buffers.dtype).to(gl.float32)
     stage = wait_full(full, step)
-    b_active, b_slope = activate_derivative(first_piece(ring, stage).to(gl.float32), ACTIVATION)
-    if pre_second is not None:
-        # Key's gradient leaves before its own value is read: what is alive at once decides how many pieces may wait.
+    b_first = first_piece(ring, stage)
+    if pre_second is not None and EARLY:
+        b_key = second_piece(ring, stage)
+        release(empty, step)
+        b_active, b_slope = activate_derivative(b_first.to(gl.float32), ACTIVATION)
+        sent = store_piece(b_dhidden * b_key.to(gl.float32) * b_slope, buffers, sent, dpre_first, row, column)
         sent = store_piece(b_dhidden * b_active, buffers, sent, dpre_second, row, column)
-        b_dhidden *= second_piece(ring, stage).to(gl.float32)
-    release(empty, step)
-    sent = store_piece(b_dhidden * b_slope, buffers, sent, dpre_first, row, column)
+    else:
+        b_active, b_slope = activate_derivative(b_first.to(gl.float32), ACTIVATION)
+        if pre_second is not None:
+            sent = store_piece(b_dhidden * b_active, buffers, sent, dpre_second, row, column)
+            b_dhidden *= second_piece(ring, stage).to(gl.float32)
+        release(empty, step)
+        sent = store_piece(b_dhidden * b_slope, buffers, sent, dpre_first, row, column)
     return step + 1, sent
