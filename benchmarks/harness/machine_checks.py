@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from harness.machine_cases import Case, launches, problem_of
 from harness.machine_code import Compiled, Machine, inspect
-from memvp_kernels.backends.triton import tiles
+from memvp_kernels.backends.triton import ring_tiles, tiles
 from memvp_kernels.backends.triton.operands import BY_POINTER
 from memvp_kernels.backends.triton.roads import of_launch
 from memvp_kernels.backends.triton.shape import Shape
@@ -48,7 +48,7 @@ class Row:
         multiplies: this launch has a matrix product.
         descriptors: its operands are read through TMA.
         grid: programs.
-        waves: of one program per multiprocessor.
+        waves: of one program per multiprocessor, or where programs stay of one tile.
         predicted: the cost model's time in µs, for the kernels that it describes; nobody measured it.
         machine: None when it did not compile, for the reason in `error`.
         moved: bytes of its operands, each once; what several tiles read again comes from L2.
@@ -94,21 +94,29 @@ def _row(case: Case, architecture: int, launched: Compiled) -> Row:
         warps, stages = launched.kernel.metadata.num_warps, launched.kernel.metadata.num_stages
         machine = inspect(launched.kernel)
     stages = launched.constant("STAGES") or stages
-    tile = Tile(height, columns, block_k, warps, stages, splits=launched.constant("SPLITS") or 1)
     ours = launched.name in GLUON_KERNELS
+    wide = columns * (1 + (launched.constants.get("gate") is not None)) if ours else 0
+    tile = Tile(height, wide or columns, block_k, warps, stages, splits=launched.constant("SPLITS") or 1)
+    count = launched.programs
+    if ours:  # programs that stay, with several tiles each
+        rows, across, _ = _ring(launched)
+        count = -(-rows // height) * sum(-(-n // wide) for n in across)
     operands = [launched.constants.get(name) for name in {**KERNELS, **GLUON_KERNELS}[launched.name]]
     multiplies = any(operand is not None and operand is not False for operand in operands)
     return Row(
         kernel=launched.name, case=case.name, architecture=architecture, dtype=case.number, rows=height, columns=columns,
         block_k=block_k, stages=stages, multiplies=multiplies,
-        descriptors=multiplies and (ours or launched.constant("FORM") != BY_POINTER.value), grid=launched.programs, waves=round(launched.programs / chip.multiprocessors, 2),
+        descriptors=multiplies and (ours or launched.constant("FORM") != BY_POINTER.value), grid=launched.programs, waves=round(count / chip.multiprocessors, 2),
         predicted=_predicted(launched, case, chip, tile), machine=machine, error=launched.error, moved=launched.moved,
-        accumulated=columns * (1 + (launched.constants.get("gate") is not None)) if ours else 0,
+        accumulated=wide,
     )  # fmt: skip
 
 
 def _predicted(launched: Compiled, case: Case, chip: Chip, tile: Tile) -> float | None:
     kernel, pairs, slots = launched.name, launched.constant("F"), launched.constant("M")
+    if kernel in GLUON_KERNELS:
+        cycles = ring_tiles.ring_cycles(chip, "gluon", tile, *_ring(launched))
+        return round(cycles / (chip.clock * 1e3), 1)
     if not pairs or kernel.split("_")[0] not in ("hidden", "dhidden", "output", "dinput"):
         return None
     problem = problem_of(case)
@@ -125,6 +133,15 @@ def _predicted(launched: Compiled, case: Case, chip: Chip, tile: Tile) -> float 
     else:
         cycles = tiles.output_cycles(chip, tile, shape, case.packed)
     return round(cycles / (chip.clock * 1e3), 1)
+
+
+def _ring(launched: Compiled) -> tuple[int, tuple[int, ...], int]:
+    """Rows, columns and depth of a Gluon launch, as the cost model takes them."""
+    rows, pairs, slots, width = (launched.constant(name) for name in ("N", "F", "M", "d"))
+    if launched.name != "gluon_output_kernel":
+        return rows, (pairs * (1 + (launched.constants.get("gate") is not None)), slots), width
+    products = 1 + (launched.constants.get("second_right") is not None)
+    return rows, (width,), products * pairs + slots
 
 
 def complaints(row: Row) -> list[str]:

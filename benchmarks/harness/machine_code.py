@@ -64,17 +64,20 @@ class Compiled:
 
     @property
     def moved(self) -> int:
-        """Bytes of the tensors among its arguments, of those that share a storage the largest."""
-        sizes: dict[int, int] = {}
+        """Bytes of the tensors among its arguments, those that two of them share once."""
+        spans = []
         for argument in self.constants.values():
             described = isinstance(argument, (TensorDescriptor, GluonDescriptor))
             tensor = argument.base if described else argument
             if isinstance(tensor, Tensor):
                 # A descriptor over two weights is longer than its base.
                 shape = argument.shape if described else tensor.shape
-                storage = tensor.untyped_storage().data_ptr()
-                sizes[storage] = max(sizes.get(storage, 0), math.prod(shape) * tensor.element_size())
-        return sum(sizes.values())
+                spans.append((tensor.data_ptr(), tensor.data_ptr() + math.prod(shape) * tensor.element_size()))
+        total = end = 0
+        for first, last in sorted(spans):
+            total += max(last - max(first, end), 0)
+            end = max(end, last)
+        return total
 
 
 class _NoDevice(DriverBase):  # type: ignore[misc]

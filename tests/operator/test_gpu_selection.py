@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ON_DEVICE = {
     "operator/test_against_reference.py", "operator/test_dropout.py", "operator/test_memory_rows.py", "operator/test_on_gpu.py",
     "triton/test_backward.py", "triton/test_backward_needs.py", "triton/test_cases.py", "triton/test_device_code.py",
-    "triton/test_forward.py", "triton/test_gpu.py", "triton/test_large.py",
+    "triton/test_forward.py", "triton/test_gluon.py", "triton/test_gpu.py", "triton/test_large.py",
 }  # fmt: skip
 
 
