@@ -72,6 +72,11 @@ class Chip:
         """The matrix instruction that `tl.dot` becomes: "mma", "wgmma" or "tcgen05"."""
         return {90: "wgmma", 100: "tcgen05", 103: "tcgen05"}.get(self.architecture, "mma")
 
+    @property
+    def chains(self) -> bool:
+        """Whether the backend's launches begin while the one before them ends (:mod:`.chain`)."""
+        return self.family != "mma"
+
 
 _KIB = 1024
 _CHIPS = {
@@ -311,7 +316,7 @@ def _cycles(
 
 def launch_cycles(chip: Chip, rates: Rates = RATES) -> float:
     """Predicted clock cycles between a kernel and one of the backend's own after it (:mod:`.chain`)."""
-    return (rates.chained if chip.architecture >= 90 else rates.launch) * chip.clock * 1e9
+    return (rates.chained if chip.chains else rates.launch) * chip.clock * 1e9
 
 
 def wide_efficiency(wide: int) -> float:
