@@ -19,7 +19,8 @@ _RESERVE = 2 * 1024  # bytes of barriers and descriptors beside the stages
 # (slots, columns, rows per step, warps, most stages) of a tile of a memory gradient. Slots come in multiples of 64 (320 = 5 · 64).
 _OUTER_SHAPES = {
     "descriptors": (64, 256, 64, 4, 4),
-    "pointers": (64, 128, 32, 8, 4),  # steps of 64 spilled 16 bytes on sm_80 with Triton 3.6
+    # Steps of 64 spilled 16 bytes on sm_80 with Triton 3.6, and a fourth stage 8 to 40 at ranks of 48 and 300.
+    "pointers": (64, 128, 32, 8, 3),
     "elements": (64, 64, 16, 4, 3),  # steps of 32 spilled 80 bytes on sm_100
     "tf32": (64, 128, 16, 4, 4),  # steps of 32 spilled 8 bytes on sm_80 with Triton 3.6
     "ieee": (32, 64, 32, 4, 2),  # 64 slots spilled 8 bytes on sm_90 and sm_100
@@ -72,8 +73,7 @@ def dmemory_tile(
         warps = 8  # four spilled 8 bytes with Triton 3.6
     columns = min(columns, tiles._bucket(width))
     if kind == "pointers" and columns <= 64:
-        warps = 4  # eight spilled 16 bytes on sm_80 at a rank of 48, and four stages of both products in one result 40 with Triton 3.6
-        most = 3 if together else most
+        warps = 4  # eight spilled 16 bytes on sm_80 at a rank of 48
     stages = min(most, (chip.shared - _RESERVE) // ((slots + columns) * step * dtype.itemsize))
     return Tile(slots, columns, step, warps, stages)
 
