@@ -30,7 +30,7 @@ from memvp_kernels.backends.triton.segments import memory_row, sequence_bounds, 
 from memvp_kernels.backends.triton.visual import Visual
 from memvp_kernels.problem import Segments
 
-__all__ = ["HiddenGradients", "dhidden_backward", "dhidden_bwd_kernel", "store_visual_gradient"]
+__all__ = ["HiddenGradients", "dhidden_backward", "dhidden_bwd_kernel", "memory_backward", "store_visual_gradient"]
 
 _PIECE = 64  # columns of 16-bit numbers in vectors; of float32 a quarter, of what is loaded one by one half
 
@@ -123,6 +123,23 @@ def dhidden_backward(
             PRECISION=shape.precision, DTYPE=launch.element_type(grad.dtype), num_warps=tile.warps, num_stages=tile.stages, **chained(grad.device),
         )  # fmt: skip
     return made
+
+
+def memory_backward(
+    grad: Tensor,
+    activation: str,
+    memory: Tensor | None,
+    memories: int,
+    scores: Tensor,
+    segments: Segments,
+    visual: Visual | None,
+    *,
+    need_visual: bool,
+) -> HiddenGradients:
+    """The memory's tiles alone, for a road whose FFN is computed elsewhere; arguments as `dhidden_backward`."""
+    return dhidden_backward(
+        grad, None, None, activation, memory, memories, scores, segments, visual, need_visual=need_visual, overwrite=False
+    )  # fmt: skip
 
 
 def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:

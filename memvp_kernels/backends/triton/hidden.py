@@ -34,7 +34,7 @@ from memvp_kernels.backends.triton.segments import memory_row, sequence_bounds, 
 from memvp_kernels.backends.triton.visual import Visual, store_visual_pieces
 from memvp_kernels.problem import Segments
 
-__all__ = ["Products", "hidden_forward", "hidden_fwd_kernel"]
+__all__ = ["Products", "hidden_forward", "hidden_fwd_kernel", "memory_forward"]
 
 STORED_COLUMNS = tl.constexpr(tiles.STORED_COLUMNS)
 
@@ -142,6 +142,15 @@ def hidden_forward(
             num_warps=tile.warps, num_stages=tile.stages, **chained(x.device),
         )  # fmt: skip
     return made
+
+
+def memory_forward(
+    x: Tensor, activation: str, memory: Tensor, segments: Segments, visual: Visual | None, *, save_scores: bool
+) -> Products:
+    """The memory's tiles alone, for a road whose FFN is computed elsewhere; arguments as `hidden_forward`."""
+    return hidden_forward(
+        x, None, None, None, None, activation, memory, segments, visual, save_hidden=False, save_scores=save_scores
+    )
 
 
 def _scores(rows: int, slots: int, x: Tensor, segments: Segments) -> Tensor:

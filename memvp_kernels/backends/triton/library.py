@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from memvp_kernels.backends.triton import launch
-from memvp_kernels.backends.triton.dhidden import HiddenGradients, dhidden_backward
-from memvp_kernels.backends.triton.hidden import Products, hidden_forward
-from memvp_kernels.backends.triton.output import output_forward
+from memvp_kernels.backends.triton.dhidden import HiddenGradients, memory_backward
+from memvp_kernels.backends.triton.hidden import Products, memory_forward
+from memvp_kernels.backends.triton.output import add_own_memory, output_forward
 from memvp_kernels.backends.triton.pointwise import form_dpre, form_hidden
 from memvp_kernels.backends.triton.visual import Visual
 from memvp_kernels.problem import Segments
@@ -59,9 +59,7 @@ def hidden(
     if memory is not None and visual is None and segments.shared:
         made = Products(None, None, None, _columns(x, memory))
     elif memory is not None:
-        made = hidden_forward(
-            x, None, None, None, None, activation, memory, segments, visual, save_hidden=False, save_scores=save_scores
-        )
+        made = memory_forward(x, activation, memory, segments, visual, save_scores=save_scores)
     return Products(formed, pre if save_hidden else None, made.visual, made.scores)
 
 
@@ -109,9 +107,7 @@ def dhidden(
     if memory is not None and scores is None:
         made = HiddenGradients(None, None, None, _columns(grad, memory))
     elif scores is not None:
-        made = dhidden_backward(
-            grad, None, None, activation, memory, memories, scores, segments, visual, need_visual=need_visual, overwrite=False
-        )  # fmt: skip
+        made = memory_backward(grad, activation, memory, memories, scores, segments, visual, need_visual=need_visual)
     return HiddenGradients(dpre, made.dscores, made.visual, made.columns)
 
 
@@ -152,4 +148,4 @@ def _add_memory(y: Tensor, left: Tensor | None, memory: Tensor | None, segments:
         return y
     if segments.shared:
         return y.addmm_(left, memory[0])
-    return output_forward(None, None, None, left, memory, segments, y, y, into=y)
+    return add_own_memory(y, left, memory, segments)

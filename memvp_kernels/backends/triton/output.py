@@ -23,7 +23,7 @@ from memvp_kernels.backends.triton.parts import add_parts, empty_parts
 from memvp_kernels.backends.triton.segments import memory_row, sequence_bounds, sequence_of_row, valid_slots
 from memvp_kernels.problem import Segments
 
-__all__ = ["add_memory", "add_product", "output_forward", "output_fwd_kernel"]
+__all__ = ["add_memory", "add_own_memory", "add_product", "output_forward", "output_fwd_kernel"]
 
 
 def output_forward(
@@ -86,6 +86,11 @@ def output_forward(
             DTYPE=launch.element_type(like.dtype if parts is None else parts.dtype), num_warps=tile.warps, num_stages=tile.stages, **chained(like.device),
         )  # fmt: skip
     return y if parts is None else add_parts(parts, value_bias, residual, y)
+
+
+def add_own_memory(y: Tensor, left: Tensor, memory: Tensor, segments: Segments) -> Tensor:
+    """y + left · memory in y's place, for a road that has computed y (N, d) and leaves a memory per sequence to this kernel."""
+    return output_forward(None, None, None, left, memory, segments, y, y, into=y)
 
 
 def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from memvp_kernels.backends.triton import tiles
 from memvp_kernels.backends.triton.shape import Shape
 from memvp_kernels.backends.triton.tiles import Chip, Tile
 
-__all__ = ["TILES", "fits", "ring_cycles", "ring_tile"]
+__all__ = ["TILES", "fits", "ring_cycles", "ring_tile", "whole"]
 
 #: By road, widest first: rows, accumulated columns (gate's and key's together) and step of a product, warps that multiply, stages.
 TILES: dict[str, tuple[Tile, ...]] = {
@@ -30,6 +30,11 @@ _ITEMSIZE = 2
 def fits(chip: Chip, shape: Shape) -> bool:
     """Whether such kernels can take a problem's dense products."""
     return chip.family == "wgmma" and shape.descriptors and shape.dtype in (torch.bfloat16, torch.float16)
+
+
+def whole(sequences: int, length: int | None) -> bool:
+    """Whether no row tile of the Gluon kernels holds rows of two sequences, of `length` each (None: packed)."""
+    return not any(tiles.straddles(sequences, length, tile.block_n) for tile in TILES["gluon"])
 
 
 @lru_cache(tiles.REMEMBERED)

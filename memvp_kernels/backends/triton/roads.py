@@ -53,7 +53,6 @@ def step_cycles(chip: Chip, shape: Shape, step: str, road: str, rates: Rates = R
 
 def launches(shape: Shape, step: str, road: str) -> tuple[int, int]:
     """Of one step: the library's, and those of the package's own kernels, which may begin while the one before them ends."""
-    alone = int(shape.slots > 0 and not shape.dense)  # a memory per sequence beside products that don't have it
     if road == "fused":
         return 0, 1
     if road != "library":
@@ -61,6 +60,7 @@ def launches(shape: Shape, step: str, road: str) -> tuple[int, int]:
         return 0, int(shape.pairs > 0 or not beside) + beside
     products = shape.branches if step in ("hidden", "dinput") else 1
     shared = int(shape.slots > 0 and shape.dense)
+    alone = int(shape.slots > 0 and not shape.dense)
     passes = int(step in ("hidden", "dhidden"))
     return (products if shape.pairs else 0) + shared, (passes if shape.pairs else 0) + alone
 
@@ -116,7 +116,7 @@ def _within(shape: Shape, step: str, road: str) -> bool:
     """Whether a warp-specialised kernel has the memory among its own products: a shared one, or one per sequence where no tile straddles two."""
     if shape.dense:
         return True
-    return road == "gluon" and step in ("output", "dinput") and not tiles.straddles(shape.sequences, shape.length, 128)
+    return road == "gluon" and step in ("output", "dinput") and ring_tiles.whole(shape.sequences, shape.length)
 
 
 def _beyond(chip: Chip, shape: Shape, step: str) -> float:

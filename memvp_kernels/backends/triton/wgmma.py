@@ -20,11 +20,11 @@ from torch import Tensor
 
 from memvp_kernels.backends.cuda import extension
 from memvp_kernels.backends.triton import launch
-from memvp_kernels.backends.triton.dhidden import HiddenGradients, dhidden_backward
+from memvp_kernels.backends.triton.dhidden import HiddenGradients, dhidden_backward, memory_backward
 from memvp_kernels.backends.triton.dinput import dinput_backward
-from memvp_kernels.backends.triton.hidden import Products, hidden_forward
+from memvp_kernels.backends.triton.hidden import Products, hidden_forward, memory_forward
 from memvp_kernels.backends.triton.operands import BY_COLUMN, BY_ROW
-from memvp_kernels.backends.triton.output import output_forward
+from memvp_kernels.backends.triton.output import add_own_memory, output_forward
 from memvp_kernels.backends.triton.visual import Visual
 from memvp_kernels.problem import Segments
 
@@ -77,9 +77,7 @@ def hidden(
     )  # fmt: skip
     made = Products(None, None, None, columns)
     if memory is not None and shared is None:
-        made = hidden_forward(
-            x, None, None, None, None, activation, memory, segments, visual, save_hidden=False, save_scores=save_scores
-        )
+        made = memory_forward(x, activation, memory, segments, visual, save_scores=save_scores)
     return Products(stored, pre, made.visual, made.scores)
 
 
@@ -142,9 +140,7 @@ def dhidden(
     )  # fmt: skip
     made = HiddenGradients(None, None, None, columns)
     if scores is not None:
-        made = dhidden_backward(
-            grad, None, None, activation, memory, memories, scores, segments, visual, need_visual=need_visual, overwrite=False
-        )  # fmt: skip
+        made = memory_backward(grad, activation, memory, memories, scores, segments, visual, need_visual=need_visual)
     return HiddenGradients(dpre, made.dscores, made.visual, made.columns)
 
 
@@ -215,7 +211,7 @@ def _add_memory(y: Tensor, left: Tensor | None, memory: Tensor | None, segments:
     """y + left · memory in y's place, where each sequence reads a memory of its own."""
     if left is None or memory is None or segments.shared:
         return y
-    return output_forward(None, None, None, left, memory, segments, y, y, into=y)
+    return add_own_memory(y, left, memory, segments)
 
 
 def _columns(shared: Tensor | None, columns: Tensor | None) -> dict[str, Any]:

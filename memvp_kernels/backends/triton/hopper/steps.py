@@ -13,18 +13,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memvp_kernels.backends.triton import launch, tiles
+from memvp_kernels.backends.triton import launch, ring_tiles
 from memvp_kernels.backends.triton.chain import chained
-from memvp_kernels.backends.triton.dhidden import HiddenGradients, dhidden_backward
+from memvp_kernels.backends.triton.dhidden import HiddenGradients, dhidden_backward, memory_backward
 from memvp_kernels.backends.triton.dinput import dinput_backward
-from memvp_kernels.backends.triton.hidden import Products, hidden_forward
+from memvp_kernels.backends.triton.hidden import Products, hidden_forward, memory_forward
 from memvp_kernels.backends.triton.hopper.dhidden import gluon_dhidden_kernel
 from memvp_kernels.backends.triton.hopper.hidden import gluon_hidden_kernel
 from memvp_kernels.backends.triton.hopper.operands import describe, programs, takes
 from memvp_kernels.backends.triton.hopper.output import gluon_output_kernel
 from memvp_kernels.backends.triton.operands import BY_COLUMN, BY_ROW
-from memvp_kernels.backends.triton.output import output_forward
-from memvp_kernels.backends.triton.ring_tiles import TILES, ring_tile
+from memvp_kernels.backends.triton.output import add_own_memory, output_forward
+from memvp_kernels.backends.triton.ring_tiles import ring_tile
 from memvp_kernels.backends.triton.visual import Visual
 from memvp_kernels.problem import Segments
 
@@ -62,9 +62,7 @@ def hidden(
     made = _hidden(x, key, gate, key_bias, gate_bias, activation, shared, save_hidden, need_hidden)
     if memory is None or shared is not None:
         return made
-    own = hidden_forward(
-        x, None, None, None, None, activation, memory, segments, visual, save_hidden=False, save_scores=save_scores
-    )
+    own = memory_forward(x, activation, memory, segments, visual, save_scores=save_scores)
     return Products(made.hidden, made.pre, own.visual, own.scores)
 
 
@@ -116,12 +114,12 @@ def output(
     """As `output_forward`."""
     if not takes(like, [hidden, visual, memory, residual], [value], [like.shape[1]]):
         return output_forward(hidden, value, value_bias, visual, memory, segments, residual, like)
-    if visual is None or _dense(segments):
+    if visual is None or memory is None or _dense(segments):
         return _sum([(hidden, value)], visual, memory, segments, value_bias, residual, like)
     if hidden is None:
         return output_forward(None, None, value_bias, visual, memory, segments, residual, like)
     y = _sum([(hidden, value)], None, None, segments, value_bias, residual, like)
-    return output_forward(None, None, None, visual, memory, segments, y, y, into=y)
+    return add_own_memory(y, visual, memory, segments)
 
 
 def dinput(
@@ -137,17 +135,17 @@ def dinput(
     if not takes(like, [dpre, dscores, memory], [gate, key], [like.shape[1]]):
         return dinput_backward(dpre, key, gate, dscores, memory, segments, like)
     branches = [] if dpre is None else [(dpre[-1], key)] if gate is None else [(dpre[0], gate), (dpre[-1], key)]
-    if dscores is None or _dense(segments):
+    if dscores is None or memory is None or _dense(segments):
         return _sum(branches, dscores, memory, segments, None, None, like)
     if dpre is None:
         return dinput_backward(None, None, None, dscores, memory, segments, like)
     dx = _sum(branches, None, None, segments, None, None, like)
-    return output_forward(None, None, None, dscores, memory, segments, dx, dx, into=dx)
+    return add_own_memory(dx, dscores, memory, segments)
 
 
 def _dense(segments: Segments) -> bool:
     """Whether a memory's product is one of whole row tiles: read by all rows, or by sequences whose edges are tiles'."""
-    return segments.shared or not tiles.straddles(segments.sequences, segments.length, TILES[_ROAD][0].block_n)
+    return segments.shared or ring_tiles.whole(segments.sequences, segments.length)
 
 
 def _sum(
@@ -163,19 +161,19 @@ def _sum(
     rows, width = like.shape
     (first, weight), (second, other) = (*branches, (None, None), (None, None))[:2]
     y = torch.empty(rows, width, dtype=like.dtype, device=like.device)
-    depth = _rows(weight) + _rows(other) + (0 if memory is None else memory.shape[1])
+    slots = 0 if memory is None else memory.shape[1]
+    depth = _rows(weight) + _rows(other) + slots
     tile = ring_tile(launch.chip(like.device), _ROAD, rows, (width,), depth)
     left, right = (tile.block_n, tile.block_k), (tile.block_k, tile.columns)
     form, other_form = (BY_ROW.value if w is None else launch.form_of(w) for w in (weight, other))
     own = not segments.shared
-    slots = 0 if memory is None else memory.shape[1]
     block_memory = (1, *right) if own else right
     with launch.on_device(like):
         gluon_output_kernel[programs(like, _tiles(rows, width, tile.block_n, tile.columns))](
             describe(first, left), describe(weight, right, form), describe(second, left), describe(other, right, other_form),
             describe(visual, left), describe(memory if memory is None or own else memory[0], block_memory), segments.index, _contiguous(bias),
             describe(residual, left), describe(y, left), rows, segments.length or 0, segments.sequences,
-            0 if memory is None else memory.shape[0], F=0 if weight is None else weight.shape[0], d=width, M=slots,
+            _rows(memory), F=_rows(weight), d=width, M=slots,
             BLOCK_N=tile.block_n, BLOCK_D=tile.columns, BLOCK_K=tile.block_k, STAGES=tile.stages, GROUP=tile.group,
             K_MAJOR=form == BY_COLUMN.value, K_MAJOR_SECOND=other_form == BY_COLUMN.value, OWN=own,
             DTYPE=launch.element_type(like.dtype), num_warps=tile.warps, **chained(like.device),
@@ -206,9 +204,7 @@ def dhidden(
     made = _dhidden(grad, value, pre, activation, shared, overwrite)
     if scores is None:
         return made
-    own = dhidden_backward(
-        grad, None, None, activation, memory, memories, scores, segments, visual, need_visual=need_visual, overwrite=False
-    )  # fmt: skip
+    own = memory_backward(grad, activation, memory, memories, scores, segments, visual, need_visual=need_visual)
     return HiddenGradients(made.dpre, own.dscores, own.visual, None)
 
 
