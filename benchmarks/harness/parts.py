@@ -37,8 +37,14 @@ _OUR_KERNELS = (
 
 
 #: Variants whose kernels have barriers of their own between their warps, measured where they are named (harness.cli.BY_NAME), and
-#: the tests of these kernels.
-_RINGS = ("gluon", "wgmma", *(f"{form}-triton-{road}" for form in ("plain", "factored") for road in ("gluon", "wgmma")))
+#: what they are compared with; the tests of these kernels.
+_RINGS = (
+    "triton",
+    "library",
+    "gluon",
+    "wgmma",
+    *(f"{form}-triton-{road}" for form in ("plain", "factored") for road in ("gluon", "wgmma")),
+)
 RING_TESTS = ("tests/triton/test_gluon.py", "tests/csrc/test_steps_gpu.py")
 
 
@@ -72,13 +78,16 @@ def parts(device: str) -> list[Part]:
     cuda = device == "cuda"
     large = ["--preset", "llama-7b", "--visual-tokens", "256"]
 
-    def program(name: str, *sizes: str, switch: str = "") -> Callable[[Path, int], list[str]]:
+    def program(
+        name: str, *sizes: str, switch: str = "", of: str = "", variants: tuple[str, ...] = ()
+    ) -> Callable[[Path, int], list[str]]:
         def command(results: Path, seconds: int) -> list[str]:
             # The program begins nothing that it may not finish.
             limit = ["--seconds", str(max(seconds // 2, seconds - 15))]
-            stem = f"{name}-{switch}" if switch else name
+            stem = f"{name}-{switch or of}" if switch or of else name
             files = ["--json", str(results / f"{stem}.json"), "--plot", "none", "--quiet"]
             options = [*(sizes if cuda else ("--quick",)), *([f"--{switch}"] if switch else [])]
+            options += ["--variants", *variants] if variants else []
             return [sys.executable, str(_BENCHMARKS / f"{name}.py"), "--device", device, *options, *limit, *files]
 
         return command
@@ -120,11 +129,6 @@ def parts(device: str) -> list[Part]:
             ("Device not supported",),
         )
 
-    def rings(results: Path, seconds: int) -> list[str]:
-        command = program("kernels", *large, "--batch", "16", "1", "--text-length", "512")(results, seconds)
-        command[command.index("--json") + 1] = str(results / "kernels-rings.json")
-        return [*command, "--variants", "triton", "library", *_RINGS]
-
     def diagnosis(_results: Path, _seconds: int) -> list[str]:
         return [sys.executable, "-m", "memvp_kernels"]
 
@@ -155,7 +159,11 @@ def parts(device: str) -> list[Part]:
         ),
         # Where one of these hangs, nothing comes after it in its part.
         Part("tests-rings", 35, tests(*RING_TESTS), pytest_needs, built),
-        Part("rings", 25, rings),
+        Part(
+            "rings",
+            25,
+            program("kernels", *large, "--batch", "16", "1", "--text-length", "512", of="rings", variants=_RINGS),
+        ),
         sanitizer("memcheck"),
         Part("sweep", 20, program("sweep", "--preset", "llama-7b")),
         sanitizer("racecheck"),
