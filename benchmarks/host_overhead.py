@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 
 from memvp_kernels import fused_ffn
-from memvp_kernels.arguments import TENSORS
-from memvp_kernels.ops import normalise
+from memvp_kernels.checks import TENSORS
 from memvp_kernels.problem import Problem
+from memvp_kernels.torch_op import normalise
 
 SMALL = {"sequences": 2, "tokens": 1, "width": 16, "pairs": 32, "slots": 4, "rank": 8}
 DECODE = {"sequences": 16, "tokens": 1, "width": 512, "pairs": 1408, "slots": 320, "rank": 136}
@@ -111,7 +111,7 @@ def test_step_in_plain_pytorch(benchmark: Any) -> None:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels whose launch was prepared, by name; none is made."""
     jit = pytest.importorskip("triton.runtime.jit")
-    from memvp_kernels.backends.triton import launch
+    from memvp_kernels.backends.triton.runtime import launch
 
     if launch.interpreted():
         pytest.skip("TRITON_INTERPRET is set: kernels would be interpreted, not launched")

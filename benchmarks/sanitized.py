@@ -18,7 +18,7 @@ from harness.correctness import judge
 from torch import Tensor
 
 from memvp_kernels import fused_ffn, reference
-from memvp_kernels.choose import missing
+from memvp_kernels.dispatch import missing
 
 _BACKENDS = ("torch", "triton", "cuda")
 _CPU = torch.device("cpu")

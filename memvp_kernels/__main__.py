@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from memvp_kernels import choose
+from memvp_kernels import dispatch as choose
 from memvp_kernels.backends import cuda
 from memvp_kernels.backends.cuda import extension
 from memvp_kernels.version import __version__

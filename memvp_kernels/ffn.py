@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from memvp_kernels import ops
-from memvp_kernels.arguments import TENSORS, check_scalars, check_tensors
-from memvp_kernels.choose import require
-from memvp_kernels.direct import Call, FusedFFN
+from memvp_kernels import torch_op as ops
+from memvp_kernels.autograd import Call, FusedFFN
+from memvp_kernels.checks import TENSORS, check_scalars, check_tensors
+from memvp_kernels.dispatch import require
 from memvp_kernels.philox import draw_seed
 
 __all__ = ["add_seed", "autocast_of", "check", "fused_ffn", "unwatched"]

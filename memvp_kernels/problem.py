@@ -8,7 +8,7 @@ from torch import Tensor
 
 __all__ = ["SHARED", "Problem", "Segments"]
 
-#: What :mod:`memvp_kernels.shared` asks the gradient of, each once for all the calls that read it: float32 at least, summed in place.
+#: What :mod:`memvp_kernels.shared_memory` asks the gradient of, each once for all the calls that read it: float32 at least, summed in place.
 SHARED = ("core", "key_operand", "value_operand")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memvp_kernels.shared import SharedMemory, fused_ffn_shared
+from memvp_kernels.shared_memory import SharedMemory, fused_ffn_shared
 from tests import cases
 
 LAYERS = 3

@@ -66,9 +66,9 @@ class _Operands:
 
     def triton(self, name: str, road: str) -> Callable[[], Outputs]:
         """The launch of a kernel; there is one road."""
-        from memvp_kernels.backends.triton.core import core_forward
-        from memvp_kernels.backends.triton.core_backward import core_backward
-        from memvp_kernels.backends.triton.visual import Visual
+        from memvp_kernels.backends.triton.device.visual import Visual
+        from memvp_kernels.backends.triton.kernels.core import core_forward
+        from memvp_kernels.backends.triton.kernels.core_backward import core_backward
 
         visual = Visual("silu", self.scale, None, 0)
 

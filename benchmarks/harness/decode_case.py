@@ -17,7 +17,7 @@ from harness.operands import Parts, Weights
 from harness.variants import Step, Variant, plain_ffn, variants
 from memvp_kernels import fused_ffn
 from memvp_kernels.backends.cuda import forced
-from memvp_kernels.choose import missing as missing_backend
+from memvp_kernels.dispatch import missing as missing_backend
 
 __all__ = ["IMAGES", "Joined", "candidates", "factored_joined", "join"]
 

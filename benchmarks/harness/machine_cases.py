@@ -18,10 +18,11 @@ from torch import Tensor
 
 from harness.machine_code import Compiled, offline
 from memvp_kernels.backends import triton as backend
-from memvp_kernels.backends.triton import ring_tiles, tiles
-from memvp_kernels.backends.triton.shape import Shape
-from memvp_kernels.backends.triton.steps import forced
-from memvp_kernels.backends.triton.tiles import Tile
+from memvp_kernels.backends.triton.gemm import forced
+from memvp_kernels.backends.triton.heuristics import hopper_tiles as ring_tiles
+from memvp_kernels.backends.triton.heuristics import tiles
+from memvp_kernels.backends.triton.heuristics.shape import Shape
+from memvp_kernels.backends.triton.heuristics.tiles import Tile
 from memvp_kernels.problem import SHARED, Problem, Segments
 
 __all__ = ["NUMBERS", "Case", "cases", "launches", "problem_of"]
@@ -307,7 +308,7 @@ def problem_of(case: Case) -> Problem:
 
 
 def _joined(problem: Problem) -> Problem:
-    """The same with its memory as :mod:`memvp_kernels.shared` gives it: in x's dtype, basis and positions views of [W; p]."""
+    """The same with its memory as :mod:`memvp_kernels.shared_memory` gives it: in x's dtype, basis and positions views of [W; p]."""
     assert problem.visual_key is not None
     rank, x = problem.rank, problem.x
     key, value = (x.new_empty(rank + problem.slots, problem.width) for _ in range(2))

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from harness.machine_cases import Case, launches, problem_of
 from harness.machine_code import Compiled, Machine, inspect
-from memvp_kernels.backends.triton import ring_tiles, tiles
-from memvp_kernels.backends.triton.operands import BY_POINTER
-from memvp_kernels.backends.triton.roads import of_launch
-from memvp_kernels.backends.triton.shape import Shape
-from memvp_kernels.backends.triton.tiles import Chip, Tile
+from memvp_kernels.backends.triton.device.operands import BY_POINTER
+from memvp_kernels.backends.triton.heuristics import hopper_tiles as ring_tiles
+from memvp_kernels.backends.triton.heuristics import tiles
+from memvp_kernels.backends.triton.heuristics.cost_model import of_launch
+from memvp_kernels.backends.triton.heuristics.shape import Shape
+from memvp_kernels.backends.triton.heuristics.tiles import Chip, Tile
 
 __all__ = ["GLUON_KERNELS", "KERNELS", "Row", "complaints", "rows"]
 

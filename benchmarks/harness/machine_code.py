@@ -29,8 +29,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from memvp_kernels.backends.triton import launch
-from memvp_kernels.backends.triton.steps import forced
+from memvp_kernels.backends.triton.gemm import forced
+from memvp_kernels.backends.triton.runtime import launch
 
 __all__ = ["Compiled", "Loop", "Machine", "inspect", "offline", "read", "tool", "waits_first"]
 

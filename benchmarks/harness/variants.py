@@ -16,7 +16,7 @@ from torch import Tensor
 from harness.cli import BY_NAME, ROADS
 from harness.operands import Parts, Weights
 from memvp_kernels import fused_ffn
-from memvp_kernels.choose import missing as missing_backend
+from memvp_kernels.dispatch import missing as missing_backend
 
 __all__ = ["PLAIN_PYTORCH", "Step", "Variant", "missing_road", "variants", "yardstick"]
 
@@ -230,7 +230,7 @@ def _on_road(step: Step, road: str) -> Step:
     """The step with the Triton backend's large steps all on one road, forward and backward; otherwise its cost model mixes them."""
 
     def on_road(x: Tensor, weights: Weights, bound: Any, dropout: float) -> Tensor:
-        from memvp_kernels.backends.triton.steps import forced
+        from memvp_kernels.backends.triton.gemm import forced
 
         held: list[AbstractContextManager[None]] = []
 

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from digit_questions.questions import IMAGE, Batch, Vocabulary
 from memvp_kernels import MemVPConfig, MemVPModel
-from memvp_kernels.models.projector import Projector
+from memvp_kernels.models.memory.projector import Projector
 
 __all__ = ["Contestant", "InMemory", "InPrompt"]
 

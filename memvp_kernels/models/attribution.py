@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memvp_kernels.models.weights import activation_name
+from memvp_kernels.models.patching.weights import activation_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from memvp_kernels.models.memory import Memory
+    from memvp_kernels.models.memory.visual_memory import Memory
     from memvp_kernels.models.model import MemVPModel
-    from memvp_kernels.models.site import MemoryFFN
+    from memvp_kernels.models.patching.mixins import MemoryFFN
 
 __all__ = ["LayerAttribution", "MemoryAttribution", "explain_memory"]
 

@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memvp_kernels.models import saving, vision
-from memvp_kernels.models.attach import Attachment, attach, detach, hidden_dtype, memory_ffns
 from memvp_kernels.models.attribution import MemoryAttribution, explain_memory
-from memvp_kernels.models.checkpoint import CheckpointReport, load_official_checkpoint
-from memvp_kernels.models.checkpointing import Checkpointed
 from memvp_kernels.models.config import MemVPConfig
-from memvp_kernels.models.features import ImageFeatures, Pixels
-from memvp_kernels.models.inputs import features_of, memory_of, samples_of
-from memvp_kernels.models.memory import Observer, VisualMemory
-from memvp_kernels.models.projector import Projector
-from memvp_kernels.models.sharded import like_forward
-from memvp_kernels.models.site import MemoryFFN
-from memvp_kernels.models.state import whole
+from memvp_kernels.models.io import adapter as saving
+from memvp_kernels.models.io.official_checkpoint import CheckpointReport, load_official_checkpoint
+from memvp_kernels.models.io.state import whole
+from memvp_kernels.models.memory import vision_tower as vision
+from memvp_kernels.models.memory.images import ImageFeatures, Pixels
+from memvp_kernels.models.memory.inputs import features_of, memory_of, samples_of
+from memvp_kernels.models.memory.projector import Projector
+from memvp_kernels.models.memory.visual_memory import Observer, VisualMemory
+from memvp_kernels.models.parallel.activation_checkpointing import Checkpointed
+from memvp_kernels.models.parallel.fsdp import like_forward
+from memvp_kernels.models.patching.attach import Attachment, attach, detach, hidden_dtype, memory_ffns
+from memvp_kernels.models.patching.mixins import MemoryFFN
 
 __all__ = ["MemVPModel"]
 

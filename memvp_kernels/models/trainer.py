@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer
 
-from memvp_kernels.models import saving
+from memvp_kernels.models.io import adapter as saving
+from memvp_kernels.models.io.state import whole
 from memvp_kernels.models.model import MemVPModel
-from memvp_kernels.models.state import whole
 
 __all__ = ["MemVPTrainer"]
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from memvp_kernels import choose
-from memvp_kernels.arguments import TENSORS, check_scalars, check_tensors
+from memvp_kernels import dispatch as choose
 from memvp_kernels.backends.cuda import decode, extension
-from memvp_kernels.ops import normalise
+from memvp_kernels.checks import TENSORS, check_scalars, check_tensors
 from memvp_kernels.problem import Problem
+from memvp_kernels.torch_op import normalise
 
 DEVICE = torch.device("cuda", 0)
 

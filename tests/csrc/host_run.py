@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from memvp_kernels import reference
-from tests import yardstick
+from tests import tolerance
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc"
@@ -167,12 +167,12 @@ class Case:
     def expected(self) -> tuple[Tensor, list[Tensor]]:
         """The float64 result, and PyTorch's own in the case's dtype: a few orders of the same sums."""
         known = {"key": None, "value": None} | {k: v for k, v in self.arguments.items() if v is not None}
-        orders = [yardstick.plain, *(yardstick.reordered(seed) for seed in (1, 2, 3))]
+        orders = [tolerance.plain, *(tolerance.reordered(seed) for seed in (1, 2, 3))]
         shape = self.y.shape
         return reference.ffn(**known).reshape(shape), [plain(**known).reshape(shape) for plain in orders]
 
     def check(self) -> None:
-        yardstick.assert_within_twice(self.y, *self.expected)
+        tolerance.assert_within_twice(self.y, *self.expected)
 
 
 def extent(tensor: Tensor) -> int:
@@ -260,7 +260,7 @@ def write_cases(path: Path, cases: Iterable[Case]) -> None:
             exact, theirs = case.expected
             params.y, params.y_stride = 0, exact.shape[1]
             file.write(bytes(params))
-            norm, largest = (max(e) for e in zip(*(yardstick.errors(t, exact) for t in theirs), strict=True))
+            norm, largest = (max(e) for e in zip(*(tolerance.errors(t, exact) for t in theirs), strict=True))
             rounding = exact.abs() * torch.finfo(case.y.dtype).eps / 2
             file.write(
                 struct.pack("<dd", max(2 * norm, rounding.norm().item()), max(2 * largest, rounding.max().item()))

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from tests import yardstick
+from tests import tolerance
 from tests.csrc.steps_host import Step
 
-ACTIVATE = yardstick._ACTIVATIONS
+ACTIVATE = tolerance._ACTIVATIONS
 _GUARD = 7.0  # round a result: no step may write there
 
 
@@ -42,7 +42,7 @@ class StepCase:
 
     def check(self) -> None:
         for name, (result, exact, theirs) in self.results.items():
-            yardstick.assert_within_twice(result.tensor, exact, theirs, name)
+            tolerance.assert_within_twice(result.tensor, exact, theirs, name)
             result.check_guards()
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from memvp_kernels import fused_ffn
-from memvp_kernels.backends.triton import steps, wgmma
-from tests import cases, yardstick
+from memvp_kernels.backends.cuda import gemm as wgmma
+from memvp_kernels.backends.triton import gemm as steps
+from tests import cases, tolerance
 from tests.gpu import assert_same, captured
 
 MISSING = 77
@@ -58,11 +59,11 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
                     a = functools.partial(arguments, sizes, dtype, form, gated=gated, transposed=transposed)
                     yield (
                         f"{dtype} {sizes} {form} gated={gated} transposed={transposed}",
-                        lambda a=a: yardstick.check(run, a()),
+                        lambda a=a: tolerance.check(run, a()),
                     )
         for name in cases.names()[::5]:  # the kernels beside them are compiled for each
             a = functools.partial(lambda name, dtype: cases.moved(cases.build(name, dtype)), name, dtype)
-            yield f"{dtype} {name}", lambda a=a: yardstick.check(run, a())
+            yield f"{dtype} {name}", lambda a=a: tolerance.check(run, a())
     for form in ("none", "plain", "factored"):
         yield f"graph {form}", lambda form=form: again(arguments(SIZES[1], torch.bfloat16, form))
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from memvp_kernels import choose
+from memvp_kernels import dispatch as choose
 from memvp_kernels.backends import cuda
 from memvp_kernels.backends.cuda import decode, extension
 from memvp_kernels.problem import Problem

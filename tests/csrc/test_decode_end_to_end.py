@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memvp_kernels import reference
 from memvp_kernels.backends.cuda import decode
-from tests import cases, yardstick
+from tests import cases, tolerance
 from tests.csrc.fake_gpu import Machine, on_gpu, problem_of
 
 
@@ -31,7 +31,7 @@ def run(arguments: dict[str, Any]) -> Tensor:
 def check(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     y = run(arguments)
     monkeypatch.undo()
-    yardstick.assert_within_twice(y, reference.ffn(**arguments), yardstick.plain(**arguments))
+    tolerance.assert_within_twice(y, reference.ffn(**arguments), tolerance.plain(**arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memvp_kernels import fused_ffn, reference
 from memvp_kernels.backends.cuda import forced, status
-from tests import cases, yardstick
+from tests import cases, tolerance
 from tests.csrc.conftest import ROOT
 from tests.gpu import captured
 
@@ -72,9 +72,9 @@ def run(arguments: dict[str, Any]) -> Tensor:
 
 def check(arguments: dict[str, Any]) -> None:
     arguments = moved(arguments)
-    orders = (yardstick.plain, yardstick.reordered(1))
+    orders = (tolerance.plain, tolerance.reordered(1))
     theirs = [plain(**{"key": None, "value": None, **arguments}) for plain in orders]
-    yardstick.assert_within_twice(run(arguments), reference.ffn(**arguments), theirs)
+    tolerance.assert_within_twice(run(arguments), reference.ffn(**arguments), theirs)
 
 
 def decode_step(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import yardstick
+from tests import tolerance
 from tests.csrc import decode_cases
 from tests.csrc.decode_cases import BF16, FP16, FP32, SMALL, make, small
 from tests.csrc.host_run import ACTIVATIONS, FORMS, Case, HostLibrary, HostRunError, Params, compiler
@@ -197,12 +197,12 @@ def test_nan_in_what_all_share_stays_with_those_who_read_it(
         arguments[name][7] = float("inf")  # a slot that only sequence 0 has
     out = result(library, arguments)
     assert not out[0].isfinite().any()
-    yardstick.assert_within_twice(out[1:], exact[1:], [t[1:] for t in theirs])
+    tolerance.assert_within_twice(out[1:], exact[1:], [t[1:] for t in theirs])
     for name in ("key_position", "value_position", *(("visual_basis",) if rank else ())):
         arguments[name].fill_(float("nan"))
     out = result(library, arguments)
     assert out[:2].isnan().all()
-    yardstick.assert_within_twice(out[2:], exact[2:], [t[2:] for t in theirs])
+    tolerance.assert_within_twice(out[2:], exact[2:], [t[2:] for t in theirs])
 
 
 def test_inf_and_nan_in_weights_propagate(library: HostLibrary) -> None:
@@ -379,4 +379,4 @@ def test_the_yardstick_would_notice(library: HostLibrary, name: str) -> None:
     spoiled = case.y.clone()
     spoiled[:, ::10] *= 1.02
     with pytest.raises(AssertionError):
-        yardstick.assert_within_twice(spoiled, exact, theirs)
+        tolerance.assert_within_twice(spoiled, exact, theirs)

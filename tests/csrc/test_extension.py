@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from memvp_kernels.arguments import ACTIVATIONS
 from memvp_kernels.backends.cuda import decode, status
+from memvp_kernels.checks import ACTIVATIONS
 from memvp_kernels.problem import Problem
 from tests import cases
 from tests.csrc.fake_gpu import Machine, on_gpu, problem_of

@@ -163,7 +163,8 @@ def test_which_form_a_step_takes(library: StepsLibrary) -> None:
         found[rows] = library.form(p)
     assert found == {32: (1, 1), 100: (2, 1), 512: (2, 1), 1024: (2, 2), 8192: (2, 2)}
     pytest.importorskip("triton")
-    from memvp_kernels.backends.triton import ring_tiles, tiles
+    from memvp_kernels.backends.triton.heuristics import hopper_tiles as ring_tiles
+    from memvp_kernels.backends.triton.heuristics import tiles
 
     # The cost model prices what is launched.
     chip = tiles.chip_of(90)

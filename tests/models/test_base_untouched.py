@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from memvp_kernels import MemVPModel
-from memvp_kernels.models.reclass import Reclassed
+from memvp_kernels.models.patching.patch import Reclassed
 from tests.models.tiny import CONFIG, FAMILIES, features, language_model, tokens, with_memory, wrapped
 
 

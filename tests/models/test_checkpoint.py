@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from memvp_kernels import MemVPConfig, MemVPModel
-from memvp_kernels.models import vision
-from memvp_kernels.models.checkpoint import load_official_checkpoint
+from memvp_kernels.models.io.official_checkpoint import load_official_checkpoint
+from memvp_kernels.models.memory import vision_tower as vision
 from tests.models.clip import BLOCKS, INNER, official_state, pixels, save_official, vision_model
 from tests.models.tiny import VISION, WIDTH, language_model, tokens
 

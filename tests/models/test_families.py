@@ -12,7 +12,7 @@ import transformers as tf
 from torch import nn
 
 from memvp_kernels import MemVPConfig, MemVPModel
-from tests import yardstick
+from tests import tolerance
 from tests.models.tiny import (
     CONFIG,
     ENCODER_DECODERS,
@@ -25,7 +25,7 @@ from tests.models.tiny import (
     with_memory,
 )
 
-EXACT: dict[str, Any] = {"rtol": yardstick.FLOAT64, "atol": yardstick.FLOAT64}
+EXACT: dict[str, Any] = {"rtol": tolerance.FLOAT64, "atol": tolerance.FLOAT64}
 
 
 def _inputs(family: str) -> dict[str, torch.Tensor]:
@@ -80,7 +80,7 @@ def test_chosen_layers_only(family: str, shared: bool) -> None:
 @pytest.mark.parametrize("family", ["llama", "t5", "bart"])
 def test_ffns_fuse(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The FFN's own linears are not called: the operator reads their weights."""
-    from memvp_kernels.models.weights import Matrices
+    from memvp_kernels.models.patching.weights import Matrices
 
     model = with_memory(language_model(family))
     assert all(isinstance(ffn.ffn_matrices(), Matrices) for _, ffn in model.memory_ffns())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memvp_kernels.backends import memory_rows
+from memvp_kernels.backends.torch import memory_rows
 from tests.models.tiny import ENCODER_DECODERS, features, tokens, wrapped
 
 FAMILIES = ["llama", "qwen3", "gemma2", "t5-gated", "bart"]

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memvp_kernels import MemVPModel
-from memvp_kernels.models import site
-from memvp_kernels.models.weights import Dense, Matrices, Opaque, activation_name, resolve
+from memvp_kernels.models.patching import mixins as site
+from memvp_kernels.models.patching.weights import Dense, Matrices, Opaque, activation_name, resolve
 from tests.models.tiny import CONFIG, features, language_model, oracle, tokens, with_memory
 
 peft = pytest.importorskip("peft")

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from memvp_kernels import MemVPModel
-from memvp_kernels.models import vision
-from memvp_kernels.models.reclass import Reclassed
+from memvp_kernels.models.memory import vision_tower as vision
+from memvp_kernels.models.patching.patch import Reclassed
 from tests.models.clip import pixels, vision_model
 from tests.models.tiny import CONFIG, FAMILIES, VISION, features, language_model, tokens, with_memory, wrapped
 

@@ -12,8 +12,8 @@ import transformers as tf
 from torch import Tensor, nn
 
 from memvp_kernels import MemVPConfig, MemVPModel
-from memvp_kernels.models.memory import Memory
-from memvp_kernels.shared import SharedMemory
+from memvp_kernels.models.memory.visual_memory import Memory
+from memvp_kernels.shared_memory import SharedMemory
 from tests.models.tiny import features, tokens, wrapped
 
 WIDTH, SLOTS, RANK, IMAGES = 64, 20, 16, 3

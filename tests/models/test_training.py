@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from memvp_kernels.models import site
-from memvp_kernels.shared import fused_ffn_shared
+from memvp_kernels.models.patching import mixins as site
+from memvp_kernels.shared_memory import fused_ffn_shared
 from tests.models.tiny import CONFIG, FAMILIES, features, language_model, oracle, shuffled, tokens, with_memory, wrapped
 
 IMAGES = features(4, 0, 10)

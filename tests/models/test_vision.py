@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memvp_kernels.models import vision
-from memvp_kernels.models.features import encode_pixels, pad_features
+from memvp_kernels.models.memory import vision_tower as vision
+from memvp_kernels.models.memory.images import encode_pixels, pad_features
 from tests.models.clip import BLOCKS, pixels, vision_model
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memvp_kernels import fused_ffn
-from tests import cases, yardstick
+from tests import cases, tolerance
 from tests.cases import DEVICE
 
 # On a GPU "auto" would take another backend for some of these.
@@ -20,21 +20,21 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("name", cases.names())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_case(name: str, dtype: torch.dtype) -> None:
-    yardstick.check(run, cases.build(name, dtype, DEVICE))
+    tolerance.check(run, cases.build(name, dtype, DEVICE))
 
 
 @pytest.mark.parametrize("name", cases.names())
 def test_case_in_float64(name: str) -> None:
-    yardstick.check(run, cases.build(name, torch.float64, DEVICE))
+    tolerance.check(run, cases.build(name, torch.float64, DEVICE))
 
 
 @pytest.mark.parametrize("name", ["index-plain", "index-factored", "packed_index_lengths-factored", "text_only_biased"])
 def test_recompute_gives_the_same_bits(name: str) -> None:
     a = cases.build(name, torch.bfloat16, DEVICE)
-    floating = [n for n in yardstick.FLOATING if a.get(n) is not None]
+    floating = [n for n in tolerance.FLOATING if a.get(n) is not None]
     grad = torch.randn_like(a["x"])
-    kept, kept_grads = yardstick.gradients(run, a, floating, grad)
-    again, again_grads = yardstick.gradients(functools.partial(run, recompute=True), a, floating, grad)
+    kept, kept_grads = tolerance.gradients(run, a, floating, grad)
+    again, again_grads = tolerance.gradients(functools.partial(run, recompute=True), a, floating, grad)
     assert torch.equal(kept, again)
     assert all(torch.equal(kept_grads[n], again_grads[n]) for n in floating)
 
@@ -51,13 +51,13 @@ def test_layouts(form: str) -> None:
 def test_layouts_reach_the_gradients() -> None:
     a = cases.build("one_each-plain", torch.float32, DEVICE)
     for _, other in cases.strided(a):
-        yardstick.check(run, other)
+        tolerance.check(run, other)
 
 
 def test_expanded_gradient() -> None:
     """out.sum().backward() sends a gradient with stride 0."""
     a = cases.build("index-factored", torch.float32, DEVICE)
-    yardstick.check(run, a, grad=torch.ones((), device=DEVICE).expand(a["x"].shape))
+    tolerance.check(run, a, grad=torch.ones((), device=DEVICE).expand(a["x"].shape))
 
 
 def test_it_is_the_concatenated_form() -> None:

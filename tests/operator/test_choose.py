@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from memvp_kernels import choose, cost, ops
+from memvp_kernels import cost
+from memvp_kernels import dispatch as choose
+from memvp_kernels import torch_op as ops
 from memvp_kernels.cost import Sizes
 from tests import cases
 from tests.csrc.fake_gpu import OnGPU

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop
 
 from memvp_kernels import fused_ffn
-from memvp_kernels.backends import eager
-from memvp_kernels.ops import normalise
-from tests import cases, yardstick
+from memvp_kernels.backends.torch import eager
+from memvp_kernels.torch_op import normalise
+from tests import cases, tolerance
 
 MEMORY = ("visual_key", "visual_value", "key_position", "value_position")
 
@@ -44,7 +44,7 @@ def kept_bytes(a: dict[str, Any], **options: Any) -> int:
 def test_at_most_two_pre_activations_and_the_scores(form: str) -> None:
     a = cases.build(f"one_each-{form}", torch.float32)
     tokens, pairs, slots = 15, 40, 7
-    everything = trainable(a, *[n for n in yardstick.FLOATING if a.get(n) is not None])
+    everything = trainable(a, *[n for n in tolerance.FLOATING if a.get(n) is not None])
     assert kept_bytes(everything) == 4 * tokens * (2 * pairs + slots)
     assert kept_bytes(everything, recompute=True) == 0
     ungated = dict(a, gate=None)
@@ -79,7 +79,7 @@ _IN_PLACE = {
 
 def backward_under(mode: Any, a: dict[str, Any], needs: set[str]) -> None:
     """The backend's own backward, watched by `mode`."""
-    tensors = {n: a.get(n) for n in ("x", *yardstick.FLOATING, "visual_lengths", "visual_index", "cu_seqlens")}
+    tensors = {n: a.get(n) for n in ("x", *tolerance.FLOATING, "visual_lengths", "visual_index", "cu_seqlens")}
     scalars = {"activation": "silu", "visual_activation": "silu", "visual_scale": 1.0, "dropout_p": 0.0}
     problem = normalise(tensors, scalars)
     _, pre, scores = eager.forward(problem, save_hidden=True, save_scores=True)
@@ -122,7 +122,7 @@ SWITCHES = ("x", "key", "value", "gate", "visual_key", "visual_value", "key_posi
 def test_every_matrix_of_frozen_and_trainable(form: str) -> None:
     a = cases.build(f"index-{form}", torch.float32)
     grad = torch.randn_like(a["x"])
-    _, full = yardstick.gradients(fused_ffn, a, list(SWITCHES), grad)
+    _, full = tolerance.gradients(fused_ffn, a, list(SWITCHES), grad)
     for chosen in itertools.chain.from_iterable(itertools.combinations(SWITCHES, k) for k in (1, 2, 6)):
         bound = trainable(a, *chosen)
         out = fused_ffn(**bound)

@@ -9,7 +9,7 @@ import torch
 
 from memvp_kernels import ffn, fused_ffn
 from memvp_kernels.philox import draw_seed, keep_mask, philox4x32
-from tests import cases, yardstick
+from tests import cases, tolerance
 from tests.cases import DEVICE
 
 pytestmark = pytest.mark.device
@@ -62,7 +62,7 @@ def fixed_seed(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
 def test_replayed_exactly_in_the_backward(name: str, p: float, recompute: bool, fixed_seed: torch.Tensor) -> None:
     a = cases.build(name, torch.float32, DEVICE) | {"dropout_p": p, "recompute": recompute}
     rows = a["x"].shape[:-1].numel()
-    yardstick.check(run, a, keep=keep_mask(fixed_seed, rows, a["visual_key"].shape[-2], p))
+    tolerance.check(run, a, keep=keep_mask(fixed_seed, rows, a["visual_key"].shape[-2], p))
 
 
 def test_two_calls_differ_and_the_manual_seed_repeats_them() -> None:

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from memvp_kernels import arguments, choose, ffn, fused_ffn, ops
-from tests import cases, yardstick
+from memvp_kernels import checks as arguments
+from memvp_kernels import dispatch as choose
+from memvp_kernels import ffn, fused_ffn
+from memvp_kernels import torch_op as ops
+from tests import cases, tolerance
 
 F32 = torch.float32
 
@@ -170,7 +173,7 @@ def test_a_refused_call_leaves_the_generator_alone(grad: bool, monkeypatch: pyte
     before = torch.get_rng_state()
     with pytest.raises(ValueError, match="visual_index"):
         fused_ffn(**a, visual_index=i(0, 9, 1))
-    monkeypatch.setattr("memvp_kernels.choose.missing", lambda name, device: None)
+    monkeypatch.setattr("memvp_kernels.dispatch.missing", lambda name, device: None)
     monkeypatch.setattr(choose._module("cuda"), "unsupported", lambda problem: "it has no dropout")
     with pytest.raises(RuntimeError, match=r"backend: wanted 'cuda', but it has no dropout; backend='auto'"):
         fused_ffn(**a, backend="cuda")
@@ -238,7 +241,7 @@ def test_backends_that_this_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_triton_has_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr("memvp_kernels.choose.missing", lambda name, device: None)
+    monkeypatch.setattr("memvp_kernels.dispatch.missing", lambda name, device: None)
     a = cases.build("one_each-plain", torch.float64)
     with pytest.raises(
         RuntimeError,
@@ -289,7 +292,7 @@ def test_a_slot_past_the_length_has_zero_gradient_beside_nan(form: str) -> None:
     a = cases.build(f"lengths-{form}", F32)  # 0, 7 and 4 of 7 slots
     a["x"][2, 1, 3] = float("nan")
     names = ["visual_key", "visual_value"]
-    _, grads = yardstick.gradients(fused_ffn, a, names, torch.ones(()).expand(a["x"].shape))
+    _, grads = tolerance.gradients(fused_ffn, a, names, torch.ones(()).expand(a["x"].shape))
     for g in grads.values():
         assert g[0].abs().sum() == 0
         assert g[2, 4:].abs().sum() == 0
@@ -306,10 +309,10 @@ def test_a_row_without_memory_gives_what_is_shared_no_gradient(name: str, frozen
     if not frozen_memory:
         wanted += ["visual_key", "visual_value"]
     grad = torch.randn_like(a["x"])
-    _, clean = yardstick.gradients(fused_ffn, a, wanted, grad)
+    _, clean = tolerance.gradients(fused_ffn, a, wanted, grad)
     a["x"][cases.IDLE[name]] = float("nan")
     grad[cases.IDLE[name]] = float("inf")
-    _, found = yardstick.gradients(fused_ffn, a, wanted, grad)
+    _, found = tolerance.gradients(fused_ffn, a, wanted, grad)
     for n in wanted:
         torch.testing.assert_close(found[n], clean[n])
 
@@ -319,11 +322,11 @@ def test_a_row_without_memory_gives_what_is_shared_no_gradient(name: str, frozen
 def test_no_memory_rows_at_all(name: str, extra: dict[str, Any]) -> None:
     a = cases.build(name, F32) | extra
     a.update({n: a[n][:0] for n in ("visual_key", "visual_value")}, visual_index=i(-1, -1, -1))
-    names = [n for n in yardstick.FLOATING if a.get(n) is not None]
+    names = [n for n in tolerance.FLOATING if a.get(n) is not None]
     grad = torch.randn_like(a["x"])
-    out, grads = yardstick.gradients(fused_ffn, a, names, grad)
+    out, grads = tolerance.gradients(fused_ffn, a, names, grad)
     text = {n: a[n] for n in ("x", "key", "value", "gate")}
-    expected, expected_grads = yardstick.gradients(fused_ffn, text, list(text), grad)
+    expected, expected_grads = tolerance.gradients(fused_ffn, text, list(text), grad)
     assert torch.equal(out, expected)
     for n in names:
         assert grads[n].shape == a[n].shape

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memvp_kernels.backends.memory_rows import Blocked, Grouped, MemoryRows, Padded, Shared, memory_rows, row_of
+from memvp_kernels.backends.torch.memory_rows import Blocked, Grouped, MemoryRows, Padded, Shared, memory_rows, row_of
 from memvp_kernels.problem import Segments
 from tests.cases import DEVICE
 
@@ -125,7 +125,7 @@ def test_choice_needs_no_synchronisation(monkeypatch: pytest.MonkeyPatch) -> Non
     assert isinstance(memory_rows(SHARED, 1, gpu), Shared)
     assert isinstance(memory_rows(PADDED, 4, gpu), Padded)
     assert isinstance(memory_rows(INDEXED, 4, CPU), Grouped)
-    monkeypatch.setattr("memvp_kernels.backends.memory_rows.Blocked", lambda segments, memories, device: device)
+    monkeypatch.setattr("memvp_kernels.backends.torch.memory_rows.Blocked", lambda segments, memories, device: device)
     assert memory_rows(INDEXED, 4, gpu) == memory_rows(PACKED, 4, gpu) == gpu
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memvp_kernels import fused_ffn, philox
-from tests import cases, yardstick
+from tests import cases, tolerance
 from tests.cases import DEVICE
 from tests.gpu import assert_same, captured
 
@@ -45,7 +45,7 @@ def waiting_raises() -> Iterator[None]:
 @pytest.mark.parametrize("name", cases.names())
 def test_auto(name: str) -> None:
     """Whatever "auto" takes here for each part of a step, the result is right."""
-    yardstick.check(fused_ffn, cases.build(name, torch.bfloat16, DEVICE))
+    tolerance.check(fused_ffn, cases.build(name, torch.bfloat16, DEVICE))
 
 
 OUT_OF_RANGE: dict[str, tuple[dict[str, list[int]], dict[str, list[int]]]] = {
@@ -143,7 +143,7 @@ def test_backends_drop_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> N
             torch.manual_seed(5)
             return fused_ffn(**b, backend=backend)
 
-        yardstick.check(run, a, keep=keep)
+        tolerance.check(run, a, keep=keep)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

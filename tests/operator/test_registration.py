@@ -11,8 +11,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from memvp_kernels import fused_ffn, ops
-from tests import cases, yardstick
+from memvp_kernels import fused_ffn
+from memvp_kernels import torch_op as ops
+from tests import cases, tolerance
 from tests.watching import Watching
 
 FORMS = [
@@ -26,7 +27,7 @@ FORMS = [
 
 
 def leaves(a: dict[str, Any], *names: str) -> dict[str, Any]:
-    chosen = names or tuple(n for n in yardstick.FLOATING if a.get(n) is not None)
+    chosen = names or tuple(n for n in tolerance.FLOATING if a.get(n) is not None)
     return {n: v.detach().clone().requires_grad_() if n in chosen else v for n, v in a.items()}
 
 
@@ -50,7 +51,7 @@ def test_opcheck_backward(name: str) -> None:
     a = cases.build(name, torch.float32)
     _, pre, scores = ops.forward_op(*ops.pack(a), *SCALARS, 0.0, KEEP, True, "torch", None)
     kept = {"residual": None, "pre": pre if pre.numel() else None, "scores": scores if scores.numel() else None}
-    _, needs = ops.pack({n: a.get(n) for n in yardstick.FLOATING if n != "residual"})
+    _, needs = ops.pack({n: a.get(n) for n in tolerance.FLOATING if n != "residual"})
     arguments = (torch.randn_like(a["x"]), *ops.pack(a | kept), *SCALARS, 0.0, needs, "torch", None)
     torch.library.opcheck(ops.backward_op, arguments)
 
@@ -62,7 +63,7 @@ def test_opcheck_backward(name: str) -> None:
 def test_gradcheck(name: str, activation: str) -> None:
     torch.manual_seed(3)  # keeps relu's kink further away than the step of the numerical derivative
     a = leaves(cases.build(name, torch.float64))
-    names = [n for n in yardstick.FLOATING if a.get(n) is not None]
+    names = [n for n in tolerance.FLOATING if a.get(n) is not None]
     assert torch.autograd.gradcheck(
         lambda *t: fused_ffn(**{**a, **dict(zip(names, t, strict=True))}, activation=activation),
         [a[n] for n in names],
@@ -81,7 +82,7 @@ def test_the_registered_op_trains_like_the_road_past_it(name: str) -> None:
         y = fused_ffn(**a)
         assert y.grad_fn is not None
         y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
-        return y.grad_fn.name(), [y.detach(), *(a[n].grad for n in yardstick.FLOATING if a.get(n) is not None)]
+        return y.grad_fn.name(), [y.detach(), *(a[n].grad for n in tolerance.FLOATING if a.get(n) is not None)]
 
     road, direct = gradients()
     with Watching():
@@ -121,11 +122,11 @@ def test_in_place_change_of_a_kept_input_is_noticed() -> None:
 @pytest.mark.parametrize("name", ["one_each-plain", "index-factored", "alone_residual-plain", "text_only_biased"])
 def test_compile_fullgraph(name: str) -> None:
     a = cases.build(name, torch.float32)
-    names = [n for n in yardstick.FLOATING if a.get(n) is not None]
+    names = [n for n in tolerance.FLOATING if a.get(n) is not None]
     grad = torch.randn_like(a["x"])
-    expected = yardstick.gradients(fused_ffn, a, names, grad)
+    expected = tolerance.gradients(fused_ffn, a, names, grad)
     torch._dynamo.reset()
-    got = yardstick.gradients(torch.compile(fused_ffn, fullgraph=True, backend="aot_eager"), a, names, grad)
+    got = tolerance.gradients(torch.compile(fused_ffn, fullgraph=True, backend="aot_eager"), a, names, grad)
     torch.testing.assert_close(got, expected)
 
 
@@ -138,7 +139,7 @@ def test_compile_once_for_every_length() -> None:
     for length in (5, 6, 9, 13):
         a = cases.memory(cases.ffn(torch.float32, T=length), R=3)
         names = ["x", "visual_key", "key_position"]
-        found, expected = (yardstick.gradients(f, a, names, torch.ones_like(a["x"])) for f in (compiled, fused_ffn))
+        found, expected = (tolerance.gradients(f, a, names, torch.ones_like(a["x"])) for f in (compiled, fused_ffn))
         torch.testing.assert_close(found, expected)
         frames.add(counter.frame_count)
     assert len(frames) == 1
@@ -154,7 +155,7 @@ def test_inductor() -> None:
     names = ["x", "visual_key", "visual_basis"]
     grad = torch.randn_like(a["x"])
     compiled = torch.compile(block, fullgraph=True)
-    found, expected = (yardstick.gradients(f, a, names, grad) for f in (compiled, block))
+    found, expected = (tolerance.gradients(f, a, names, grad) for f in (compiled, block))
     torch.testing.assert_close(found, expected)
 
 
@@ -166,7 +167,7 @@ def test_compile_with_dropout() -> None:
     results = []
     for f in (torch.compile(fused_ffn, fullgraph=True, backend="aot_eager"), fused_ffn):
         torch.manual_seed(11)
-        results.append([yardstick.gradients(f, a, names, torch.ones_like(a["x"])) for _ in range(2)])
+        results.append([tolerance.gradients(f, a, names, torch.ones_like(a["x"])) for _ in range(2)])
     torch.testing.assert_close(results[0], results[1])
     assert not torch.equal(results[0][0][0], results[0][1][0])
 
@@ -179,7 +180,7 @@ def test_compile_under_autocast() -> None:
     results = []
     for f in (torch.compile(fused_ffn, fullgraph=True, backend="aot_eager"), fused_ffn):
         with torch.autocast("cpu", torch.bfloat16):
-            results.append(yardstick.gradients(f, a, names, grad))
+            results.append(tolerance.gradients(f, a, names, grad))
     assert results[0][0].dtype == torch.bfloat16
     torch.testing.assert_close(results[0], results[1])
 
@@ -203,7 +204,7 @@ def test_activation_checkpointing(recompute: bool, p: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_the_cast_form(dtype: torch.dtype) -> None:
     a = leaves(cases.build("gated_biased_residual-plain", torch.float32))
-    names = [n for n in yardstick.FLOATING if a.get(n) is not None]
+    names = [n for n in tolerance.FLOATING if a.get(n) is not None]
     with torch.autocast("cpu", dtype):
         out = fused_ffn(**a)
         cast = {n: v.to(dtype) if n in ("x", "key", "value", "gate", "residual") else v for n, v in a.items()}
@@ -224,7 +225,7 @@ def test_autocast_leaves_float64_alone() -> None:
 def test_backward_under_autocast_is_the_forward_s_own() -> None:
     """What the forward was cast to decides, not where backward() is called."""
     a = leaves(cases.build("gated_biased_residual-factored", torch.float32))
-    names = [n for n in yardstick.FLOATING if a.get(n) is not None]
+    names = [n for n in tolerance.FLOATING if a.get(n) is not None]
 
     def gradients(forward: bool, backward: bool) -> tuple[Tensor, ...]:
         with torch.autocast("cpu", torch.bfloat16, enabled=forward):
@@ -246,7 +247,7 @@ def test_meta_tensors_give_meta_results(name: str) -> None:
     out = fused_ffn(**a)
     assert out.is_meta
     assert (out.shape, out.dtype) == (a["x"].shape, torch.float32)
-    names = [n for n in yardstick.FLOATING if a.get(n) is not None]
+    names = [n for n in tolerance.FLOATING if a.get(n) is not None]
     for n, g in zip(names, torch.autograd.grad(out.sum(), [a[n] for n in names]), strict=True):
         assert g.is_meta
         assert g.shape == a[n].shape
@@ -308,8 +309,8 @@ def test_transforms_that_differentiate_say_so() -> None:
 def test_same_inputs_same_bits() -> None:
     """Deterministic: the same inputs give the same bits, forward and backward."""
     a = cases.build("index-factored", torch.bfloat16)
-    names = [n for n in yardstick.FLOATING if a.get(n) is not None]
+    names = [n for n in tolerance.FLOATING if a.get(n) is not None]
     grad = torch.randn_like(a["x"])
-    first, second = (yardstick.gradients(fused_ffn, a, names, grad) for _ in range(2))
+    first, second = (tolerance.gradients(fused_ffn, a, names, grad) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(first[1][n], second[1][n]) for n in names)

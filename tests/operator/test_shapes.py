@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memvp_kernels import fused_ffn
-from tests import cases, yardstick
+from tests import cases, tolerance
 
 
 @st.composite
@@ -50,11 +50,11 @@ _SETTINGS = {
 @settings(max_examples=150, **_SETTINGS)
 @given(problems(torch.float64, 1))
 def test_any_problem(a: cases.Arguments) -> None:
-    yardstick.check(fused_ffn, a)
+    tolerance.check(fused_ffn, a)
 
 
 @settings(max_examples=30, **_SETTINGS)
 @given(st.one_of(problems(torch.float32, 12), problems(torch.bfloat16, 12)))
 def test_any_problem_in_fewer_bits(a: cases.Arguments) -> None:
     """Sums of a dozen terms at least: over fewer, PyTorch is exact by luck too often to be a measure."""
-    yardstick.check(fused_ffn, a)
+    tolerance.check(fused_ffn, a)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memvp_kernels import fused_ffn, reference
-from memvp_kernels.shared import SharedMemory
-from tests import stack, yardstick
+from memvp_kernels.shared_memory import SharedMemory
+from tests import stack, tolerance
 from tests.watching import Watching
 
 CASES: dict[str, dict[str, Any]] = {
@@ -60,14 +60,14 @@ def test_gradients_are_the_operators(case: str, recompute: bool) -> None:
 def test_within_twice_pytorchs_own_error(dtype: torch.dtype, index: bool) -> None:
     a = stack.arguments(dtype, index=index)
     names, grad = stack.trained(a), _grad(a)
-    exact, exact_grads = yardstick.gradients(lambda **b: stack.through(reference.ffn, **b), a, names, grad)
-    orders = (yardstick.plain, *(yardstick.reordered(seed) for seed in range(1, 4)))
-    theirs = [yardstick.gradients(lambda f=f, **b: stack.through(f, **b), a, names, grad) for f in orders]
-    y, grads = yardstick.gradients(lambda **b: stack.shared(b), a, names, grad)
-    yardstick.assert_within_twice(y, exact, [t for t, _ in theirs])
+    exact, exact_grads = tolerance.gradients(lambda **b: stack.through(reference.ffn, **b), a, names, grad)
+    orders = (tolerance.plain, *(tolerance.reordered(seed) for seed in range(1, 4)))
+    theirs = [tolerance.gradients(lambda f=f, **b: stack.through(f, **b), a, names, grad) for f in orders]
+    y, grads = tolerance.gradients(lambda **b: stack.shared(b), a, names, grad)
+    tolerance.assert_within_twice(y, exact, [t for t, _ in theirs])
     for name in names:
         assert grads[name].dtype == a[name].dtype
-        yardstick.assert_within_twice(grads[name], exact_grads[name], [g[name] for _, g in theirs], name)
+        tolerance.assert_within_twice(grads[name], exact_grads[name], [g[name] for _, g in theirs], name)
 
 
 def test_a_residual_wider_than_autocasts_output_gets_a_gradient_as_wide() -> None:

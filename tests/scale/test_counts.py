@@ -211,7 +211,7 @@ def _memory_flops(slots: int, rank: int, width: int, rows: int) -> int:
     """Of the memory's products as the torch backend runs them: forward, forward again under checkpointing, and backward."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from memvp_kernels.backends import eager
+    from memvp_kernels.backends.torch import eager
     from memvp_kernels.problem import Problem, Segments
 
     core = torch.randn(1, slots, rank)

@@ -242,7 +242,7 @@ def _with_vision(pixels: list[Any], shard: bool) -> tuple[torch.Tensor, dict[str
     """In float64, CLIP adapters among what trains."""
     from torch.distributed.fsdp import fully_shard
 
-    from memvp_kernels.models import vision
+    from memvp_kernels.models.memory import vision_tower as vision
     from tests.models.clip import vision_model
 
     clip = vision_model(CONFIG.vision_dim)
@@ -282,7 +282,7 @@ def _of_family(family: str, layout: str | None) -> tuple[torch.Tensor, dict[str,
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    from memvp_kernels.models.families import find_layers
+    from memvp_kernels.models.patching.families import find_layers
     from tests.models import tiny
 
     model: Any = tiny.with_memory(tiny.language_model(family).double())

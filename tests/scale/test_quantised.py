@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from memvp_kernels import ops
-from memvp_kernels.models import site
-from memvp_kernels.models.quantised import Quantised, read_quantised
-from memvp_kernels.models.weights import Opaque, Packed
+from memvp_kernels import torch_op as ops
+from memvp_kernels.models.parallel.quantized import Quantised, read_quantised
+from memvp_kernels.models.patching import mixins as site
+from memvp_kernels.models.patching.weights import Opaque, Packed
 from tests.scale.processes import Group
 from tests.scale.tiny import CONFIG, adapter_gradients, batch, difference, language_model, memvp_model, reference
 

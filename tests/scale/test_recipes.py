@@ -169,7 +169,7 @@ def _unpacked(folder: Path) -> Callable[[torch.dtype, int | None], Any]:
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from memvp_kernels.models.quantised import Quantised, read_quantised
+    from memvp_kernels.models.parallel.quantized import Quantised, read_quantised
 
     packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     source = AutoModelForCausalLM.from_pretrained(

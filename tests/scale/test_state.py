@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from memvp_kernels import MemVPModel
-from memvp_kernels.models.state import AdapterState
+from memvp_kernels.models.io.state import AdapterState
 from tests.models.tiny import shuffled
 from tests.scale.processes import Group
 from tests.scale.test_data_parallel import laid_out, part

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from memvp_kernels import MemVPConfig, MemVPModel, fused_ffn
-from memvp_kernels.models import parallel, site
-from memvp_kernels.models.memory import Memory
-from memvp_kernels.models.weights import Matrices, Opaque
+from memvp_kernels.models.memory.visual_memory import Memory
+from memvp_kernels.models.parallel import tensor_parallel as parallel
+from memvp_kernels.models.patching import mixins as site
+from memvp_kernels.models.patching.weights import Matrices, Opaque
 from memvp_kernels.philox import draw_seed
 from tests.scale.processes import Group
 from tests.scale.tiny import (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tests import yardstick
+from tests import tolerance
 from tests.models.tiny import shuffled
 from tests.scale.processes import Group, free_port
 from tests.scale.tiny import batch, language_model, memvp_model
@@ -111,7 +111,7 @@ def test_two_processes_lose_like_one(bare: dict[int, Group], tmp_path: Path, che
         )
         for order in (None, *range(4))
     )
-    yardstick.assert_within_twice(torch.tensor(together), exact, orders, "losses")
+    tolerance.assert_within_twice(torch.tensor(together), exact, orders, "losses")
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["memory", "memory and LoRA"])

@@ -9,7 +9,8 @@ import pytest
 import torch
 import triton
 
-from memvp_kernels.backends.triton import launch, steps
+from memvp_kernels.backends.triton import gemm as steps
+from memvp_kernels.backends.triton.runtime import launch
 
 # tests/conftest.py sets TRITON_INTERPRET before anything imports triton; set later it would leave half of triton compiled.
 INTERPRETED = bool(triton.knobs.runtime.interpret)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from memvp_kernels import fused_ffn, philox, reference
-from memvp_kernels.backends.triton import backward_tiles, dhidden, dmemory, tiles
-from memvp_kernels.backends.triton.tiles import Tile
-from tests import cases, yardstick
+from memvp_kernels.backends.triton.heuristics import backward_tiles, tiles
+from memvp_kernels.backends.triton.heuristics.tiles import Tile
+from memvp_kernels.backends.triton.kernels import dhidden, dmemory
+from tests import cases, tolerance
 from tests.cases import DEVICE
 
 run = functools.partial(fused_ffn, backend="triton")
@@ -64,10 +65,10 @@ def integers(*values: int) -> Tensor:
 
 def gradients(a: Mapping[str, Any], names: list[str] | None = None, grad: Tensor | None = None) -> dict[str, Tensor]:
     """Of `names` (default: all there are) through the public function."""
-    names = [n for n in yardstick.FLOATING if a.get(n) is not None] if names is None else names
+    names = [n for n in tolerance.FLOATING if a.get(n) is not None] if names is None else names
     if grad is None:
         grad = torch.randn(a["x"].shape, generator=torch.Generator().manual_seed(3)).to(a["x"])
-    return yardstick.gradients(lambda **b: run(**b), a, names, grad)[1]
+    return tolerance.gradients(lambda **b: run(**b), a, names, grad)[1]
 
 
 def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -80,28 +81,28 @@ def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 @pytest.mark.parametrize("packed", [False, True], ids=["uniform", "packed"])
 def test_tiles_that_straddle_sequences(form: str, packed: bool, operands: str) -> None:
     lengths = [11, 1, 0, 5, 27] if packed else [11] * 4
-    yardstick.check(run, example(torch.bfloat16, lengths=lengths, M=17, form=form, packed=packed))
+    tolerance.check(run, example(torch.bfloat16, lengths=lengths, M=17, form=form, packed=packed))
 
 
 @pytest.mark.parametrize("form", ["plain", "factored"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_tiles_inside_one_sequence(form: str, dtype: torch.dtype) -> None:
-    yardstick.check(run, example(dtype, lengths=[64, 64], M=40, form=form))
+    tolerance.check(run, example(dtype, lengths=[64, 64], M=40, form=form))
 
 
 @pytest.mark.parametrize("form", ["plain", "factored"])
 def test_float32(form: str) -> None:
-    yardstick.check(run, example(torch.float32, lengths=[37, 37], M=19, form=form))
+    tolerance.check(run, example(torch.float32, lengths=[37, 37], M=19, form=form))
 
 
 @pytest.mark.parametrize("form", ["plain", "factored"])
 def test_odd_sizes(form: str) -> None:
-    yardstick.check(run, example(torch.bfloat16, lengths=[37] * 3, M=19, form=form, d=45, F=71))
+    tolerance.check(run, example(torch.bfloat16, lengths=[37] * 3, M=19, form=form, d=45, F=71))
 
 
 @pytest.mark.parametrize("form", ["plain", "factored"])
 def test_one_slot(form: str) -> None:
-    yardstick.check(run, example(torch.bfloat16, lengths=[9, 9], M=1, form=form))
+    tolerance.check(run, example(torch.bfloat16, lengths=[9, 9], M=1, form=form))
 
 
 @pytest.mark.parametrize("form", ["plain", "factored"])
@@ -110,7 +111,7 @@ def test_the_papers_320_slots(form: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(dhidden, "_PIECE", 64)
     monkeypatch.setattr(backward_tiles, "core_backward_tile", lambda *_, **__: Tile(32, 32, 64, 4, 2))
     monkeypatch.setattr(backward_tiles, "dmemory_tile", lambda *_, **__: Tile(64, 64, 16, 4, 2))
-    yardstick.check(run, example(torch.bfloat16, lengths=[13] * 2, M=320, form=form))
+    tolerance.check(run, example(torch.bfloat16, lengths=[13] * 2, M=320, form=form))
 
 
 @pytest.mark.parametrize("form", ["plain", "factored"])
@@ -121,7 +122,7 @@ def test_rows_of_memory_shared_unread_and_absent(form: str, packed: bool) -> Non
     a = example(torch.bfloat16, lengths=lengths, M=17, R=4, form=form, packed=packed)
     a["visual_index"] = integers(2, 2, -1, 2, 0, 0)
     a["visual_lengths"] = integers(17, 17, 5, 17)
-    yardstick.check(run, a)
+    tolerance.check(run, a)
     found = gradients(a)
     for name in ("visual_key", "visual_value"):
         assert not found[name][[1, 3]].any(), f"{name}: rows that nobody reads"
@@ -141,7 +142,7 @@ def test_rows_of_memory_shared_unread_and_absent(form: str, packed: bool) -> Non
 def test_one_memory_for_all(form: str) -> None:
     a = example(torch.bfloat16, lengths=[35, 35], M=17, R=1, form=form)
     a["visual_key"], a["visual_value"] = a["visual_key"][0], a["visual_value"][0]
-    yardstick.check(run, a)
+    tolerance.check(run, a)
 
 
 @pytest.mark.parametrize("form", ["plain", "factored"])
@@ -178,10 +179,10 @@ def test_the_image_of_one_sequence_stays_out_of_the_others(form: str) -> None:
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
 def test_the_visual_branch_alone_and_weights_of_any_layout(form: str, gated: bool) -> None:
     a = example(torch.bfloat16, lengths=[11] * 3, M=17, form=form, alone=True)
-    yardstick.check(run, a)
+    tolerance.check(run, a)
     b = example(torch.bfloat16, lengths=[11] * 3, M=17, form=form, gated=gated, transposed=not gated, biased=True)
     b["key"] = b["key"].T.contiguous().T
-    yardstick.check(run, dict(b, activation="gelu_tanh", visual_activation="relu", visual_scale=0.3))
+    tolerance.check(run, dict(b, activation="gelu_tanh", visual_activation="relu", visual_scale=0.3))
 
 
 @pytest.mark.parametrize("form", ["plain", "factored"])
@@ -191,7 +192,7 @@ def test_a_wider_memory_gets_wider_gradients(form: str) -> None:
     for name in ("visual_key", "visual_value", "visual_basis", "key_position", "value_position"):
         if name in a:
             a[name] = a[name].float()
-    yardstick.check(run, a)
+    tolerance.check(run, a)
     found = gradients(a)
     for name in ("visual_key", "key_position", "value_position"):
         assert found[name].dtype == torch.float32
@@ -208,7 +209,7 @@ def test_dropout_is_drawn_again_exactly(form: str, packed: bool, monkeypatch: py
     seed = torch.tensor([0x7EDC_BA98_7654_3210], device=DEVICE)
     monkeypatch.setattr("memvp_kernels.ffn.draw_seed", lambda device: seed)
     rows = a["x"].shape[:-1].numel()
-    yardstick.check(run, a, keep=philox.keep_mask(seed, rows, 17, 0.4))
+    tolerance.check(run, a, keep=philox.keep_mask(seed, rows, 17, 0.4))
 
 
 def test_the_reference_would_notice() -> None:
@@ -216,10 +217,10 @@ def test_the_reference_would_notice() -> None:
     a = example(torch.bfloat16, lengths=[11] * 3, M=17, form="plain")
     grad = torch.randn(a["x"].shape).to(a["x"])
     names = ["visual_key"]
-    exact = yardstick.gradients(lambda **b: reference.ffn(**b), a, names, grad)[1]["visual_key"]
-    theirs = yardstick.gradients(lambda **b: yardstick.plain(**b), a, names, grad)[1]["visual_key"]
+    exact = tolerance.gradients(lambda **b: reference.ffn(**b), a, names, grad)[1]["visual_key"]
+    theirs = tolerance.gradients(lambda **b: tolerance.plain(**b), a, names, grad)[1]["visual_key"]
     found = gradients(a, names, grad)["visual_key"]
-    yardstick.assert_within_twice(found, exact, theirs)
+    tolerance.assert_within_twice(found, exact, theirs)
     found[1, 16] = 0
     with pytest.raises(AssertionError, match="error"):
-        yardstick.assert_within_twice(found, exact, theirs)
+        tolerance.assert_within_twice(found, exact, theirs)

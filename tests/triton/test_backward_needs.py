@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memvp_kernels import reference
-from memvp_kernels.arguments import TENSORS
 from memvp_kernels.backends import triton as backend
-from memvp_kernels.backends.triton import roads
-from memvp_kernels.ops import normalise
+from memvp_kernels.backends.triton.heuristics import cost_model as roads
+from memvp_kernels.checks import TENSORS
 from memvp_kernels.problem import Problem, Segments
-from tests import cases, yardstick
+from memvp_kernels.torch_op import normalise
+from tests import cases, tolerance
 from tests.cases import DEVICE
 
 # The package gives the function of that name; this is the module around it.
@@ -56,11 +56,11 @@ def judge(found: dict[str, Tensor], a: cases.Arguments, grad: Tensor) -> None:
     """Each gradient by the 2x rule, `a` being what the problem means."""
     names = list(found)
     a, grad = {**a, **SCALARS}, grad.reshape(a["x"].shape)
-    exact = yardstick.gradients(lambda **b: reference.ffn(**b), a, names, grad)[1]
-    orders = [yardstick.plain, *(yardstick.reordered(seed) for seed in (1, 2, 3))]
-    theirs = [yardstick.gradients(order, a, names, grad)[1] for order in orders]
+    exact = tolerance.gradients(lambda **b: reference.ffn(**b), a, names, grad)[1]
+    orders = [tolerance.plain, *(tolerance.reordered(seed) for seed in (1, 2, 3))]
+    theirs = [tolerance.gradients(order, a, names, grad)[1] for order in orders]
     for n, g in found.items():
-        yardstick.assert_within_twice(g.reshape(a[n].shape), exact[n], [t[n] for t in theirs], f"gradient of {n}")
+        tolerance.assert_within_twice(g.reshape(a[n].shape), exact[n], [t[n] for t in theirs], f"gradient of {n}")
 
 
 def trainable(p: Problem) -> frozenset[str]:

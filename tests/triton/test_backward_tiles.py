@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from memvp_kernels.backends.triton import backward_tiles, tiles
-from memvp_kernels.backends.triton.shape import Shape
+from memvp_kernels.backends.triton.heuristics import backward_tiles, tiles
+from memvp_kernels.backends.triton.heuristics.shape import Shape
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 KINDS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memvp_kernels import fused_ffn, philox
-from tests import cases, yardstick
+from tests import cases, tolerance
 from tests.cases import DEVICE
 
 run = functools.partial(fused_ffn, backend="triton")
@@ -21,7 +21,7 @@ DTYPES = (torch.bfloat16, pytest.param(torch.float32, marks=_RARER), pytest.para
 @pytest.mark.parametrize("name", cases.names())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_case(name: str, dtype: torch.dtype) -> None:
-    yardstick.check(run, cases.build(name, dtype, DEVICE))
+    tolerance.check(run, cases.build(name, dtype, DEVICE))
 
 
 @pytest.mark.parametrize("form", ["plain", "factored"])
@@ -29,7 +29,7 @@ def test_layouts(form: str) -> None:
     a = cases.build(f"one_each-{form}", torch.bfloat16, DEVICE)
     layouts = dict(cases.strided(a))
     for which in ("x_transposed", "key_every_second", "visual_key_transposed", "key_position_every_second"):
-        yardstick.check(run, layouts[which])
+        tolerance.check(run, layouts[which])
 
 
 @pytest.mark.parametrize("form", ["plain", "factored"])
@@ -38,7 +38,7 @@ def test_dropout_is_the_same_philox_forward_and_backward(form: str, monkeypatch:
     seed = torch.tensor([0x1234_5678_9ABC_DEF], device=DEVICE)
     monkeypatch.setattr("memvp_kernels.ffn.draw_seed", lambda device: seed)
     rows, slots = a["x"].shape[0] * a["x"].shape[1], a["visual_key"].shape[1]
-    yardstick.check(run, a, keep=philox.keep_mask(seed, rows, slots, 0.4))
+    tolerance.check(run, a, keep=philox.keep_mask(seed, rows, slots, 0.4))
 
 
 @pytest.mark.parametrize("form", ["plain", "factored"])
@@ -46,7 +46,7 @@ def test_a_dropped_nan_is_still_one(form: str) -> None:
     a = dict(cases.build(f"lengths-{form}", torch.float32), dropout_p=1.0)  # 0, 7 and 4 of 7 slots
     a["x"][2, 1, 3] = float("nan")
     a["key"] = a["value"] = a["gate"] = None
-    out, grads = yardstick.gradients(run, a, ["x", "visual_key"], torch.ones_like(a["x"]))
+    out, grads = tolerance.gradients(run, a, ["x", "visual_key"], torch.ones_like(a["x"]))
     assert out[2, 1].isnan().all()
     assert out.isnan().sum() == 24
     assert grads["x"][2, 1].isnan().all()
@@ -60,9 +60,9 @@ def test_a_row_without_memory_gives_what_is_shared_no_gradient(name: str) -> Non
     a = cases.build(name, torch.bfloat16)
     wanted = [n for n in ("key_position", "value_position", "visual_basis") if n in a]
     grad = torch.randn_like(a["x"])
-    _, clean = yardstick.gradients(run, a, wanted, grad)
+    _, clean = tolerance.gradients(run, a, wanted, grad)
     a["x"][cases.IDLE[name]] = float("nan")
     grad[cases.IDLE[name]] = float("inf")
-    _, found = yardstick.gradients(run, a, wanted, grad)
+    _, found = tolerance.gradients(run, a, wanted, grad)
     for n in wanted:
         torch.testing.assert_close(found[n], clean[n])

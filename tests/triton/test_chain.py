@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from memvp_kernels.backends.triton import chain, launch, tiles
+from memvp_kernels.backends.triton.device import pdl as chain
+from memvp_kernels.backends.triton.heuristics import tiles
+from memvp_kernels.backends.triton.runtime import launch
 
 CPU = torch.device("cpu")
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memvp_kernels import philox, reference
-from memvp_kernels.backends.triton import activations, dropout, launch, segments
-from memvp_kernels.backends.triton.memory import form_memory, shared_operand
-from memvp_kernels.backends.triton.operands import BY_COLUMN, BY_POINTER, BY_ROW
-from tests import yardstick
+from memvp_kernels.backends.triton.device import activations, dropout, segments
+from memvp_kernels.backends.triton.device.operands import BY_COLUMN, BY_POINTER, BY_ROW
+from memvp_kernels.backends.triton.kernels.form_memory import form_memory, shared_operand
+from memvp_kernels.backends.triton.runtime import launch
+from tests import tolerance
 from tests.cases import DEVICE
 
 pytestmark = pytest.mark.device
@@ -68,7 +69,7 @@ def test_activation_and_derivative(name: str) -> None:
         here = (z >= low) & (z < high)
         for i, (what, mine) in enumerate((("value", out), ("slope", slope))):
             own = [t[i][here] for t in theirs]
-            yardstick.assert_within_twice(mine[here], exact[i][here], own, f"{what} in [{low}, {high})")
+            tolerance.assert_within_twice(mine[here], exact[i][here], own, f"{what} in [{low}, {high})")
     assert out[-1].isnan()
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from memvp_kernels import fused_ffn, reference
 from memvp_kernels.backends import triton as backend
-from memvp_kernels.backends.triton import launch, tiles
-from memvp_kernels.backends.triton.tiles import Tile
+from memvp_kernels.backends.triton.heuristics import tiles
+from memvp_kernels.backends.triton.heuristics.tiles import Tile
+from memvp_kernels.backends.triton.runtime import launch
 from memvp_kernels.problem import Problem, Segments
-from tests import cases, yardstick
+from tests import cases, tolerance
 from tests.cases import DEVICE
 
 run = functools.partial(fused_ffn, backend="triton")
@@ -43,7 +44,7 @@ def example(
 def check(a: dict[str, Any]) -> Tensor:
     with torch.no_grad():
         out = run(**a)
-        yardstick.assert_within_twice(out, reference.ffn(**a), yardstick.plain(**a))
+        tolerance.assert_within_twice(out, reference.ffn(**a), tolerance.plain(**a))
     return out
 
 
@@ -163,7 +164,7 @@ def test_what_is_kept_for_the_backward(form: str) -> None:
     x = problem.x
     for kept, weight, bias in zip(pre, ("gate", "key"), ("gate_bias", "key_bias"), strict=True):
         exact = x.double() @ a[weight].double().T + a[bias].double()
-        yardstick.assert_within_twice(kept, exact, [p + a[bias] for p in products(x, a[weight])], weight)
+        tolerance.assert_within_twice(kept, exact, [p + a[bias] for p in products(x, a[weight])], weight)
     expected = torch.zeros(44, 17, dtype=torch.float64, device=DEVICE)
     theirs = [expected.float() for _ in orders]
     for s, row in enumerate(index):
@@ -180,7 +181,7 @@ def test_what_is_kept_for_the_backward(form: str) -> None:
         for t, product in zip((expected, *theirs), (expected[rows], *own), strict=True):
             t[rows] = product
             t[rows, lengths[row] :] = 0
-    yardstick.assert_within_twice(scores, expected, theirs, "scores")
+    tolerance.assert_within_twice(scores, expected, theirs, "scores")
     assert (scores[expected == 0] == 0).all()
 
     bare, nothing, none = backend.forward(problem, save_hidden=False, save_scores=False)

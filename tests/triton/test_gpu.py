@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memvp_kernels import fused_ffn, philox, reference
-from tests import cases, yardstick
+from tests import cases, tolerance
 from tests.cases import DEVICE
 from tests.gpu import assert_same, captured
 
@@ -65,7 +65,7 @@ def test_the_size_of_a_llama(form: str, sequences: int, length: int, gated: bool
         a["gate"] = matrix(F, d)
     if form == "factored":
         a["visual_basis"] = matrix(r, d)
-    yardstick.check(run, a, names=[n for n in TRAINED if n in a])
+    tolerance.check(run, a, names=[n for n in TRAINED if n in a])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -74,7 +74,7 @@ def test_sequences_that_end_inside_the_largest_tiles(form: str) -> None:
     a = cases.memory(
         cases.ffn(torch.bfloat16, d=1024, F=2816), R=len(lengths), M=320, r=136 if form == "factored" else None
     )
-    yardstick.check(run, cases.moved(cases.packed(a, lengths)), names=[n for n in TRAINED if n in a])
+    tolerance.check(run, cases.moved(cases.packed(a, lengths)), names=[n for n in TRAINED if n in a])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -114,10 +114,10 @@ def test_each_replay_drops_others(form: str, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr("memvp_kernels.ffn.draw_seed", lambda device, known=known: known)
         assert_same(result, step(a, grad, dropout_p=0.4))
         keep = philox.keep_mask(known, a["x"].shape[0] * a["x"].shape[1], a["visual_key"].shape[1], 0.4)
-        yardstick.assert_within_twice(
+        tolerance.assert_within_twice(
             result[0],
             reference.ffn(**a, dropout_p=0.4, keep=keep),
-            [order(**a, dropout_p=0.4, keep=keep) for order in (yardstick.plain, *map(yardstick.reordered, (1, 2, 3)))],
+            [order(**a, dropout_p=0.4, keep=keep) for order in (tolerance.plain, *map(tolerance.reordered, (1, 2, 3)))],
         )
 
 

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from memvp_kernels.backends import triton as backend
-from memvp_kernels.backends.triton import launch, roads, steps, tiles
+from memvp_kernels.backends.triton import gemm as steps
+from memvp_kernels.backends.triton.heuristics import cost_model as roads
+from memvp_kernels.backends.triton.heuristics import tiles
+from memvp_kernels.backends.triton.runtime import launch
 from memvp_kernels.problem import Problem
 from tests.triton.test_backward_needs import FORMS, dy, problem, trainable
 

@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memvp_kernels.backends.triton import backward_tiles, dhidden, dinput, hidden, launch, output, tiles
 from memvp_kernels.backends.triton.forward import dense_segments
-from memvp_kernels.backends.triton.tiles import Tile
-from tests import yardstick
+from memvp_kernels.backends.triton.heuristics import backward_tiles, tiles
+from memvp_kernels.backends.triton.heuristics.tiles import Tile
+from memvp_kernels.backends.triton.kernels import dhidden, dinput, hidden, output
+from memvp_kernels.backends.triton.runtime import launch
+from tests import tolerance
 from tests.cases import DEVICE
 from tests.triton.conftest import INTERPRETED
 
@@ -87,7 +89,7 @@ def last_rows(columns: int, wanted: Iterable[int]) -> contextlib.AbstractContext
 
 
 def agrees(found: Tensor, product: Callable[[torch.dtype], Tensor], what: str) -> None:
-    yardstick.assert_within_twice(found, product(torch.float64), product(torch.float16), what)
+    tolerance.assert_within_twice(found, product(torch.float64), product(torch.float16), what)
 
 
 @pytest.mark.parametrize("operands", ["descriptors", "pointers"], indirect=True)

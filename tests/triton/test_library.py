@@ -13,9 +13,13 @@ from torch import Tensor
 
 from memvp_kernels import fused_ffn, philox
 from memvp_kernels.backends import triton as backend
-from memvp_kernels.backends.triton import library, pointwise, roads, steps, tiles
-from memvp_kernels.backends.triton.output import output_forward
-from tests import cases, yardstick
+from memvp_kernels.backends.triton import gemm as steps
+from memvp_kernels.backends.triton import gemm_cublas as library
+from memvp_kernels.backends.triton.heuristics import cost_model as roads
+from memvp_kernels.backends.triton.heuristics import tiles
+from memvp_kernels.backends.triton.kernels import pointwise
+from memvp_kernels.backends.triton.kernels.output import output_forward
+from tests import cases, tolerance
 from tests.benchmarks import conftest as _benchmarks  # noqa: F401 - finds their modules
 from tests.triton.test_backward_needs import (
     DEVICE,
@@ -47,21 +51,21 @@ def build(name: str, dtype: torch.dtype) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("name", "dtype"), list(zip(cases.names(), itertools.cycle(DTYPES), strict=False)), ids=str)
 def test_case(name: str, dtype: torch.dtype) -> None:
-    yardstick.check(run, build(name, dtype))
+    tolerance.check(run, build(name, dtype))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", cases.names())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_case_in_every_dtype(name: str, dtype: torch.dtype) -> None:
-    yardstick.check(run, build(name, dtype))
+    tolerance.check(run, build(name, dtype))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_layouts(form: str) -> None:
     layouts = dict(cases.strided(build(f"one_each-{form}", torch.bfloat16)))
     for which in ("x_transposed", "gate_every_second", "key_position_transposed"):
-        yardstick.check(run, layouts[which])
+        tolerance.check(run, layouts[which])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -71,7 +75,7 @@ def test_dropout_is_the_same_philox(form: str, recompute: bool, monkeypatch: pyt
     seed = torch.tensor([0x1234_5678_9ABC_DEF], device=DEVICE)
     monkeypatch.setattr("memvp_kernels.ffn.draw_seed", lambda device: seed)
     rows, slots = a["x"].shape[0] * a["x"].shape[1], a["visual_key"].shape[1]
-    yardstick.check(run, a, keep=philox.keep_mask(seed, rows, slots, 0.4))
+    tolerance.check(run, a, keep=philox.keep_mask(seed, rows, slots, 0.4))
 
 
 @pytest.mark.parametrize("form", FORMS)

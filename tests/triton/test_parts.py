@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from memvp_kernels import fused_ffn
-from memvp_kernels.backends.triton import backward_tiles, tiles
-from memvp_kernels.backends.triton.parts import add_parts, empty_parts
-from memvp_kernels.backends.triton.shape import Shape
-from memvp_kernels.backends.triton.tiles import Tile
-from tests import yardstick
+from memvp_kernels.backends.triton.heuristics import backward_tiles, tiles
+from memvp_kernels.backends.triton.heuristics.shape import Shape
+from memvp_kernels.backends.triton.heuristics.tiles import Tile
+from memvp_kernels.backends.triton.kernels.split_k import add_parts, empty_parts
+from tests import tolerance
 from tests.triton.test_backward import DEVICE, example
 
 run = functools.partial(fused_ffn, backend="triton")
@@ -33,18 +33,18 @@ def test_output_and_every_gradient(form: str, packed: bool, cut: int, operands: 
     lengths = [11, 1, 0, 27] if packed else [13] * 3
     a = example(torch.bfloat16, lengths=lengths, M=19, form=form, packed=packed, d=45, F=71, biased=True)
     a["residual"] = torch.randn(a["x"].shape, device=DEVICE).to(torch.bfloat16)
-    yardstick.check(run, a)
+    tolerance.check(run, a)
     assert torch.equal(run(**a), run(**a))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_other_dtypes(dtype: torch.dtype, cut: int) -> None:
-    yardstick.check(run, example(dtype, lengths=[37, 37], M=19, form="plain"))
+    tolerance.check(run, example(dtype, lengths=[37, 37], M=19, form="plain"))
 
 
 def test_fewer_steps_than_parts(cut: int) -> None:
     """F and M within one step: the other parts add zeros."""
-    yardstick.check(run, example(torch.bfloat16, lengths=[9], M=1, form="plain", F=8))
+    tolerance.check(run, example(torch.bfloat16, lengths=[9], M=1, form="plain", F=8))
 
 
 def test_the_parts_are_added_in_order_and_in_float32() -> None:

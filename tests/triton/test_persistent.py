@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from memvp_kernels import fused_ffn
-from memvp_kernels.backends.triton import hidden, launch, tiles
-from memvp_kernels.backends.triton.shape import Shape
-from memvp_kernels.backends.triton.tiles import Tile
-from tests import yardstick
+from memvp_kernels.backends.triton.heuristics import tiles
+from memvp_kernels.backends.triton.heuristics.shape import Shape
+from memvp_kernels.backends.triton.heuristics.tiles import Tile
+from memvp_kernels.backends.triton.kernels import hidden
+from memvp_kernels.backends.triton.runtime import launch
+from tests import tolerance
 from tests.triton.test_backward import DEVICE, example
 
 run = functools.partial(fused_ffn, backend="triton")
@@ -36,16 +38,16 @@ def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_output_and_every_gradient(form: str, gated: bool, programs: int) -> None:
     """The factored form stays and stores by descriptor; the plain one's visual tiles leave no registers for either."""
     a = example(torch.bfloat16, lengths=[37] * 2, M=17, form=form, F=72, gated=gated, biased=True)
-    yardstick.check(run, dict(a, activation="gelu"))
+    tolerance.check(run, dict(a, activation="gelu"))
 
 
 def test_the_same_bits(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     a = example(torch.bfloat16, lengths=[45], M=19, form="factored", d=40, F=88, R=1)
     grad = torch.randn(a["x"].shape, generator=torch.Generator().manual_seed(3)).to(a["x"])
     names = ["x", "visual_key", "visual_value"]
-    y, grads = yardstick.gradients(lambda **b: run(**b), a, names, grad)
+    y, grads = tolerance.gradients(lambda **b: run(**b), a, names, grad)
     monkeypatch.setattr(tiles, "persists", lambda *_: False)
-    expected, wanted = yardstick.gradients(lambda **b: run(**b), a, names, grad)
+    expected, wanted = tolerance.gradients(lambda **b: run(**b), a, names, grad)
     assert torch.equal(y, expected)
     assert all(torch.equal(grads[n], wanted[n]) for n in names)
 

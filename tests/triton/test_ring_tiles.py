@@ -6,7 +6,9 @@ import itertools
 
 import pytest
 
-from memvp_kernels.backends.triton import ring_tiles, roads, tiles
+from memvp_kernels.backends.triton.heuristics import cost_model as roads
+from memvp_kernels.backends.triton.heuristics import hopper_tiles as ring_tiles
+from memvp_kernels.backends.triton.heuristics import tiles
 from tests.triton.test_roads import shape
 
 HOPPER = tiles.chip_of(90)

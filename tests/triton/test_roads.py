@@ -12,9 +12,11 @@ import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memvp_kernels.backends import triton as backend
-from memvp_kernels.backends.triton import roads, steps, tiles
-from memvp_kernels.backends.triton.rates import RATES
-from memvp_kernels.backends.triton.shape import Shape
+from memvp_kernels.backends.triton import gemm as steps
+from memvp_kernels.backends.triton.heuristics import cost_model as roads
+from memvp_kernels.backends.triton.heuristics import tiles
+from memvp_kernels.backends.triton.heuristics.rates import RATES
+from memvp_kernels.backends.triton.heuristics.shape import Shape
 from memvp_kernels.problem import Problem
 from tests.triton.conftest import INTERPRETED
 from tests.triton.test_backward_needs import dy, problem

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from memvp_kernels import reference
 from memvp_kernels.backends import triton as backend
-from memvp_kernels.backends.triton import backward_tiles
+from memvp_kernels.backends.triton.heuristics import backward_tiles
 from memvp_kernels.problem import SHARED, Problem, Segments
-from tests import stack, yardstick
+from tests import stack, tolerance
 from tests.triton.test_backward import small_tiles
 from tests.triton.test_backward_needs import SCALARS, assert_equal, dy, problem
 
@@ -23,7 +23,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _shared(dtype: torch.dtype = torch.float32, **changes: Any) -> Problem:
-    """A problem with the operands that :mod:`memvp_kernels.shared` would form."""
+    """A problem with the operands that :mod:`memvp_kernels.shared_memory` would form."""
     p = problem("factored", alone=True, dtype=dtype)
     assert p.visual_basis is not None and p.key_position is not None and p.value_position is not None
     joined = [torch.cat([p.visual_basis, position]) for position in (p.key_position, p.value_position)]
@@ -46,14 +46,14 @@ def _judge(found: dict[str, Tensor], p: Problem, before: dict[str, Tensor] | Non
     """The gradients of `SHARED` by the 2x rule, alone or added to what was there."""
     index = torch.zeros(5, dtype=torch.int32) if p.segments.index is None else p.segments.index
     a = {"x": p.x.reshape(5, 9, -1), "visual_index": index, **{name: getattr(p, name) for name in SHARED}}
-    orders = (reference.ffn, yardstick.plain, *(yardstick.reordered(seed) for seed in (1, 2, 3)))
+    orders = (reference.ffn, tolerance.plain, *(tolerance.reordered(seed) for seed in (1, 2, 3)))
     exact, *theirs = (
-        yardstick.gradients(lambda f=f, **b: _means(f, **b), a, list(SHARED), dy(p).reshape(a["x"].shape))[1]
+        tolerance.gradients(lambda f=f, **b: _means(f, **b), a, list(SHARED), dy(p).reshape(a["x"].shape))[1]
         for f in orders
     )
     for name in SHARED:
         start = torch.zeros_like(found[name]) if before is None else before[name]
-        yardstick.assert_within_twice(
+        tolerance.assert_within_twice(
             found[name], start.double() + exact[name].double(), [start + t[name] for t in theirs], name
         )
 
@@ -73,13 +73,13 @@ def test_within_twice_pytorchs_own_error(
     a = {n: t.to(DEVICE) for n, t in stack.arguments(dtype, index=index).items()}
     names = stack.trained(a)
     grad = torch.randn(a["x"].shape, generator=torch.Generator().manual_seed(4)).to(a["x"])
-    exact, exact_grads = yardstick.gradients(lambda **b: stack.through(reference.ffn, **b), a, names, grad)
-    orders = (yardstick.plain, *(yardstick.reordered(seed) for seed in range(1, 4)))
-    theirs = [yardstick.gradients(lambda f=f, **b: stack.through(f, **b), a, names, grad) for f in orders]
-    y, grads = yardstick.gradients(lambda **b: stack.shared(b, backend="triton"), a, names, grad)
-    yardstick.assert_within_twice(y, exact, [t for t, _ in theirs])
+    exact, exact_grads = tolerance.gradients(lambda **b: stack.through(reference.ffn, **b), a, names, grad)
+    orders = (tolerance.plain, *(tolerance.reordered(seed) for seed in range(1, 4)))
+    theirs = [tolerance.gradients(lambda f=f, **b: stack.through(f, **b), a, names, grad) for f in orders]
+    y, grads = tolerance.gradients(lambda **b: stack.shared(b, backend="triton"), a, names, grad)
+    tolerance.assert_within_twice(y, exact, [t for t, _ in theirs])
     for name in names:
-        yardstick.assert_within_twice(grads[name], exact_grads[name], [g[name] for _, g in theirs], name)
+        tolerance.assert_within_twice(grads[name], exact_grads[name], [g[name] for _, g in theirs], name)
 
 
 @pytest.mark.parametrize("readers", ["index", "one_row_for_all", "nobody"])

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from memvp_kernels.backends.triton import tiles
-from memvp_kernels.backends.triton.shape import Shape
-from memvp_kernels.backends.triton.tiles import Chip, Tile
+from memvp_kernels.backends.triton.heuristics import tiles
+from memvp_kernels.backends.triton.heuristics.shape import Shape
+from memvp_kernels.backends.triton.heuristics.tiles import Chip, Tile
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 KINDS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]

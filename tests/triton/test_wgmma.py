@@ -14,9 +14,11 @@ import torch
 
 from memvp_kernels import fused_ffn
 from memvp_kernels.backends.cuda import extension
-from memvp_kernels.backends.triton import roads, steps, wgmma
+from memvp_kernels.backends.cuda import gemm as wgmma
+from memvp_kernels.backends.triton import gemm as steps
+from memvp_kernels.backends.triton.heuristics import cost_model as roads
 from memvp_kernels.problem import Segments
-from tests import cases, yardstick
+from tests import cases, tolerance
 from tests.csrc.conftest import build_host_extension
 from tests.csrc.fake_gpu import Machine, forget, problem_of
 from tests.triton.conftest import INTERPRETED
@@ -54,14 +56,14 @@ def launched(fused_road: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[coll
     ("name", "dtype"), [*zip(cases.names(), itertools.cycle((BF16, FP16)), strict=False)][::5], ids=str
 )
 def test_case(name: str, dtype: torch.dtype) -> None:
-    yardstick.check(run, cases.build(name, dtype))
+    tolerance.check(run, cases.build(name, dtype))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", cases.names())
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_every_case(name: str, dtype: torch.dtype) -> None:
-    yardstick.check(run, cases.build(name, dtype))
+    tolerance.check(run, cases.build(name, dtype))
 
 
 @pytest.mark.parametrize("form", ["plain", "factored", "none"])
@@ -70,7 +72,7 @@ def test_every_step_runs_natively(form: str, transposed: bool, launched: collect
     a = cases.ffn(BF16, d=24, F=40, biased=True, transposed=transposed)
     if form != "none":
         a = cases.memory(a, R=3, M=8, r=8 if form == "factored" else None)
-    yardstick.check(run, a, names=["x"])
+    tolerance.check(run, a, names=["x"])
     assert launched == {"hidden": 1, "output": 2, "dhidden": 1}
 
 
@@ -94,7 +96,7 @@ def _moved(a: dict[str, Any], elements: int) -> dict[str, Any]:
 @pytest.mark.parametrize("what", ODD)
 def test_what_the_kernels_do_not_take_goes_by_the_fused_ones(what: str, launched: collections.Counter[str]) -> None:
     """Of a step that fits nothing, nothing runs; x and y still fit where only the weights do not."""
-    yardstick.check(run, ODD[what](), names=["x"])
+    tolerance.check(run, ODD[what](), names=["x"])
     assert not launched
 
 
@@ -103,14 +105,14 @@ def test_a_bias_of_any_layout(launched: collections.Counter[str]) -> None:
     a["key_bias"] = a["key_bias"].float()
     a["gate_bias"] = a["gate_bias"].double()  # neither x's dtype nor float32
     a["value_bias"] = a["value_bias"].new_zeros(25)[1:].copy_(a["value_bias"])  # no multiple of 4 bytes
-    yardstick.check(run, a, names=["x"])
+    tolerance.check(run, a, names=["x"])
     assert launched["hidden"] == launched["dhidden"] == 1
 
 
 def test_a_residual_that_can_not_be_copied(launched: collections.Counter[str]) -> None:
     a = cases.ffn(BF16)
     a["residual"] = cases.random(3, 5, 25, dtype=BF16)[..., :24]
-    yardstick.check(run, a, names=["x"])
+    tolerance.check(run, a, names=["x"])
     assert launched == {"hidden": 1, "dhidden": 1, "output": 1}
 
 

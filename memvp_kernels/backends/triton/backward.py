@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from memvp_kernels.backends import eager
-from memvp_kernels.backends.triton import launch
-from memvp_kernels.backends.triton.core import core_forward
-from memvp_kernels.backends.triton.core_backward import CoreGradients, core_backward
-from memvp_kernels.backends.triton.dhidden import HiddenGradients
-from memvp_kernels.backends.triton.dmemory import Pair, core_gradient, dense_gradients, memory_gradients
+from memvp_kernels.backends.torch import eager
 from memvp_kernels.backends.triton.forward import dense_segments, visual_of, without_memory
-from memvp_kernels.backends.triton.memory import form_memory, key_operand, shared_operand, value_operand
-from memvp_kernels.backends.triton.steps import steps_of
-from memvp_kernels.backends.triton.weights import weight_gradients
+from memvp_kernels.backends.triton.gemm import steps_of
+from memvp_kernels.backends.triton.kernels.core import core_forward
+from memvp_kernels.backends.triton.kernels.core_backward import CoreGradients, core_backward
+from memvp_kernels.backends.triton.kernels.dhidden import HiddenGradients
+from memvp_kernels.backends.triton.kernels.dmemory import Pair, core_gradient, dense_gradients, memory_gradients
+from memvp_kernels.backends.triton.kernels.form_memory import form_memory, key_operand, shared_operand, value_operand
+from memvp_kernels.backends.triton.runtime import launch
+from memvp_kernels.backends.triton.weight_gradients import weight_gradients
 from memvp_kernels.problem import SHARED, Problem
 
 __all__ = ["backward"]

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from memvp_kernels import philox
-from memvp_kernels.backends import eager
-from memvp_kernels.backends.triton import launch
-from memvp_kernels.backends.triton.core import core_forward
-from memvp_kernels.backends.triton.memory import form_memory, key_operand, value_operand
-from memvp_kernels.backends.triton.steps import steps_of
-from memvp_kernels.backends.triton.tiles import REMEMBERED
-from memvp_kernels.backends.triton.visual import Visual
+from memvp_kernels.backends.torch import eager
+from memvp_kernels.backends.triton.device.visual import Visual
+from memvp_kernels.backends.triton.gemm import steps_of
+from memvp_kernels.backends.triton.heuristics.tiles import REMEMBERED
+from memvp_kernels.backends.triton.kernels.core import core_forward
+from memvp_kernels.backends.triton.kernels.form_memory import form_memory, key_operand, value_operand
+from memvp_kernels.backends.triton.runtime import launch
 from memvp_kernels.problem import Problem, Segments
 
 __all__ = ["dense_segments", "forward", "unsupported", "visual_of", "without_memory"]

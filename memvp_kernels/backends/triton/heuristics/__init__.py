@@ -1,0 +1,1 @@
+"""Which implementation and which tile a step runs with: a deterministic cost model in plain Python."""

@@ -1,0 +1,363 @@
+"""Which tile each kernel runs with: a deterministic cost model in plain Python, instead of timing at run time.
+
+A tile is a candidate only if its operands' stages fit the block's shared memory and its accumulators the registers (or, from sm_100, the
+tensor memory). Of the candidates the one with the fewest predicted cycles wins: waves times a tile's K steps, each step bound by
+the tensor cores or by what L2 delivers to one multiprocessor, and never less than the bytes over the memory bandwidth.
+
+Rows and sequences enter in powers of two, so a model that sees every length compiles a handful of kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+
+import torch
+
+from memvp_kernels.backends.triton.heuristics.rates import RATES, Rates
+from memvp_kernels.backends.triton.heuristics.shape import Shape
+
+__all__ = [
+    "FILL",
+    "REMEMBERED",
+    "STORED_COLUMNS",
+    "Chip",
+    "Tile",
+    "candidates",
+    "chip_of",
+    "core_tile",
+    "hidden_cycles",
+    "hidden_tile",
+    "joining_cycles",
+    "launch_cycles",
+    "loading",
+    "output_cycles",
+    "output_tile",
+    "persists",
+    "split_choices",
+    "step_cycles",
+    "straddles",
+    "wide_efficiency",
+]
+
+
+@dataclass(frozen=True, eq=False)  # one object per chip (see `chip_of`), so that it hashes fast as a key
+class Chip:
+    """What the model knows of a GPU.
+
+    Attributes:
+        architecture: compute capability, 80 … 120.
+        multiprocessors: how many run a grid.
+        shared: bytes of shared memory that one block may have.
+        tensor: 16-bit FLOP per clock and multiprocessor, dense.
+        cuda: float32 FLOP per clock and multiprocessor outside the tensor cores.
+        l2: bytes per clock that L2 delivers to one multiprocessor.
+        memory: bytes per clock of device memory for the whole chip.
+        clock: GHz, to turn cycles into time for a report; for sm_90 what an H200 holds in a large product (790 TFLOP/s), else the data sheet's.
+    """
+
+    architecture: int
+    multiprocessors: int
+    shared: int
+    tensor: int
+    cuda: int
+    l2: int
+    memory: int
+    clock: float
+
+    @property
+    def family(self) -> str:
+        """The matrix instruction that `tl.dot` becomes: "mma", "wgmma" or "tcgen05"."""
+        return {90: "wgmma", 100: "tcgen05", 103: "tcgen05"}.get(self.architecture, "mma")
+
+    @property
+    def chains(self) -> bool:
+        """Whether the backend's launches begin while the one before them ends (:mod:`.chain`)."""
+        return self.family != "mma"
+
+
+_KIB = 1024
+_CHIPS = {
+    80: Chip(80, 108, 163 * _KIB, 2048, 128, 64, 1100, 1.41),
+    86: Chip(86, 84, 99 * _KIB, 512, 256, 48, 500, 1.7),
+    87: Chip(87, 16, 163 * _KIB, 1024, 256, 48, 200, 1.3),
+    89: Chip(89, 128, 99 * _KIB, 1024, 256, 48, 400, 2.5),
+    90: Chip(90, 132, 227 * _KIB, 4096, 256, 64, 2900, 1.46),
+    100: Chip(100, 148, 227 * _KIB, 8192, 256, 64, 4000, 1.85),
+    103: Chip(103, 148, 227 * _KIB, 8192, 256, 64, 4000, 1.85),
+    120: Chip(120, 170, 99 * _KIB, 1024, 256, 48, 700, 2.4),
+    121: Chip(121, 48, 99 * _KIB, 1024, 256, 48, 120, 2.4),
+}
+
+
+@cache
+def chip_of(architecture: int, multiprocessors: int | None = None) -> Chip:
+    """The chip of a compute capability; one not listed counts as the nearest older one, which it can run the code of."""
+    known = max((a for a in _CHIPS if a <= architecture), default=min(_CHIPS))
+    found = _CHIPS[known]
+    return replace(found, multiprocessors=multiprocessors or found.multiprocessors)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One configuration of a kernel.
+
+    Attributes:
+        block_n: rows of x.
+        columns: columns of the result: pairs (hidden; with a gate as many again beside them), or of d (output).
+        block_k: step of the K loop.
+        warps, stages: Triton's num_warps and num_stages.
+        group: row tiles that run side by side and share columns in L2.
+        splits: parts that the K loop is cut into, for the kernels that can (output, dx).
+    """
+
+    block_n: int
+    columns: int
+    block_k: int
+    warps: int
+    stages: int
+    group: int = 8
+    splits: int = 1
+
+
+# (block_n, accumulated columns, block_k, warps, most stages), widest first: of equal cost the first wins.
+_SHAPES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
+    "descriptors": (
+        (128, 256, 64, 8, 4),
+        (128, 128, 64, 8, 6),
+        (64, 128, 64, 4, 6),
+        (64, 64, 128, 4, 6),
+        (64, 32, 128, 4, 8),
+    ),
+    "pointers": (
+        (128, 128, 32, 8, 4),
+        (64, 128, 32, 8, 5),
+        (64, 64, 64, 4, 4),
+        (32, 64, 64, 4, 4),
+        (16, 64, 64, 4, 5),
+    ),
+    # One load for every element, each with its own address: anything larger spills, 128x128 of TF32 88 bytes on sm_90.
+    "elements": ((64, 64, 32, 4, 3), (32, 64, 32, 4, 3), (16, 64, 32, 4, 3)),
+    # Of 64x64 in steps of 32, dx of a packed batch spilled 8 bytes on sm_100.
+    "tf32": ((128, 128, 32, 8, 4), (64, 64, 64, 8, 2), (32, 64, 32, 4, 4)),
+    # Eight warps would let 64x64 have two accumulators, which spilled 8 bytes on sm_100.
+    "ieee": ((64, 64, 16, 4, 3), (32, 64, 32, 4, 3)),
+}
+_RESERVE = 2 * _KIB  # barriers and the epilogue's scratch beside the stages
+FILL = 900  # cycles before a tile's first product: launch, first loads
+_REFILL = 500  # of them where the program is there already and only the loads have to arrive; assumed like the other
+STORED_COLUMNS = 64  # of a piece of an epilogue that stores through shared memory
+_WIDE_EFFICIENCY = {256: 1.0, 128: 0.9, 64: 0.75, 32: 0.5}  # of the tensor cores' rate, by accumulator width
+_PER_MULTIPROCESSOR_REGISTERS = 65536
+_SPLITS = (1, 2, 3, 4, 6, 8)
+_LONGEST_EDGE = 1 << 10  # rows; no tile has more
+REMEMBERED = 4096  # shapes and layouts as they come, with every length of a batch: so many, and not without end
+_CUT_MARGIN = (
+    1.05  # a cut loop must promise this much: the model is no better, and one launch less is one thing less to go wrong
+)
+
+
+def loading(chip: Chip, dtype: torch.dtype, precision: str, descriptors: bool) -> str:
+    """How tiles come in: "descriptors" through TMA, "pointers" in vectors, "elements" one by one; float32's in vectors by its precision.
+
+    IEEE's, which no matrix instruction multiplies, are one kind: small either way.
+    """
+    if dtype == torch.float32 and (descriptors or precision == "ieee"):
+        return precision
+    if not descriptors:
+        return "elements"
+    return "descriptors" if chip.architecture >= 90 else "pointers"
+
+
+def _accumulator_limit(kind: str) -> int:
+    """Float32 accumulators a thread may hold without spilling, as the compiled kernels show."""
+    return {"descriptors": 128, "pointers": 64, "elements": 32, "tf32": 64, "ieee": 32}[kind]
+
+
+def candidates(
+    chip: Chip, dtype: torch.dtype, precision: str, *, descriptors: bool, accumulators: int = 1, halves: int = 1
+) -> Iterator[Tile]:
+    """Every tile that fits, widest first.
+
+    Args:
+        descriptors: every operand can have one (`launch.describable`), also on a chip without TMA, which then loads vectors.
+        accumulators: full-width accumulators alive at once.
+        halves: 2 where a tile's columns are two operands side by side (gate and key).
+    """
+    kind = loading(chip, dtype, precision, descriptors)
+    for block_n, wide, block_k, warps, most in _SHAPES[kind]:
+        if kind == "elements" and chip.family == "tcgen05" and block_n == 64:
+            continue  # a gated hidden tile of them spilled 8 bytes with Triton 3.6
+        if kind == "ieee" and not descriptors:
+            block_k = 16  # two accumulators of 32x64 in steps of 32 spilled 40 bytes on sm_100
+        stage = (block_n + wide) * block_k * dtype.itemsize
+        stages = min(most, (chip.shared - _RESERVE) // stage)
+        registers = accumulators * block_n * wide // (32 * warps)
+        if stages >= 2 and registers <= _accumulator_limit(kind):
+            yield Tile(block_n, wide // halves, block_k, warps, stages)
+
+
+def straddles(sequences: int, length: int | None, block_n: int) -> bool:
+    """Whether a row tile may hold rows of two sequences, or of none; length None: packed."""
+    return length is None or (sequences > 1 and length % block_n != 0)
+
+
+@lru_cache(REMEMBERED)
+def hidden_tile(chip: Chip, shape: Shape) -> Tile:
+    """The hidden kernel's tile."""
+    return _hidden_tile(chip, _bucketed(shape, None))
+
+
+@cache
+def _hidden_tile(chip: Chip, shape: Shape) -> Tile:
+    fitting = candidates(chip, shape.dtype, shape.precision, descriptors=shape.descriptors, halves=shape.branches)
+    return min(fitting, key=lambda tile: hidden_cycles(chip, tile, shape))
+
+
+def hidden_cycles(chip: Chip, tile: Tile, shape: Shape, persistent: bool = False) -> float:
+    """Predicted clock cycles of one hidden launch; `persistent`: where `persists` allows it."""
+    rows, width, pairs, slots, sequences = shape.rows, shape.width, shape.pairs, shape.slots, shape.sequences
+    wide = tile.columns * shape.branches
+    row_tiles = math.ceil(rows / tile.block_n)
+    memory = (
+        (row_tiles + min(sequences, rows)) * math.ceil(slots / wide)
+        if sequences > 1
+        else row_tiles * math.ceil(slots / wide)
+    )
+    count = row_tiles * math.ceil(pairs / tile.columns) + memory
+    numbers = rows * width + pairs * width * shape.branches + sequences * slots * width + rows * (pairs + slots)
+    moved = numbers * shape.dtype.itemsize
+    cycles = _cycles(chip, tile, shape.dtype, shape.precision, wide, count, math.ceil(width / tile.block_k), moved)
+    if persistent and persists(chip, tile, shape.dtype, wide, count):
+        between = (math.ceil(count / chip.multiprocessors) - 1) * (FILL - _REFILL)
+        cycles = max(cycles - between, moved / chip.memory)
+    return cycles
+
+
+def persists(chip: Chip, tile: Tile, dtype: torch.dtype, wide: int, count: int) -> bool:
+    """Whether `count` tiles of `wide` accumulated columns go through programs that stay: one fills a multiprocessor, and waves are several.
+
+    Smaller tiles have neighbours on the multiprocessor that work while one begins or ends.
+    """
+    staged = 2 * tile.block_n * STORED_COLUMNS * dtype.itemsize
+    stages = tile.stages * (tile.block_n + wide) * tile.block_k * dtype.itemsize
+    alone = 2 * stages > chip.shared
+    return (
+        chip.family == "wgmma" and alone and stages + staged + _RESERVE <= chip.shared and count > chip.multiprocessors
+    )
+
+
+@lru_cache(REMEMBERED)
+def output_tile(chip: Chip, shape: Shape) -> Tile:
+    """The output kernel's tile."""
+    # The largest power of two in T decides which tiles a sequence's edge may cut, and nothing else about T matters.
+    length = shape.length
+    whole = length if length is None else min(length & -length, _LONGEST_EDGE) if shape.sequences > 1 else _LONGEST_EDGE
+    return _output_tile(chip, _bucketed(shape, whole))
+
+
+@cache
+def _output_tile(chip: Chip, shape: Shape) -> Tile:
+    kind = (chip, shape.dtype, shape.precision)
+    single = list(candidates(*kind, descriptors=shape.descriptors))
+    double = set(candidates(*kind, descriptors=shape.descriptors, accumulators=2))
+    found: list[tuple[float, int, Tile]] = []
+    for order, tile in enumerate(single):
+        cut = shape.slots > 0 and (not shape.length or shape.length % tile.block_n != 0)
+        if cut and tile not in double:
+            continue
+        for splits in split_choices(chip, tile, shape.rows, shape.width, shape.pairs):
+            tile = replace(tile, splits=splits)
+            cycles = output_cycles(chip, tile, shape, cut)
+            found.append((cycles * (_CUT_MARGIN if splits > 1 else 1.0), order, tile))
+    return min(found, key=lambda f: f[:2])[2]
+
+
+def split_choices(chip: Chip, tile: Tile, rows: int, columns: int, depth: int) -> tuple[int, ...]:
+    """Into how many parts a loop of `depth` may be cut: one, unless tiles are fewer than multiprocessors; no part under four steps."""
+    count = math.ceil(rows / tile.block_n) * math.ceil(columns / tile.columns)
+    most = depth // (4 * tile.block_k) if count < chip.multiprocessors else 1
+    return tuple(s for s in _SPLITS if s <= max(most, 1))
+
+
+def output_cycles(chip: Chip, tile: Tile, shape: Shape, cut: bool) -> float:
+    """Predicted clock cycles of one output launch; `cut`: sequences end inside row tiles."""
+    rows, width, pairs, slots, sequences = shape.rows, shape.width, shape.pairs, shape.slots, shape.sequences
+    row_tiles = math.ceil(rows / tile.block_n)
+    touched = 1 + (min(sequences, rows) - 1) / row_tiles if cut else 1.0
+    part = tile.block_k * tile.splits
+    steps = math.ceil(pairs / part) + touched * math.ceil(slots / part)
+    count = row_tiles * math.ceil(width / tile.columns) * tile.splits
+    moved = (rows * (pairs + slots) + pairs * width + sequences * slots * width + rows * width) * shape.dtype.itemsize
+    cycles = _cycles(chip, tile, shape.dtype, shape.precision, tile.columns, count, steps, moved)
+    return cycles + joining_cycles(chip, rows * width, tile.splits)
+
+
+def joining_cycles(chip: Chip, numbers: int, splits: int) -> float:
+    """Cycles to store the parts of a result in float32 and to add them up in a second launch; L2 holds what is so small."""
+    if splits == 1:
+        return 0.0
+    return 4 * numbers * (2 * splits + 1) / (chip.l2 * chip.multiprocessors) + launch_cycles(chip)
+
+
+def _cycles(
+    chip: Chip, tile: Tile, dtype: torch.dtype, precision: str, wide: int, count: int, steps: float, moved: int
+) -> float:
+    step = step_cycles(chip, tile, dtype, precision, wide)
+    shared = tile.stages * (tile.block_n + wide) * tile.block_k * dtype.itemsize + _RESERVE
+    registers = (tile.block_n * wide // (32 * tile.warps) + 64) * 32 * tile.warps
+    resident = max(1, min(chip.shared // shared, _PER_MULTIPROCESSOR_REGISTERS // registers, 4))
+    waves = math.ceil(count / (chip.multiprocessors * resident))
+    store = tile.block_n * wide * dtype.itemsize / chip.l2
+    return max(waves * (FILL + store + resident * steps * step), moved / chip.memory)
+
+
+def launch_cycles(chip: Chip, rates: Rates = RATES) -> float:
+    """Predicted clock cycles between a kernel and one of the backend's own after it (:mod:`.chain`)."""
+    return (rates.chained if chip.chains else rates.launch) * chip.clock * 1e9
+
+
+def wide_efficiency(wide: int) -> float:
+    """The share of the tensor cores' rate that an accumulator of so many columns lets them reach: each of its operands is read more often."""
+    below = max((w for w in _WIDE_EFFICIENCY if w <= wide), default=min(_WIDE_EFFICIENCY))
+    above = min((w for w in _WIDE_EFFICIENCY if w >= wide), default=max(_WIDE_EFFICIENCY))
+    low, high = _WIDE_EFFICIENCY[below], _WIDE_EFFICIENCY[above]
+    return low if above == below else low + (high - low) * (wide - below) / (above - below)
+
+
+def step_cycles(chip: Chip, tile: Tile, dtype: torch.dtype, precision: str, wide: int) -> float:
+    """Predicted clock cycles of one step of a tile's K loop, `wide` accumulated columns: bound by the products or by L2."""
+    flops = 2 * tile.block_n * wide * tile.block_k
+    if dtype != torch.float32:
+        rate = chip.tensor * wide_efficiency(wide)
+    else:
+        rate = chip.tensor / 2 * wide_efficiency(wide) if precision == "tf32" else chip.cuda
+    delivered = (tile.block_n + wide) * tile.block_k * dtype.itemsize / chip.l2
+    return max(flops / rate, delivered)
+
+
+@lru_cache(REMEMBERED)
+def core_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: int, rank: int) -> Tile:
+    """The core kernel's tile: `columns` of u at once, steps of `block_k` slots; few rows take short tiles, for more programs."""
+    odd = rank % 8 != 0  # then a core is loaded element by element, each with its own address
+    columns = min(64 if odd or dtype == torch.float32 else 256, _bucket(rank, 16))
+    if dtype == torch.float32 and precision == "ieee":
+        return Tile(16, min(columns, 32) if odd else columns, 16, 4, 2)  # 64 odd ones spilled 8 bytes on sm_80
+    if dtype == torch.float32:
+        return Tile(32, columns, 32, 4, 2)
+    block_n = 64 if _bucket(rows) >= 64 * chip.multiprocessors // 2 else 32 if rows > 256 else 16
+    return Tile(block_n, columns, 32 if odd else 64, 8 if block_n == 64 else 4, 2)
+
+
+def _bucketed(shape: Shape, length: int | None) -> Shape:
+    """What of a shape a tile depends on: rows and sequences in powers of two."""
+    # One sequence, as a memory that all rows share looks to the kernels, is its own bucket.
+    sequences = _bucket(shape.sequences) if shape.sequences > 1 else shape.sequences
+    return shape._replace(rows=_bucket(shape.rows), sequences=sequences, length=length, dense=False)
+
+
+def _bucket(count: int, least: int = 16) -> int:
+    """The next power of two."""
+    return max(least, 1 << max(count - 1, 0).bit_length())

@@ -1,0 +1,1 @@
+"""One kernel with its launcher per file, named for what it computes."""

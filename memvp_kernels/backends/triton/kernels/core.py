@@ -1,0 +1,119 @@
+"""The core kernel of a factored memory, the only step that is an image's own.
+
+    scores = c_p + c_w Aᵀ      visual = scale · keep · act(scores)      u = visual A
+
+where c = [x Wᵀ | x p^kᵀ] (N, r + M) came from the hidden kernel and [u | visual] (N, r + M) goes to the output kernel; an image is its
+two cores A (M, r). One program has one (row tile, sequence) that meet; the slots pass through it in steps, as keys do in attention.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memvp_kernels.backends.triton.device.operands import BY_POINTER, load_memory_tile, load_tile, tile_pointers
+from memvp_kernels.backends.triton.device.pdl import chained, follow
+from memvp_kernels.backends.triton.device.segments import memory_row, sequence_bounds, tile_sequence, valid_slots
+from memvp_kernels.backends.triton.device.visual import Visual, store_visual
+from memvp_kernels.backends.triton.heuristics import tiles
+from memvp_kernels.backends.triton.runtime import launch
+from memvp_kernels.problem import Segments
+
+__all__ = ["core_forward", "core_fwd_kernel"]
+
+
+def core_forward(
+    c: Tensor,
+    key_core: Tensor,
+    value_core: Tensor,
+    segments: Segments,
+    visual: Visual,
+    *,
+    value_position: bool,
+    save_scores: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch the core kernel.
+
+    Args:
+        c: (N, r) or, with key positions, (N, r + M).
+        key_core, value_core: (R, M, r), any strides, any float dtype: rounded to c's dtype where they enter a product.
+        value_position: the memory has value positions, so the output kernel needs visual itself beside u.
+        save_scores: keep the scores.
+
+    Returns:
+        [u | visual] (N, r + M), or u alone (N, r); scores (N, M) or None.
+    """
+    rows = c.shape[0]
+    memories, slots, rank = key_core.shape
+    # Rows of packed x outside every sequence belong to no program; they add nothing to y.
+    outside = segments.cu_seqlens is not None
+    middle = launch.empty_rows(rows, rank + slots * value_position, c, zero=outside)
+    scores = (c.new_zeros if outside else c.new_empty)(rows, slots) if save_scores else None
+    precision = launch.precision(c.dtype)
+    tile = tiles.core_tile(launch.chip(c.device), c.dtype, precision, rows=rows, rank=rank)
+    grid = (launch.programs(rows, tile.block_n) + segments.sequences, launch.programs(rank, tile.columns))
+    with launch.on_device(c):
+        core_fwd_kernel[grid](
+            c, key_core, value_core, middle, middle[:, rank:] if value_position else None, scores, visual.seed,
+            segments.cu_seqlens, segments.index, segments.lengths,
+            c.stride(0), key_core.stride(0), value_core.stride(0), middle.stride(0),
+            rows, segments.length or 0, segments.sequences, memories, visual.scale, visual.threshold,
+            *key_core.stride()[1:], *value_core.stride()[1:], M=slots, RANK=rank, KEY_POSITION=c.shape[1] > rank, BLOCK_N=tile.block_n, BLOCK_M=tile.block_k,
+            BLOCK_R=min(tile.columns, 64), BLOCK_U=tile.columns, VISUAL_ACTIVATION=visual.activation,
+            PRECISION=precision, DTYPE=launch.element_type(c.dtype), num_warps=tile.warps, num_stages=tile.stages, **chained(c.device),
+        )  # fmt: skip
+    return middle, scores
+
+
+@triton.jit(do_not_specialize=["N", "T", "S", "R", "threshold"])
+def core_fwd_kernel(
+    c, key_core, value_core, middle, visual, scores, seed, cu_seqlens, index, lengths,
+    stride_c_n, stride_key_r, stride_value_r, stride_middle_n, N, T, S, R, scale, threshold,
+    stride_key_m: tl.constexpr, stride_key_rank: tl.constexpr, stride_value_m: tl.constexpr, stride_value_rank: tl.constexpr, M: tl.constexpr, RANK: tl.constexpr, KEY_POSITION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr,
+    VISUAL_ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(N, BLOCK_N) + S, cdiv(RANK, BLOCK_U)); a rank wider than BLOCK_U forms the scores again for each part of u.
+
+    A core's inner strides are compiled in: a rank such as 136 is a multiple of 8, which Triton would not learn from an argument.
+    """
+    follow(CHAINED)
+    WIDTH: tl.constexpr = RANK + M if KEY_POSITION else RANK
+    row_tile, sequence = tile_sequence(tl.program_id(0), cu_seqlens, S, T, BLOCK_N)
+    part = tl.program_id(1) * BLOCK_U
+    row = row_tile * BLOCK_N
+    first, end = sequence_bounds(sequence, cu_seqlens, S, T, N)
+    if (first < row + BLOCK_N) & (end > row):
+        read = memory_row(sequence, index, S, R)
+        slots = valid_slots(read, lengths, M)
+        u = tl.zeros((BLOCK_N, BLOCK_U), tl.float32)
+        for slot in tl.range(0, M, BLOCK_M):
+            b_scores = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for k in tl.range(0, RANK, BLOCK_R):
+                b_c = load_tile(
+                    c, row, k, N, RANK, stride_c_n, 1, BLOCK_N, BLOCK_R, BY_POINTER, False, RANK % BLOCK_R == 0
+                )
+                b_key = load_memory_tile(
+                    key_core, read, slot, k, slots, RANK, stride_key_r, stride_key_m, stride_key_rank, BLOCK_M, BLOCK_R, BY_POINTER
+                )  # fmt: skip
+                b_scores = tl.dot(b_c, b_key.to(DTYPE).T, b_scores, input_precision=PRECISION)
+            if KEY_POSITION:
+                b_scores += load_tile(c, row, RANK + slot, N, WIDTH, stride_c_n, 1, BLOCK_N, BLOCK_M, BY_POINTER).to(
+                    tl.float32
+                )
+            # Only the first part of u stores what all parts form.
+            stored_end = tl.where(part == 0, end, first)
+            b_visual = store_visual(
+                b_scores, visual, scores, seed, stride_middle_n, row, slot, first, stored_end, slots, scale, threshold, M,
+                BLOCK_N, BLOCK_M, VISUAL_ACTIVATION, DTYPE,
+            )  # fmt: skip
+            b_value = load_memory_tile(
+                value_core, read, slot, part, slots, RANK, stride_value_r, stride_value_m, stride_value_rank, BLOCK_M, BLOCK_U, BY_POINTER
+            )  # fmt: skip
+            u = tl.dot(b_visual, b_value.to(DTYPE), u, input_precision=PRECISION)
+        o_row = row + tl.arange(0, BLOCK_N)
+        o_u = part + tl.arange(0, BLOCK_U)
+        inside = (o_row[:, None] >= first) & (o_row[:, None] < end) & (o_u[None, :] < RANK)
+        tl.store(tile_pointers(middle, row, part, stride_middle_n, BLOCK_N, BLOCK_U), u.to(DTYPE), mask=inside)

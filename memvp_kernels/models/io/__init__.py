@@ -1,0 +1,1 @@
+"""Adapters on disk: our own files and the official checkpoints."""

@@ -1,0 +1,146 @@
+"""Image features as users have them, one tensor or one entry per sample, made into one padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from memvp_kernels.models.memory import vision_tower as vision
+
+__all__ = ["ImageFeatures", "Pixels", "encode_pixels", "pad_features"]
+
+ImageFeatures: TypeAlias = "Tensor | Sequence[Tensor | Sequence[Tensor] | None]"
+Pixels: TypeAlias = "Tensor | Sequence[Tensor | None]"
+
+
+def encode_pixels(vision_model: nn.Module, pixel_values: Pixels) -> ImageFeatures:
+    """Image features of pixels, all images of the batch in one pass.
+
+    Args:
+        vision_model: a transformers CLIPVisionModel.
+        pixel_values: (B, 3, H, W); or one entry per sample: (3, H, W), (k, 3, H, W) for k images, or None.
+
+    Returns:
+        What :func:`pad_features` takes, shaped like ``pixel_values``.
+
+    Raises:
+        TypeError: an entry is something else.
+        ValueError: an entry has another shape.
+    """
+    entries = [pixel_values] if isinstance(pixel_values, Tensor) else pixel_values
+    # through a frozen vision model the pixels themselves may be what is asked about (a saliency map, an attack)
+    asked = any(isinstance(entry, Tensor) and entry.requires_grad for entry in entries)
+    trains = asked or any(p.requires_grad for p in vision_model.parameters())
+    with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+        if isinstance(pixel_values, Tensor):
+            return vision.encode(vision_model, pixel_values)
+        images = [_images(entry, i) for i, entry in enumerate(pixel_values)]
+        given = [entry for entry in images if entry is not None]
+        if not given:
+            return [None] * len(images)
+        sizes = {tuple(entry.shape[1:]) for entry in given}
+        if len(sizes) > 1:
+            raise ValueError(f"pixel_values: wanted images of one size, got {sorted(sizes)}; resize them")
+        counts = iter(torch.split(vision.encode(vision_model, torch.cat(given)), [len(entry) for entry in given]))
+        return [None if entry is None else list(next(counts)) for entry in images]
+
+
+def _images(entry: Tensor | None, i: int) -> Tensor | None:
+    if entry is None:
+        return None
+    if not isinstance(entry, Tensor):
+        raise TypeError(f"pixel_values[{i}]: wanted a tensor or None, got {type(entry).__name__}")
+    if entry.dim() not in (3, 4):
+        raise ValueError(f"pixel_values[{i}]: wanted (3, H, W) or (k, 3, H, W), got {tuple(entry.shape)}")
+    return entry if entry.dim() == 4 else entry.unsqueeze(0)
+
+
+def pad_features(
+    features: ImageFeatures | None,
+    *,
+    samples: int,
+    vision_dim: int,
+    num_slots: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """One batch of features with the rows that are real marked.
+
+    A sample without an image is a row of zeros marked as padding, and so is every sample of a text-only batch: the
+    projector always runs, and its gradients are zeros rather than missing, which distributed training relies on.
+
+    Args:
+        features: (B, n, vision_dim); or one entry per sample, (n_i, vision_dim), a list of those (several images,
+            concatenated), or None; or None: no images at all.
+        samples: how many samples a batch without images has.
+        vision_dim: wanted width.
+        num_slots: M.
+        dtype: of the result.
+        device: of the result.
+
+    Returns:
+        (B, n, vision_dim) and (B, n) bool.
+
+    Raises:
+        TypeError: something else than the above.
+        ValueError: a wrong shape, or more visual tokens than slots.
+    """
+    if features is None:
+        return (
+            torch.zeros(samples, 1, vision_dim, dtype=dtype, device=device),
+            torch.zeros(samples, 1, dtype=torch.bool, device=device),
+        )
+    if isinstance(features, Tensor):
+        if features.dim() != 3:
+            raise ValueError(f"image_features: wanted (B, n, {vision_dim}), got {tuple(features.shape)}")
+        _check(features, "image_features", vision_dim, num_slots)
+        valid = torch.ones(features.shape[:2], dtype=torch.bool, device=device)
+        return features.to(device, dtype), valid
+    if not isinstance(features, Sequence) or isinstance(features, str):
+        raise TypeError(
+            f"image_features: wanted a tensor, a list with one entry per sample or None, got {type(features).__name__}"
+        )
+    rows = [_entry(entry, i, vision_dim, num_slots) for i, entry in enumerate(features)]
+    longest = max([1, *(row.shape[0] for row in rows if row is not None)])
+    padded = torch.zeros(len(rows), longest, vision_dim, dtype=dtype, device=device)
+    valid = torch.zeros(len(rows), longest, dtype=torch.bool, device=device)
+    for i, row in enumerate(rows):
+        if row is not None:
+            padded[i, : row.shape[0]] = row.to(device, dtype)
+            valid[i, : row.shape[0]] = True
+    return padded, valid
+
+
+def _entry(entry: Tensor | Sequence[Tensor] | None, i: int, vision_dim: int, num_slots: int) -> Tensor | None:
+    name = f"image_features[{i}]"
+    if entry is None:
+        return None
+    if not isinstance(entry, Tensor):
+        if not isinstance(entry, Sequence) or not all(isinstance(image, Tensor) for image in entry):
+            raise TypeError(f"{name}: wanted a tensor, a list of tensors or None, got {type(entry).__name__}")
+        if not entry:
+            return None
+        for j, image in enumerate(entry):
+            if image.dim() != 2:
+                raise ValueError(f"{name}[{j}]: wanted (n, {vision_dim}), got {tuple(image.shape)}")
+            _check(image, f"{name}[{j}]", vision_dim, num_slots)
+        entry = torch.cat(list(entry))
+    if entry.dim() != 2:
+        raise ValueError(f"{name}: wanted (n, {vision_dim}), got {tuple(entry.shape)}")
+    _check(entry, name, vision_dim, num_slots)
+    return entry
+
+
+def _check(features: Tensor, name: str, vision_dim: int, num_slots: int) -> None:
+    if not features.is_floating_point():
+        raise TypeError(f"{name}: wanted floating-point features, got {features.dtype}; pixels go into pixel_values")
+    if features.shape[-1] != vision_dim:
+        raise ValueError(f"{name}: wanted width vision_dim = {vision_dim}, got {tuple(features.shape)}")
+    if features.shape[-2] > num_slots:
+        raise ValueError(
+            f"{name}: {features.shape[-2]} visual tokens do not fit {num_slots} slots; pass fewer (smaller or fewer "
+            "images, pooled features) or train with a larger num_slots"
+        )

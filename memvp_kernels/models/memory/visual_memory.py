@@ -1,0 +1,139 @@
+"""The memory of a batch: learned positions, the image's cores, and the module that makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memvp_kernels.models.config import MemVPConfig
+from memvp_kernels.models.memory.projector import Projector
+from memvp_kernels.shared_memory import SharedMemory
+
+__all__ = ["Memory", "VisualMemory"]
+
+_POSITION_STD = 0.02  # of p^k at the start, as in the official code; p^v starts at zero
+
+Observer = Callable[[int, Tensor, Tensor], None]
+
+
+class Memory(NamedTuple):
+    """What every FFN of a forward pass reads; a tuple, so that generation, sharding and device maps carry it along.
+
+    Attributes:
+        core: (R, M, r), one row per image; R = 1 and more sequences share or skip rows through an index.
+        basis: (r, d), λ·W.
+        key_position: p^k, (M, d), or (layers, M, d) when each layer has its own.
+        value_position: p^v, shaped like ``key_position``.
+        scale: s.
+        dropout: of the visual activations; 0.0 outside training.
+        backend: passed to :func:`memvp_kernels.fused_ffn`.
+        recompute: passed to :func:`memvp_kernels.fused_ffn`.
+        observer: called with (position among the layers with memory, the FFN's input x, its output) by each FFN.
+        own: the part of it that this rank computes where tensor parallelism spreads the FFNs; see :mod:`.parallel`.
+        shared: the tensors above as the FFNs read them, formed once; no tuple of tensors, so nothing on the way casts or moves it.
+    """
+
+    core: Tensor
+    basis: Tensor
+    key_position: Tensor
+    value_position: Tensor
+    scale: float
+    dropout: float
+    backend: str = "auto"
+    recompute: bool = False
+    observer: Observer | None = None
+    own: Memory | None = None
+    shared: SharedMemory | None = None
+
+    def positions(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(p^k, p^v), each (M, d), of the layer-th FFN that has memory."""
+        if self.key_position.dim() == 2:
+            return self.key_position, self.value_position
+        return self.key_position[layer], self.value_position[layer]
+
+    def to(self, target: torch.dtype | torch.device) -> Memory:
+        """The same memory with every tensor in a dtype, or on a device, where device maps send it."""
+        tensors = (self.core, self.basis, self.key_position, self.value_position)
+        moved = tuple(t.to(target) for t in tensors)
+        if all(new is old for new, old in zip(moved, tensors, strict=True)):
+            return self
+        core, basis, key_position, value_position = moved
+        return self._replace(
+            core=core, basis=basis, key_position=key_position, value_position=value_position, shared=None
+        )
+
+    def sharing(self, dtype: torch.dtype) -> Memory:
+        """With ``shared``, for FFNs that compute in ``dtype``."""
+        parts = (self.core, self.basis, self.key_position, self.value_position)
+        return self._replace(shared=SharedMemory(*parts, dtype))
+
+    def close(self) -> None:
+        """The forward is over."""
+        for memory in (self, self.own):
+            if memory is not None and memory.shared is not None:
+                memory.shared.close()
+
+
+class VisualMemory(nn.Module):
+    """Everything that MemVP trains: the projector and the positions.
+
+    Args:
+        config: the adapter's shape and constants.
+        width: d, the language model's hidden size.
+        layers: how many layers have memory; their number of position pairs unless positions are shared.
+        dtype: of the parameters.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: MemVPConfig,
+        *,
+        width: int,
+        layers: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.projector = Projector(config.vision_dim, config.projector_dim, width, dtype=dtype, device=device)
+        shape = (config.num_slots, width) if config.shared_positions else (layers, config.num_slots, width)
+        self.key_position = nn.Parameter(_POSITION_STD * torch.randn(shape, dtype=dtype, device=device))
+        self.value_position = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+
+    def encode(self, features: Tensor, valid: Tensor) -> Tensor:
+        """An image's core: its factor rows, then zero rows up to M.
+
+        Args:
+            features: (R, n, vision_dim), n ≤ M.
+            valid: (R, n) bool, False on padding.
+
+        Returns:
+            (R, M, r).
+        """
+        rows = self.projector.factors(features, valid)
+        return F.pad(rows, (0, 0, 0, self.config.num_slots - rows.shape[1]))
+
+    def forward(
+        self, features: Tensor | None = None, valid: Tensor | None = None, core: Tensor | None = None
+    ) -> Memory:
+        """The memory of a batch from its features, or from cores that :meth:`encode` made earlier."""
+        if core is None:
+            assert features is not None and valid is not None
+            core = self.encode(features, valid)
+        key_position: Tensor = self.key_position
+        value_position: Tensor = self.value_position
+        if type(self) is not VisualMemory:  # fully_shard(memory) frees what it gathered as soon as this returns
+            key_position, value_position = key_position.clone(), value_position.clone()
+        return Memory(
+            core=core,
+            basis=self.projector.basis() * self.config.feature_scale,
+            key_position=key_position,
+            value_position=value_position,
+            scale=self.config.memory_scale,
+            dropout=self.config.dropout if self.training else 0.0,
+        )

@@ -1,0 +1,154 @@
+"""Tensor parallelism: an FFN whose pairs are spread over ranks, and a memory whose slots are spread with them.
+
+Each rank has F / tp of the FFN's pairs and adds up a part of the output; the reduce that follows makes it whole. The memory
+goes into the same partial sum: a rank takes M / tp slots (a chunk of the cores' rows and of p^k, p^v; possibly none) and all
+of the basis. Scores, activation and dropout of a slot need nothing of another slot, so no message is added to the layer::
+
+    y = g( fused_ffn(f(x), own pairs, own slots of the cores and positions, f(basis)) ) + value_bias
+
+f is the identity whose backward sums the ranks' gradients, g sums the ranks' results and its backward is the identity. The
+memory passes f once per forward, before the layers, so its gradients cross the network once per step and not once per layer.
+What is repeated on every rank is x Wᵀ and u W, the basis' products; docs/scaling.md has their size, and why splitting them as
+well, which costs two messages per layer in each direction, is not worth it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from memvp_kernels.models.memory.visual_memory import Memory
+from memvp_kernels.philox import draw_seed
+
+__all__ = ["Split", "local_part", "own_draw", "own_slots", "read_split", "sum_gradients", "summed", "tensor_mesh"]
+
+_TRANSFORMERS = "transformers.distributed.tensor_parallel"
+
+
+class Split(NamedTuple):
+    """How a linear layer is spread over ranks.
+
+    Attributes:
+        kind: "columns", each rank a part of the outputs of a whole input; or "rows", each rank a summand of the whole output
+            from its part of the input, summed by the layer's own forward.
+        mesh: the ranks; one-dimensional.
+    """
+
+    kind: str
+    mesh: Any
+
+
+def read_split(linear: nn.Module) -> Split | None:
+    """The split that transformers' ``tp_plan`` gave ``linear``; None for any other layer, and for any style but the plain two.
+
+    transformers replaces the instance's forward by a closure over the style object, the mesh and the layer's own forward. The
+    three are read from there, since they say what the layer does; a weight's placement says only how it is stored.
+    """
+    forward = vars(linear).get("forward")
+    if getattr(forward, "__module__", None) != _TRANSFORMERS or getattr(forward, "__name__", None) != "tp_forward":
+        return None
+    code: Any = getattr(forward, "__code__", None)
+    cells = dict(zip(code.co_freevars, getattr(forward, "__closure__", None) or (), strict=False))
+    try:
+        style, mesh, own = (cells[name].cell_contents for name in ("self", "mesh", "original_forward"))
+    except (KeyError, ValueError):  # another version's closure
+        return None
+    if getattr(own, "__func__", None) is not nn.Linear.forward or mesh.ndim != 1:
+        return None
+    from torch.distributed.tensor import Replicate, Shard
+
+    known = {
+        "ColwiseParallel": ("columns", Replicate(), Shard(-1)),
+        "RowwiseParallel": ("rows", Shard(-1), Replicate()),
+    }
+    if type(style).__name__ not in known:
+        return None
+    kind, *layouts = known[type(style).__name__]
+    plain = style.use_local_output and [style.input_layouts, style.output_layouts] == layouts
+    return Split(kind, mesh) if plain else None
+
+
+def tensor_mesh(language_model: nn.Module) -> Any | None:
+    """The mesh over which transformers' ``tp_plan`` spread the model's layers; None where it did not."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    splits = (read_split(module) for module in language_model.modules())
+    return next((split.mesh for split in splits if split is not None), None)
+
+
+def local_part(t: Any, split: Split, dim: int | None) -> Tensor | None:
+    """This rank's part of a parameter that ``split`` stores as sharded on ``dim`` (None: whole on every rank).
+
+    None where it is stored in any other way.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    if not isinstance(t, DTensor) or t.device_mesh != split.mesh:
+        return None
+    wanted = (Replicate(),) if dim is None else (Shard(dim), Shard(dim - t.ndim))
+    return t.to_local() if t.placements[0] in wanted else None
+
+
+def sum_gradients(t: Tensor, mesh: Any) -> Tensor:
+    """f: ``t``, equal on every rank; its gradient is the sum of the ranks'."""
+    if not (torch.is_grad_enabled() and t.requires_grad):
+        return t
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    return DTensor.from_local(t, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+
+
+def summed(t: Tensor, mesh: Any) -> Tensor:
+    """g: the sum of the ranks' ``t``; every rank gets the gradient as it is. ``t`` may be overwritten."""
+    if not t.requires_grad:
+        dist.all_reduce(t, group=mesh.get_group())
+        return t
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    partial = DTensor.from_local(t, mesh, [Partial()], run_check=False)
+    return partial.redistribute(placements=[Replicate()]).to_local()
+
+
+def own_slots(memory: Memory, mesh: Any) -> Memory:
+    """The slots of ``memory`` that this rank computes; the last ranks have fewer, or none, where tp does not divide M.
+
+    Backward, the ranks' parts of the cores and positions are gathered and their gradients of the basis are summed, so that
+    every rank ends with the whole gradient and ranks that started equal stay equal.
+    """
+    slots = memory.key_position.dim() - 2  # (M, d), or (layers, M, d)
+    return memory._replace(
+        core=_chunk(memory.core, mesh, 1),
+        basis=sum_gradients(memory.basis, mesh),
+        key_position=_chunk(memory.key_position, mesh, slots),
+        value_position=_chunk(memory.value_position, mesh, slots),
+        own=None,
+    )
+
+
+def _chunk(t: Tensor, mesh: Any, dim: int) -> Tensor:
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    whole = DTensor.from_local(t, mesh, [Replicate()], run_check=False)
+    return whole.redistribute(placements=[Shard(dim)]).to_local()
+
+
+@contextlib.contextmanager
+def own_draw(mesh: Any, device: torch.device, dropout: float) -> Iterator[None]:
+    """Within it, dropout draws other bits than the other ranks do, and afterwards all generators stand where they would.
+
+    A mask is a function of its seed and of the slot's number within the rank: under one seed, slots of different ranks would be
+    dropped together.
+    """
+    rank, ranks = (mesh.get_local_rank(), mesh.size()) if dropout > 0 else (0, 1)
+    for _ in range(rank):
+        draw_seed(device)
+    try:
+        yield
+    finally:
+        for _ in range(ranks - 1 - rank):
+            draw_seed(device)

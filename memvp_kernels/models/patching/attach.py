@@ -1,0 +1,157 @@
+"""Give one language model the mixins of its family, and take them away again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from memvp_kernels.models.config import MemVPConfig
+from memvp_kernels.models.patching.families import find_layers
+from memvp_kernels.models.patching.mixins import MemoryFFN, MemoryLanguageModel, MemoryLayer, say_opaque
+from memvp_kernels.models.patching.patch import is_reclassed, keeps_its_forward, reclass, restore
+from memvp_kernels.models.patching.weights import Opaque, activation_name
+
+__all__ = ["Attachment", "attach", "detach", "first_layer", "hidden_dtype", "memory_ffns", "uses_peft"]
+
+
+_MIXINS = (MemoryLanguageModel, MemoryLayer, MemoryFFN)
+
+
+class Attachment(NamedTuple):
+    """What was found and changed.
+
+    Attributes:
+        width: d.
+        layers: indices of the layers that were given memory.
+        device: where the first layer computes.
+        frozen: names of the parameters that were trainable before.
+    """
+
+    width: int
+    layers: tuple[int, ...]
+    device: torch.device
+    frozen: tuple[str, ...]
+
+
+def attach(language_model: nn.Module, config: MemVPConfig) -> Attachment:
+    """Re-class the layers and FFNs of ``language_model`` and freeze it; nothing is changed if anything is wrong.
+
+    A model that PEFT has prepared is frozen already, and what PEFT left trainable stays so.
+
+    Raises:
+        ValueError: no supported layer, memory attached already, an unknown layer index, an activation that the operator
+            does not compute, or a forward set on an instance, which would run instead of ours.
+    """
+    layers = find_layers(language_model)
+    if any(isinstance(module, _MIXINS) for module in language_model.modules()):
+        raise ValueError("this language model has memory already; call unload() on its MemVPModel first")
+    top = _pretrained(language_model)
+    chosen = config.chosen_layers(len(layers))
+    for name, layer, family in layers:
+        ffn = family.ffn_of(layer)
+        for module in (layer, ffn):
+            if not keeps_its_forward(module):
+                raise ValueError(
+                    f"{name}: a forward was set on this {type(module).__name__} instance ({vars(module)['forward']!r}), "
+                    "and would run without the memory. Wrap the model before whatever set it (a patching library)"
+                )
+        function = getattr(ffn, "act_fn", None) or getattr(ffn, "act", None) or getattr(ffn, "activation_fn", None)
+        if activation_name(function) is None:
+            raise ValueError(
+                f"{name}: its activation {type(function).__name__} is not one that the memory can use; known are relu, "
+                "gelu, its tanh approximations and silu"
+            )
+
+    for number, (_, layer, family) in enumerate(layers):
+        ffn = family.ffn_of(layer)
+        if family.ffn_mixin is not None:
+            reclass(ffn, family.ffn_mixin)
+        reclass(layer, family.layer_mixin)
+        ffn.memory_layer = chosen.index(number) if number in chosen else None  # type: ignore[assignment]
+    reclass(top, MemoryLanguageModel)
+    _say_what_is_opaque(language_model)
+
+    frozen: tuple[str, ...] = ()
+    if not uses_peft(language_model):
+        frozen = tuple(name for name, p in language_model.named_parameters() if p.requires_grad)
+        language_model.requires_grad_(False)
+    return Attachment(width=_width(top), layers=chosen, device=_device(layers[0][1]), frozen=frozen)
+
+
+def detach(language_model: nn.Module, frozen: tuple[str, ...]) -> None:
+    """Undo :func:`attach`, down to the attributes of the instances.
+
+    Raises:
+        RuntimeError: something else has changed a class since; nothing is undone then.
+    """
+    ours = [module for module in language_model.modules() if isinstance(module, _MIXINS)]
+    for module in sorted(ours, key=is_reclassed):  # a class that cannot be restored raises before any is
+        restore(module)
+        for name in ("memory_layer", "memory", "memory_index", "_ffn_input", "_ffn_weights"):
+            vars(module).pop(name, None)
+    for name, parameter in language_model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(True)
+
+
+def first_layer(language_model: nn.Module) -> MemoryLayer | None:
+    """The first layer; None once detached."""
+    return next((module for module in language_model.modules() if isinstance(module, MemoryLayer)), None)
+
+
+def memory_ffns(language_model: nn.Module) -> list[tuple[str, MemoryFFN]]:
+    """The FFNs that have memory, with their names, in the order in which they run."""
+    return [
+        (name, module)
+        for name, module in language_model.named_modules()
+        if isinstance(module, MemoryFFN) and module.memory_layer is not None
+    ]
+
+
+def uses_peft(language_model: nn.Module) -> bool:
+    """Whether PEFT has put an adapter into the model, and so decided what is trainable."""
+    return any(bool(getattr(module, "peft_config", None)) for module in (language_model, _pretrained(language_model)))
+
+
+def _pretrained(language_model: nn.Module) -> nn.Module:
+    """The transformers model itself, inside whatever wraps it."""
+    from transformers import PreTrainedModel
+
+    for module in language_model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise ValueError(f"{type(language_model).__name__} holds no transformers PreTrainedModel")
+
+
+def _width(top: Any) -> int:
+    return int(top.config.get_text_config(decoder=True).hidden_size)
+
+
+def hidden_dtype(language_model: nn.Module) -> torch.dtype:
+    """Of the hidden states, at this moment, as a norm's weight tells it (the weights may be integers)."""
+    layer = first_layer(language_model)
+    norms = (p for p in layer.parameters() if p.dim() == 1 and p.is_floating_point()) if layer is not None else iter(())
+    norm = next(norms, None)
+    return torch.float32 if norm is None else norm.dtype
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """Where the layer computes: an offloaded parameter is on no device until its hook fetches it."""
+    parameter = next(layer.parameters())
+    if parameter.device.type != "meta":
+        return parameter.device
+    devices = (getattr(vars(m).get("_hf_hook"), "execution_device", None) for m in layer.modules())
+    return torch.device(next((device for device in devices if device is not None), "cpu"))
+
+
+def _say_what_is_opaque(language_model: nn.Module) -> None:
+    reasons: Counter[str] = Counter()
+    for _, ffn in memory_ffns(language_model):
+        found = ffn.ffn_matrices()
+        if isinstance(found, Opaque):
+            reasons[found.reason] += 1
+    for reason in reasons:
+        say_opaque(reason)
