@@ -6,18 +6,19 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/
 KEPT := --benchmark-storage=file://./out/bench
 CXX_FILES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cu')
 
-.PHONY: help latency test test-slow test-triton-3.6 lint format bench bench-compare report gpu-report digits clean
+.PHONY: help latency test test-slow lint format bench bench-compare report gpu-report digits clean
 
 help:
 	@echo "make latency     install, then time visual memory against visual tokens in the prompt"
 	@echo "make test        install, then run the test suite (no GPU needed)"
 	@echo "make test-slow   the exhaustive sweeps as well"
-	@echo "make test-triton-3.6  the kernels' machine code as the oldest supported Triton compiles it"
-	@echo "make lint        ruff, mypy, clang-format"
+	@echo "make test-triton-3.6  the Triton kernels, interpreted and as machine code, with the oldest supported Triton"
+	@echo "make test-triton-3.9  the same with the newest"
+	@echo "make lint        ruff, mypy, clang-format, import-linter"
 	@echo "make bench       host overhead and CPU paths, with pytest-benchmark; kept under out/bench"
 	@echo "make bench-compare  the same against the last of those; fails where a median is 25 % slower"
 	@echo "make report      measure this machine and write benchmarks/REPORT.md"
-	@echo "make gpu-report  on a GPU machine: build, gpu tests, sanitizer, benchmarks, in under 9 minutes"
+	@echo "make gpu-report  on a GPU machine: build, gpu tests, benchmarks, sanitizer, in 9 minutes"
 	@echo "make digits      train and question the handwritten-digits example"
 
 # One stamp per set of extras, so that a plain `make latency` does not wait for the test tools.
@@ -39,20 +40,19 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	$(PYTEST) $(ARGS)
 
-# Triton 3.6 in a folder of its own, in front of the installed one. Its interpreter breaks under numpy 2.4, so numpy 2.3 lies beside it.
-OLD_TRITON := $(VENV)/triton-3.6
-$(OLD_TRITON)/.installed: $(VENV)/.installed-test
-	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(OLD_TRITON) triton==3.6.0 'numpy>=2.3,<2.4'
+# Another Triton in a folder of its own, in front of the installed one. 3.6's interpreter breaks under numpy 2.4.
+$(VENV)/triton-%/.installed: $(VENV)/.installed-test
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(@D) 'triton==$*.*' 'numpy>=2.3,<2.4'
 	touch $@
 
-test-triton-3.6: $(OLD_TRITON)/.installed
-	PYTHONPATH=$(CURDIR)/$(OLD_TRITON) $(BIN)/python -c 'import triton; assert triton.__version__ == "3.6.0", triton.__version__'
-	PYTHONPATH=$(CURDIR)/$(OLD_TRITON) $(BIN)/python -m pytest tests/triton/machine_code $(or $(ARGS),-m "not slow")
+test-triton-%: $(VENV)/triton-%/.installed
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton-$* $(PYTEST) tests/triton tests/machine_code/test_triton.py $(or $(ARGS),-m "not slow")
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/.installed-dev
@@ -71,7 +71,7 @@ report: $(VENV)/.installed-benchmarks
 	$(BIN)/python benchmarks/record.py $(ARGS)
 
 gpu-report:
-	$(PYTHON) benchmarks/gpu_report.py $(ARGS)
+	$(PYTHON) tools/gpu_report.py $(ARGS)
 
 digits: $(VENV)/.installed-examples
 	$(BIN)/python examples/digits.py $(ARGS)

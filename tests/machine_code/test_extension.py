@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from tests.csrc import machine_code
-from tests.csrc.machine_code import Kernel
+from tests.machine_code import sass
+from tests.machine_code.sass import Kernel
 
 BLOCK_THREADS = 256
 REGISTERS = 65536  # of one multiprocessor, on every chip since sm_80
@@ -22,9 +22,9 @@ Code = dict[str, dict[str, Kernel]]
 @pytest.fixture(scope="module")
 def every(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Code:
     """Kernels by architecture and name."""
-    files = machine_code.cubins(library, tmp_path_factory.mktemp("cubins"))
+    files = sass.cubins(library, tmp_path_factory.mktemp("cubins"))
     return {
-        architecture: {kernel.name: kernel for cubin in found for kernel in machine_code.kernels(cubin)}
+        architecture: {kernel.name: kernel for cubin in found for kernel in sass.kernels(cubin)}
         for architecture, found in files.items()
     }
 
@@ -63,13 +63,13 @@ SLOW = r"(hidden_kernelI\w+Li0EE|values_kernelI\w+Li0ELb0E|finish_kernelI\w+Lb0E
 def test_every_architecture_is_there(library: Path, built_extension: ModuleType, code: Code) -> None:
     targets = built_extension.archs.split(";")
     assert set(code) == {f"sm_{target}" for target in targets if "+PTX" not in target}
-    assert machine_code.ptx_targets(library) == {f"sm_{t.removesuffix('+PTX')}" for t in targets if "+PTX" in t}
+    assert sass.ptx_targets(library) == {f"sm_{t.removesuffix('+PTX')}" for t in targets if "+PTX" in t}
 
 
 def test_every_architecture_has_every_kernel(library: Path, code: Code, tmp_path: Path) -> None:
     names = [set(kernels) for kernels in code.values()]
     assert all(found == names[0] for found in names)
-    assert machine_code.ptx_kernels(library, tmp_path) == names[0]
+    assert sass.ptx_kernels(library, tmp_path) == names[0]
     for kernel in ("hidden_kernel", "values_kernel", "finish_kernel", "step_kernel"):
         for number in (BFLOAT16, FLOAT16):
             assert any(kernel in name and number in name for name in names[0]), (kernel, number)
@@ -161,7 +161,7 @@ def test_steps_multiply_the_widest_and_are_not_serialised(steps: dict[str, Kerne
         ends = ["gsb0" in product for product in kernel.products]
         assert ends == [False, False, False, True] * ways, f"{what}: {kernel.products}"
         assert sum("tnspB" in product for product in kernel.products) == 4 * (ways - 1), what
-        assert kernel.depths == (1, 0), what
+        assert kernel.depths == [1, 0], what
 
 
 def test_steps_copy_tiles_and_nothing_else(steps: dict[str, Kernel]) -> None:
