@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 
 from memvp_kernels import MemVPConfig, MemVPModel
-from memvp_kernels.models.memory import vision_tower as vision
+from memvp_kernels.models.patching import vision_adapters as vision
 from science_questions.batches import Reader
 
 __all__ = ["Parts", "adapter_of", "agree_on_settings", "new_adapter", "read_settings"]

@@ -1,26 +1,24 @@
-"""Proof that the image is used: how much of each FFN's output is the memory's, and which slots it came from."""
+"""How much of each FFN's output is the memory's, and which slots it came from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memvp_kernels.models.patching.binding import Binding, bound
+from memvp_kernels.models.patching.mixins import MemoryFFN
 from memvp_kernels.models.patching.weights import activation_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from memvp_kernels.models.memory.visual_memory import Memory
-    from memvp_kernels.models.model import MemVPModel
-    from memvp_kernels.models.patching.mixins import MemoryFFN
-
-__all__ = ["LayerAttribution", "MemoryAttribution", "explain_memory"]
+__all__ = ["LayerAttribution", "MemoryAttribution", "MemoryRecorder"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -67,7 +65,7 @@ class LayerAttribution:
 
 @dataclass(frozen=True)
 class MemoryAttribution:
-    """What :func:`explain_memory` found.
+    """What :meth:`MemVPModel.explain_memory` found.
 
     Attributes:
         layers: one entry per FFN with memory, in the order in which they run.
@@ -130,48 +128,52 @@ class MemoryAttribution:
         return attribution_plot.draw(self, image, sample=sample, grid=grid, layers=layers, path=path)
 
 
-@torch.no_grad()
-def explain_memory(
-    model: MemVPModel, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
-) -> MemoryAttribution:
-    """Run one forward pass and measure, per layer and token, what the memory adds to the FFN's output.
+class MemoryRecorder:
+    """An observer of one forward that takes the memory apart, slot by slot, which a forward itself never does.
 
-    The model's dropout is off meanwhile. The memory is taken apart slot by slot, which a forward never does: that costs
-    B·T·M numbers per layer and a formed memory, (R, M, d), of one layer at a time.
+    Costs B·T·M numbers per layer, and a materialised memory (R, M, d) of one layer at a time.
 
     Args:
-        model: the MemVPModel.
-        input_ids: (B, T), the prompt, or prompt and answer.
-        attention_mask: (B, T); its zeros are left out of every average.
-        **inputs: the images, and whatever else the model's forward takes.
-
-    Returns:
-        The measurements, on the CPU in float32.
+        ffns: those with memory, and their names, in the order in which they run.
+        rank: of the core's factors; its column after those is 1 on rows that hold a visual token.
+        encoder_mask, decoder_mask: (B, T); the zeros of the mask of an FFN's side are left out of every average.
     """
-    ffns = model.memory_ffns()
-    found: dict[int, LayerAttribution] = {}
-    image_slots: list[Tensor] = []
-    ones_column = model.projector.fc2.in_features  # of the core: 1 on rows that hold a visual token
 
-    def observe(layer: int, x: Tensor, y: Tensor) -> None:
-        name, ffn = ffns[layer]
-        assert ffn.memory is not None
-        core = _rows(ffn.memory.core, ffn.memory_index, x.shape[0])
-        if not image_slots:
-            image_slots.append((core[..., ones_column] != 0).sum(dim=-1).cpu())
-        share, slots = _take_apart(ffn, ffn.memory, core, layer, x, y)
-        valid = _valid(model, name, x, attention_mask, inputs.get("decoder_attention_mask"))
-        found[layer] = LayerAttribution(name=name, share=share.cpu(), slots=slots.cpu(), valid=valid.cpu())
+    def __init__(
+        self,
+        ffns: Sequence[tuple[str, MemoryFFN]],
+        rank: int,
+        *,
+        encoder_mask: Tensor | None = None,
+        decoder_mask: Tensor | None = None,
+        encoder_decoder: bool = False,
+    ) -> None:
+        self._ffns = ffns
+        self._rank = rank
+        self._masks = {False: encoder_mask, True: decoder_mask}
+        self._encoder_decoder = encoder_decoder
+        self._found: dict[int, LayerAttribution] = {}
+        self._visual_tokens: Tensor | None = None
 
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with model.observing(observe):
-            model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
-    finally:
-        for module, training in modes:
-            module.training = training
-    return MemoryAttribution(layers=tuple(found[layer] for layer in sorted(found)), visual_tokens=image_slots[0])
+    def __call__(self, layer: int, x: Tensor, y: Tensor) -> None:
+        """Measure one FFN: its position, its input and its output."""
+        binding = bound()
+        assert binding is not None
+        name, ffn = self._ffns[layer]
+        core = _rows(binding.memory.core, binding.index, x.shape[0])
+        if self._visual_tokens is None:
+            self._visual_tokens = (core[..., self._rank] != 0).sum(dim=-1).cpu()
+        share, slots = _take_apart(ffn, binding, core, x, y)
+        mask = self._masks[self._encoder_decoder and "decoder" in name.split(".")]
+        valid = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+        self._found[layer] = LayerAttribution(name=name, share=share.cpu(), slots=slots.cpu(), valid=valid.cpu())
+
+    def result(self) -> MemoryAttribution:
+        """What was measured, on the CPU in float32."""
+        assert self._visual_tokens is not None
+        return MemoryAttribution(
+            layers=tuple(self._found[layer] for layer in sorted(self._found)), visual_tokens=self._visual_tokens
+        )
 
 
 def _rows(core: Tensor, index: Tensor | None, samples: int) -> Tensor:
@@ -182,30 +184,21 @@ def _rows(core: Tensor, index: Tensor | None, samples: int) -> Tensor:
     return core[index.where(inside, 0)] * inside[:, None, None]
 
 
-def _take_apart(
-    ffn: MemoryFFN, memory: Memory, core: Tensor, layer: int, x: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor]:
+def _take_apart(ffn: MemoryFFN, binding: Binding, core: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """share (B, T) and slots (B, T, M) of one FFN, in float32."""
-    key_position, value_position = memory.positions(layer)
+    memory, index = binding.memory, binding.index
+    key_position, value_position = memory.positions(binding.layer)
     rows = core.float() @ memory.basis.float()
     key, value = rows + key_position.float(), rows + value_position.float()
     activation = _ACTIVATIONS[activation_name(ffn.ffn_activation()) or ""]
     reads = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    if ffn.memory_index is not None:
-        reads = (ffn.memory_index >= 0) & (ffn.memory_index < memory.core.shape[0])
+    if index is not None:
+        reads = (index >= 0) & (index < memory.core.shape[0])
     visual = memory.scale * activation(x.float() @ key.transpose(1, 2)) * reads[:, None, None]
     added = visual @ value
     norm, rest = added.norm(dim=-1), (y.float() - added).norm(dim=-1)
     share = norm / (norm + rest).clamp_min(torch.finfo(torch.float32).tiny)
     return share, visual.abs() * value.norm(dim=-1).unsqueeze(1)
-
-
-def _valid(model: MemVPModel, name: str, x: Tensor, encoder: Tensor | None, decoder: Tensor | None) -> Tensor:
-    """(B, T) bool: the tokens that are no padding, of the side of the model that the FFN is on."""
-    side = decoder if model.config.is_encoder_decoder and "decoder" in name.split(".") else encoder
-    if side is None:
-        return torch.ones(x.shape[:2], dtype=torch.bool)
-    return side.bool()
 
 
 def _token_mean(values: Tensor, valid: Tensor) -> Tensor:

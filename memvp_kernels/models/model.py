@@ -4,37 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memvp_kernels.models.attribution import MemoryAttribution, explain_memory
+from memvp_kernels.models.activation_checkpointing import ActivationCheckpointing
+from memvp_kernels.models.attribution import MemoryAttribution, MemoryRecorder
 from memvp_kernels.models.config import MemVPConfig
-from memvp_kernels.models.io import adapter as saving
+from memvp_kernels.models.inputs import Images, MemorySource, samples_of
+from memvp_kernels.models.io import adapter as files
 from memvp_kernels.models.io.official_checkpoint import CheckpointReport, load_official_checkpoint
-from memvp_kernels.models.io.state import whole
-from memvp_kernels.models.memory import vision_tower as vision
 from memvp_kernels.models.memory.images import ImageFeatures, Pixels
-from memvp_kernels.models.memory.inputs import features_of, memory_of, samples_of
 from memvp_kernels.models.memory.projector import Projector
-from memvp_kernels.models.memory.visual_memory import Observer, VisualMemory
-from memvp_kernels.models.parallel.activation_checkpointing import Checkpointed
+from memvp_kernels.models.memory.visual_memory import Memory, Observer, VisualMemory
 from memvp_kernels.models.parallel.fsdp import like_forward
 from memvp_kernels.models.patching.attach import Attachment, attach, detach, hidden_dtype, memory_ffns
 from memvp_kernels.models.patching.mixins import MemoryFFN
+from memvp_kernels.models.patching.vision_adapters import VisionTower
 
 __all__ = ["MemVPModel"]
 
 
-class MemVPModel(Checkpointed, nn.Module):
+_observed: ContextVar[tuple[nn.Module, Observer] | None] = ContextVar("memvp_observer", default=None)
+
+
+class MemVPModel(ActivationCheckpointing, nn.Module):
     """Memory-space visual prompting on a language model (Jie et al., ICML 2024, arXiv 2405.05615).
 
-    Acts on this instance alone: its layers and FFNs are re-classed in place, parameter names and state_dict keys stay,
-    and :meth:`unload` gives the model back. It is frozen; the projector and the positions are what trains (in float32,
-    whatever the model's dtype). It starts in the language model's mode, train or eval. A text-only sample of an
-    untrained MemVPModel gets the language model's own output, up to rounding.
+    Acts on this instance alone: its layers and FFNs are patched in place, parameter names and state_dict keys stay,
+    and :meth:`unload` gives the model back. The language model is frozen; the projector and the positions train, in
+    float32 whatever the model's dtype. The mode is the language model's, train or eval. A text-only sample of an untrained
+    MemVPModel gets the language model's own output, up to rounding. Several threads may call one model at once.
 
     An image is computed once per forward, or once per generation, into a core (M, r); every layer reads that core
     through a basis (r, d) that all images share.
@@ -72,8 +75,7 @@ class MemVPModel(Checkpointed, nn.Module):
         super().__init__()
         if not isinstance(config, MemVPConfig):
             raise TypeError(f"config: wanted a MemVPConfig, got {type(config).__name__}")
-        if vision_model is not None:
-            vision.tower(vision_model)  # refused before anything is changed
+        tower = None if vision_model is None else VisionTower(vision_model)  # refused before anything is changed
         attachment = attach(language_model, config)
         try:
             memory = VisualMemory(
@@ -89,12 +91,12 @@ class MemVPModel(Checkpointed, nn.Module):
         self._attachment: Attachment | None = attachment
         self.language_model: Any = language_model
         self.vision_model = vision_model
-        self._vision_flags = {} if vision_model is None else vision.freeze(vision_model)
-        self._gave_vision_adapters = False
+        self._tower = tower
+        if tower is not None:
+            tower.freeze()
         self.memvp_config = config
         self.backend = backend
         self.recompute = recompute
-        self._observer: Observer | None = None
         self.memory = memory
         self.training = language_model.training
         self.memory.train(self.training)
@@ -171,7 +173,7 @@ class MemVPModel(Checkpointed, nn.Module):
             "decoder_attention_mask": decoder_attention_mask,
         }
         inputs.update({name: tensor for name, tensor in given.items() if tensor is not None})
-        memory, index = memory_of(self, samples_of(inputs), image_features, pixel_values, visual_core, visual_index)
+        memory, index = self._read(inputs, Images(image_features, pixel_values, visual_core, visual_index))
         try:
             return self.language_model(**inputs, visual_memory=memory, memory_index=index)
         finally:
@@ -205,7 +207,7 @@ class MemVPModel(Checkpointed, nn.Module):
         self._refuse_generation_in_training()
         if inputs is not None:
             kwargs["inputs"] = inputs
-        memory, index = memory_of(self, samples_of(kwargs), image_features, pixel_values, visual_core, visual_index)
+        memory, index = self._read(kwargs, Images(image_features, pixel_values, visual_core, visual_index))
         if index is not None:  # a tensor: generate() repeats those for beams, and makes one where there is none yet
             kwargs["memory_index"] = index
         return self.language_model.generate(**kwargs, visual_memory=memory)
@@ -228,8 +230,7 @@ class MemVPModel(Checkpointed, nn.Module):
         """
         if image_features is None and pixel_values is None:
             raise ValueError("encode_images: wanted image_features or pixel_values, got neither")
-        # through the module's call, which is where sharding gathers its parameters
-        core: Tensor = self.memory(*features_of(self, 0, image_features, pixel_values)).core
+        core = self._source().core(Images(image_features, pixel_values))
         return core if torch.is_grad_enabled() else core.to(hidden_dtype(self.language_model))
 
     def print_trainable_parameters(self) -> None:
@@ -240,19 +241,14 @@ class MemVPModel(Checkpointed, nn.Module):
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The adapter's own tensors by name, as they are: sharding leaves this rank a part of each."""
-        tensors = dict(self._visual_memory().state_dict())
-        if self.vision_model is not None:
-            tensors |= {
-                f"vision_model.{n}": p.detach() for n, p in self.vision_model.named_parameters() if p.requires_grad
-            }
-        return tensors
+        return self.adapter().tensors()
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """What :meth:`save_pretrained` writes: the memory, and the vision model's trainable parameters.
 
         In full: where they are sharded, every rank must call this.
         """
-        return {name: whole(tensor) for name, tensor in self.adapter_tensors().items()}
+        return self.adapter().state_dict()
 
     def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of :meth:`adapter_state_dict`.
@@ -260,14 +256,14 @@ class MemVPModel(Checkpointed, nn.Module):
         Raises:
             ValueError: a key too many or too few, or another shape; every one is named, and nothing is loaded.
         """
-        saving.load_into(self, state)
+        files.load_into(self.adapter(), state)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter alone: ``memvp_config.json`` and ``memvp_model.safetensors``.
 
         Of several processes the first writes; where the adapter is sharded, every one must call this.
         """
-        saving.save(folder, self)
+        files.save(folder, self.adapter())
 
     @classmethod
     def from_pretrained(
@@ -279,18 +275,18 @@ class MemVPModel(Checkpointed, nn.Module):
             FileNotFoundError: the folder lacks one of the two files.
             ValueError: an adapter for another size; language model and vision model are given back as they were.
         """
-        config, state, settings = saving.load(folder)
+        config, state, settings = files.load(folder)
         model = cls(language_model, config, vision_model, **options)
         try:
-            saving.load_into(model, state, settings)
+            files.load_into(model.adapter(), state, settings)
         except Exception:
             model.unload()
             raise
         return model
 
     def load_official_checkpoint(self, path: str | Path, *, vision_adapters: bool = True) -> CheckpointReport:
-        """Load one of the official repository's ``.pth`` files; see :func:`~.checkpoint.load_official_checkpoint`."""
-        return load_official_checkpoint(self, path, vision_adapters=vision_adapters)
+        """Load one of the official repository's ``.pth`` files; see :func:`~.official_checkpoint.load_official_checkpoint`."""
+        return load_official_checkpoint(self.adapter(), path, vision_adapters=vision_adapters)
 
     def unload(self) -> nn.Module:
         """Give the language model back as it was: same modules, classes, state_dict keys, trainable flags and outputs.
@@ -300,45 +296,75 @@ class MemVPModel(Checkpointed, nn.Module):
         if self._attachment is not None:
             detach(self.language_model, self._attachment.frozen)
             self._attachment = None
-            if self.vision_model is not None:
-                self._drop_vision_adapters()
-                vision.thaw(self.vision_model, self._vision_flags)
+            if self._tower is not None:
+                self._tower.restore()
         return self.language_model
-
-    def _give_vision_adapters(self, **settings: Any) -> list[vision.ClipAdapter]:
-        """:func:`~.vision.attach_adapters` to the vision model, until :meth:`unload`."""
-        assert self.vision_model is not None
-        given = vision.attach_adapters(self.vision_model, **settings)
-        self._gave_vision_adapters = True
-        return given
-
-    def _drop_vision_adapters(self) -> None:
-        """Take off what :meth:`_give_vision_adapters` attached, if it did."""
-        if self._gave_vision_adapters and self.vision_model is not None:
-            vision.detach_adapters(self.vision_model)
-            self._gave_vision_adapters = False
 
     def memory_ffns(self) -> list[tuple[str, MemoryFFN]]:
         """The FFNs that have memory, with their names in the language model, in the order in which they run."""
         return memory_ffns(self.language_model)
 
+    @torch.no_grad()
     def explain_memory(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
     ) -> MemoryAttribution:
-        """How much of each FFN's output is the memory's, and which slots it came from.
+        """Run one forward and measure, per layer and token, what the memory adds to the FFN's output.
 
-        See :func:`~.attribution.explain_memory`; the result prints as a table and plots over the image's patches.
+        Dropout is off meanwhile. The result prints as a table and plots over the image's patches.
+
+        Args:
+            input_ids: (B, T), the prompt, or prompt and answer.
+            attention_mask: (B, T); its zeros are left out of every average.
+            **inputs: the images, and whatever else the model's forward takes.
+
+        Returns:
+            The measurements, on the CPU in float32.
         """
-        return explain_memory(self, input_ids, attention_mask, **inputs)
+        recorder = MemoryRecorder(
+            self.memory_ffns(),
+            self.projector.fc2.in_features,
+            encoder_mask=attention_mask,
+            decoder_mask=inputs.get("decoder_attention_mask"),
+            encoder_decoder=self.config.is_encoder_decoder,
+        )
+        training = [module for module in self.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            with self.observing(recorder):
+                self(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        finally:
+            for module in training:
+                module.training = True
+        return recorder.result()
 
     @contextmanager
     def observing(self, observer: Observer) -> Iterator[None]:
-        """Within it, ``observer(layer, x, y)`` is called by every FFN with memory: its position among those, in and out."""
-        outer, self._observer = self._observer, observer
+        """Within it, in this thread, ``observer(layer, x, y)`` is called by every FFN with memory.
+
+        With the FFN's position among those, its input and its output.
+        """
+        token = _observed.set((self, observer))
         try:
             yield
         finally:
-            self._observer = outer
+            _observed.reset(token)
+
+    def adapter(self) -> files.Adapter:
+        """The memory and the vision model, as files see them."""
+        return files.Adapter(self._visual_memory(), self._tower)
+
+    def _read(self, inputs: dict[str, Any], images: Images) -> tuple[Memory, Tensor | None]:
+        """The memory of a batch, and the row that each of its samples reads."""
+        if self._attachment is None:
+            raise RuntimeError("this MemVPModel was unloaded; wrap its language_model again, or call that")
+        observed = None if torch.compiler.is_compiling() else _observed.get()
+        observer = observed[1] if observed is not None and observed[0] is self else None
+        options = {"backend": self.backend, "recompute": self.recompute, "observer": observer}
+        return self._source().read(samples_of(inputs), images, **options)
+
+    def _source(self) -> MemorySource:
+        return MemorySource(self.memory, self._visual_memory(), self.vision_model, self.language_model)
 
     def _visual_memory(self) -> VisualMemory:
         return getattr(self.memory, "module", self.memory)  # data-parallel wrappers keep it there

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer
 
-from memvp_kernels.models.io import adapter as saving
-from memvp_kernels.models.io.state import whole
+from memvp_kernels.models.io import adapter as files
+from memvp_kernels.models.io.state import full_tensor
 from memvp_kernels.models.model import MemVPModel
 
 __all__ = ["MemVPTrainer"]
@@ -26,11 +26,11 @@ class MemVPTrainer(Trainer):
         model: MemVPModel = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if state_dict is None:
-            state_dict = {name: whole(parameter.detach()) for name, parameter in trainable.items()}
+            state_dict = {name: full_tensor(parameter.detach()) for name, parameter in trainable.items()}
         state = {name: tensor for name, tensor in state_dict.items() if name in trainable}
         super()._save(output_dir, state)
         if self.args.should_save:
-            saving.write(output_dir or str(self.args.output_dir), model, _adapter(state))
+            files.write(output_dir or str(self.args.output_dir), model.adapter(), _adapter(state))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """What is frozen is missing from a checkpoint; anything else that does not fit is an error."""

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memvp_kernels import MemVPModel
-from memvp_kernels.models.attribution import explain_memory
 from tests.models.tiny import CONFIG, features, language_model, tokens, with_memory, wrapped
 
 SLOTS = CONFIG.num_slots
@@ -58,7 +57,7 @@ def test_shares_are_what_the_memory_adds(family: str) -> None:
     if base.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens(2, 3)
     seen = observed(model, **inputs)
-    explained = explain_memory(model, **inputs)
+    explained = model.explain_memory(**inputs)
     assert [layer.name for layer in explained.layers] == [name for name, _ in model.memory_ffns()]
     for number, layer in enumerate(explained.layers):
         x, y = seen[number]
@@ -74,7 +73,7 @@ def test_shares_are_what_the_memory_adds(family: str) -> None:
 def test_slots_are_each_slots_own_addition() -> None:
     model = with_memory(language_model().double())
     images = features(4, 0)
-    explained = explain_memory(model, tokens(2), image_features=images)
+    explained = model.explain_memory(tokens(2), image_features=images)
     seen = observed(model, input_ids=tokens(2), image_features=images)
     for number, layer in enumerate(explained.layers):
         x = seen[number][0]
@@ -89,7 +88,7 @@ def test_sums_and_tops() -> None:
     model = wrapped()
     mask = torch.ones(2, 5, dtype=torch.long)
     mask[1, :2] = 0
-    explained = explain_memory(model, tokens(2), mask, image_features=features(4, 3))
+    explained = model.explain_memory(tokens(2), mask, image_features=features(4, 3))
     first = explained.layers[0]
     assert torch.equal(first.valid, mask.bool())
     torch.testing.assert_close(first.mean_share()[1], first.share[1, 2:].mean())
@@ -110,19 +109,19 @@ def test_sums_and_tops() -> None:
 def test_padding_does_not_count() -> None:
     model = wrapped()
     short, images = tokens(1, 3), features(4)
-    alone = explain_memory(model, short, image_features=images)
+    alone = model.explain_memory(short, image_features=images)
     padded = F.pad(short, (2, 0))
     mask = torch.tensor([[0, 0, 1, 1, 1]])
-    beside = explain_memory(model, padded, mask, image_features=images, position_ids=torch.tensor([[0, 0, 0, 1, 2]]))
+    beside = model.explain_memory(padded, mask, image_features=images, position_ids=torch.tensor([[0, 0, 0, 1, 2]]))
     torch.testing.assert_close(beside.shares(), alone.shares())
 
 
 def test_visual_tokens_come_from_features_cores_and_indices() -> None:
     model = wrapped()
     images = features(4, 0, 7)
-    assert explain_memory(model, tokens(3), image_features=images).visual_tokens.tolist() == [4, 0, 7]
+    assert model.explain_memory(tokens(3), image_features=images).visual_tokens.tolist() == [4, 0, 7]
     core, index = model.encode_images(images), torch.tensor([2, 2, 0, -1])
-    explained = explain_memory(model, tokens(4), visual_core=core, visual_index=index)
+    explained = model.explain_memory(tokens(4), visual_core=core, visual_index=index)
     assert explained.visual_tokens.tolist() == [7, 7, 4, 0]
     assert (explained.shares()[3] == 0).all()
     assert (explained.shares()[:3] > 0).all()
@@ -133,7 +132,7 @@ def test_an_untrained_memory_without_an_image_adds_nothing() -> None:
     from memvp_kernels import MemVPModel
 
     model = MemVPModel(language_model(), CONFIG)
-    assert (explain_memory(model, tokens(2)).shares() == 0).all()
+    assert (model.explain_memory(tokens(2)).shares() == 0).all()
 
 
 def test_the_model_is_left_as_it_was_and_dropout_is_off() -> None:
@@ -141,17 +140,17 @@ def test_the_model_is_left_as_it_was_and_dropout_is_off() -> None:
     model.train()
     model.language_model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
-    first = explain_memory(model, tokens(1), image_features=features(4))
+    first = model.explain_memory(tokens(1), image_features=features(4))
     assert [module.training for module in model.modules()] == modes
-    assert torch.equal(explain_memory(model, tokens(1), image_features=features(4)).shares(), first.shares())
+    assert torch.equal(model.explain_memory(tokens(1), image_features=features(4)).shares(), first.shares())
     with pytest.raises(ValueError, match="width"):
-        explain_memory(model, tokens(1), image_features=[torch.ones(2, 3)])
+        model.explain_memory(tokens(1), image_features=[torch.ones(2, 3)])
     assert [module.training for module in model.modules()] == modes
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3), (3, 8, 8)])
 def test_the_plot_shows_the_image_its_patches_and_the_shares(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    explained = explain_memory(wrapped(), tokens(2), image_features=features(4, 0))
+    explained = wrapped().explain_memory(tokens(2), image_features=features(4, 0))
     figure = explained.plot(torch.rand(shape), path=tmp_path / "memory.png")
     assert (tmp_path / "memory.png").stat().st_size > 5_000
     assert len(figure.axes) == 1 + 2 + 1
@@ -164,7 +163,7 @@ def test_the_plot_shows_the_image_its_patches_and_the_shares(tmp_path: Path, sha
 
 
 def test_the_plot_refuses_what_it_cannot_draw() -> None:
-    explained = explain_memory(wrapped(), tokens(3), image_features=features(4, 0, 6))
+    explained = wrapped().explain_memory(tokens(3), image_features=features(4, 0, 6))
     with pytest.raises(ValueError, match="no image"):
         explained.plot(torch.rand(8, 8), sample=1)
     with pytest.raises(ValueError, match=r"6 visual tokens are no square.*grid="):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from memvp_kernels import MemVPModel
-from memvp_kernels.models.patching.patch import Reclassed
+from memvp_kernels.models.patching.patch import Patch
 from tests.models.tiny import CONFIG, FAMILIES, features, language_model, tokens, with_memory, wrapped
 
 
@@ -70,7 +70,7 @@ def test_a_second_model_never_notices(family: str) -> None:
     wrapped(family)(image_features=features(4, 0, 10), **_inputs())
     assert _fingerprint(other) == before
     assert torch.equal(other(**_inputs()).logits, wanted)
-    assert not any(isinstance(m, Reclassed) for m in language_model(family).modules())
+    assert not any(isinstance(m, Patch) for m in language_model(family).modules())
 
 
 @pytest.mark.parametrize("family", ["llama", "t5", "bart"])
@@ -163,7 +163,7 @@ def test_a_forward_on_an_instance_is_refused(which: str) -> None:
         ValueError, match=r"model\.layers\.1: a forward was set on this Llama\w+ instance.*Wrap the model before"
     ):
         MemVPModel(base, CONFIG)
-    assert not any(isinstance(m, Reclassed) for m in base.modules()), "nothing was changed"
+    assert not any(isinstance(m, Patch) for m in base.modules()), "nothing was changed"
     assert all(p.requires_grad for p in base.parameters())
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memvp_kernels import MemVPConfig, MemVPModel
-from memvp_kernels.models.io.official_checkpoint import load_official_checkpoint
-from memvp_kernels.models.memory import vision_tower as vision
+from memvp_kernels.models.patching import vision_adapters as vision
 from tests.models.clip import BLOCKS, INNER, official_state, pixels, save_official, vision_model
 from tests.models.tiny import VISION, WIDTH, language_model, tokens
 
@@ -79,7 +78,7 @@ def test_adapters_attached_before_are_filled(tmp_path: Path) -> None:
 
 def test_positions_keep_a_double_models_dtype(tmp_path: Path) -> None:
     model = MemVPModel(language_model().double(), MemVPConfig(**CONFIG))
-    load_official_checkpoint(model, save_official(tmp_path / "c.pth", a_state()), vision_adapters=False)
+    model.load_official_checkpoint(save_official(tmp_path / "c.pth", a_state()), vision_adapters=False)
     assert model.key_position.dtype == torch.float64
 
 
@@ -177,9 +176,7 @@ def test_clip_adapters_of_another_scale_are_refused(tmp_path: Path) -> None:
     """The official code's is 0.1; it is in no file, and loading would not show it."""
     clip = vision_model()
     vision.attach_adapters(clip, hidden_dim=INNER, scale=0.2)
-    refused(
-        tmp_path, a_model(clip), a_state(), r"not trained with scale=0\.2; call vision\.detach_adapters.*scale=0\.1"
-    )
+    refused(tmp_path, a_model(clip), a_state(), r"not trained with scale=0\.2; call detach_adapters.*scale=0\.1")
 
 
 @pytest.mark.parametrize(
@@ -205,16 +202,16 @@ def test_nothing_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     torch.save({"model": a_state(), "args": Payload()}, "c.pth")
     with pytest.raises(ValueError, match="can be read safely"):
-        load_official_checkpoint(a_model(), "c.pth")
+        a_model().load_official_checkpoint("c.pth")
     assert not Path("executed").exists()
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*gone\.pth"):
-        load_official_checkpoint(a_model(), tmp_path / "gone.pth")
+        a_model().load_official_checkpoint(tmp_path / "gone.pth")
     (tmp_path / "text.pth").write_text("not a checkpoint")
     with pytest.raises(ValueError, match="safely"):
-        load_official_checkpoint(a_model(), tmp_path / "text.pth")
+        a_model().load_official_checkpoint(tmp_path / "text.pth")
     torch.save({"weights": a_state()}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"wanted a dict with 'model' in it, got \['weights'\]"):
-        load_official_checkpoint(a_model(), tmp_path / "other.pth")
+        a_model().load_official_checkpoint(tmp_path / "other.pth")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memvp_kernels.backends.torch import memory_rows
+from memvp_kernels.models.patching.binding import bound
 from tests.models.tiny import ENCODER_DECODERS, features, tokens, wrapped
 
 FAMILIES = ["llama", "qwen3", "gemma2", "t5-gated", "bart"]
@@ -130,8 +131,8 @@ def test_an_index_is_made_where_sequences_are_repeated_and_nowhere_else(
     made = memory_rows.Grouped.__init__
     monkeypatch.setattr(memory_rows.Grouped, "__init__", lambda *a, **k: (grouped.append(1), made(*a, **k))[1])
     model, ids = wrapped(family), tokens(3)
-    ffns, seen = model.memory_ffns(), []  # type: ignore[var-annotated]
-    with model.observing(lambda layer, x, y: seen.append(ffns[layer][1].memory_index)):
+    seen: list[Tensor | None] = []
+    with model.observing(lambda layer, x, y: seen.append(bound().index)):
         _generate(model, ids, features(4, 0, 10))
         assert len(seen) > NEW and not any(index is not None for index in seen)
         assert not grouped

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memvp_kernels import MemVPConfig, MemVPModel
-from memvp_kernels.models.memory import vision_tower as vision
 from memvp_kernels.models.memory.projector import Projector
 from memvp_kernels.models.memory.visual_memory import VisualMemory
+from memvp_kernels.models.patching import vision_adapters as vision
 from tests.models.clip import pixels, vision_model
 from tests.models.tiny import CONFIG, VISION, WIDTH, features, language_model, tokens, with_memory, wrapped
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memvp_kernels import MemVPModel
-from memvp_kernels.models.patching import mixins as site
+from memvp_kernels.models.patching import feed_forward
 from memvp_kernels.models.patching.weights import Dense, Matrices, Opaque, activation_name, resolve
 from tests.models.tiny import CONFIG, features, language_model, oracle, tokens, with_memory
 
@@ -167,7 +167,7 @@ def test_t5s_float32_wo_beside_half_precision(family: str) -> None:
 
 
 def test_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    site.say_opaque.cache_clear()
+    feed_forward.log_opaque.cache_clear()
     with caplog.at_level(logging.WARNING, logger="memvp_kernels"):
         model = MemVPModel(_lora(language_model(), "llama"), CONFIG)
         for _ in range(2):
@@ -178,7 +178,7 @@ def test_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_nothing_is_said_of_plain_linears(caplog: pytest.LogCaptureFixture) -> None:
-    site.say_opaque.cache_clear()
+    feed_forward.log_opaque.cache_clear()
     with caplog.at_level(logging.WARNING, logger="memvp_kernels"):
         MemVPModel(language_model(), CONFIG)(image_features=IMAGES, **_inputs())
     assert not caplog.records

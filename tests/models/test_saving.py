@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from memvp_kernels import MemVPModel
-from memvp_kernels.models.memory import vision_tower as vision
-from memvp_kernels.models.patching.patch import Reclassed
+from memvp_kernels.models.patching import vision_adapters as vision
+from memvp_kernels.models.patching.patch import Patch
 from tests.models.clip import pixels, vision_model
 from tests.models.tiny import CONFIG, FAMILIES, VISION, features, language_model, tokens, with_memory, wrapped
 
@@ -138,7 +138,7 @@ def test_an_adapter_for_another_size_is_refused_whole(tmp_path: Path) -> None:
         ValueError, match=r"does not fit.*key_position is \(10, 32\), the model's is \(11, 32\); value_position"
     ):
         MemVPModel.from_pretrained(base, tmp_path)
-    assert not any(isinstance(m, Reclassed) for m in base.modules()) and next(base.parameters()).requires_grad
+    assert not any(isinstance(m, Patch) for m in base.modules()) and next(base.parameters()).requires_grad
 
 
 def test_missing_and_unexpected_names_are_all_named() -> None:

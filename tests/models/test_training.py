@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memvp_kernels.models.patching import mixins as site
+from memvp_kernels.models.patching import feed_forward
 from memvp_kernels.shared_memory import fused_ffn_shared
 from tests.models.tiny import CONFIG, FAMILIES, features, language_model, oracle, shuffled, tokens, with_memory, wrapped
 
@@ -49,7 +49,9 @@ def test_checkpointing_changes_nothing(family: str, monkeypatch: pytest.MonkeyPa
     torch.manual_seed(3)
     plain = _step(model)
     runs: list[int] = []
-    monkeypatch.setattr(site, "fused_ffn_shared", lambda *a, **k: (runs.append(1), fused_ffn_shared(*a, **k))[1])
+    monkeypatch.setattr(
+        feed_forward, "fused_ffn_shared", lambda *a, **k: (runs.append(1), fused_ffn_shared(*a, **k))[1]
+    )
     model.gradient_checkpointing_enable()
     torch.manual_seed(3)
     again = _step(model)

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memvp_kernels.models.memory import vision_tower as vision
+from memvp_kernels.models.memory import vision_tower
 from memvp_kernels.models.memory.images import encode_pixels, pad_features
+from memvp_kernels.models.patching import vision_adapters as vision
 from tests.models.clip import BLOCKS, pixels, vision_model
 
 
@@ -42,45 +43,49 @@ def randomise(adapters: list[vision.ClipAdapter]) -> None:
 
 def test_features_are_the_official_ones() -> None:
     model = vision_model()
-    features = vision.encode(model, pixels(2))
+    features = vision_tower.encode(model, pixels(2))
     assert features.shape == (2, 4, 12)
     torch.testing.assert_close(features, by_hooks(model, pixels(2), []))
 
 
 def test_the_last_block_is_not_run() -> None:
     model = vision_model()
-    before = vision.encode(model, pixels(1))
+    before = vision_tower.encode(model, pixels(1))
     model.encoder.layers[-1].register_forward_hook(lambda *_: pytest.fail("the last block ran"))
-    torch.testing.assert_close(vision.encode(model, pixels(1)), before, rtol=0, atol=0)
+    torch.testing.assert_close(vision_tower.encode(model, pixels(1)), before, rtol=0, atol=0)
 
 
 def test_new_adapters_change_nothing_and_trained_ones_add_their_output() -> None:
     model, images = vision_model(), pixels(2)
-    plain = vision.encode(model, images)
+    plain = vision_tower.encode(model, images)
     own_names = list(dict(model.named_parameters()))
     adapters = vision.attach_adapters(model, hidden_dim=4)
     assert len(adapters) == BLOCKS - 1
     assert [name for name, _ in model.named_parameters() if "adapter_mlp" not in name] == own_names
     assert all(p.dtype == torch.float32 and p.requires_grad for a in adapters for p in a.parameters())
-    torch.testing.assert_close(vision.encode(model, images), plain, rtol=0, atol=0)
+    torch.testing.assert_close(vision_tower.encode(model, images), plain, rtol=0, atol=0)
 
     randomise(adapters)
-    adapted = vision.encode(model, images)
+    adapted = vision_tower.encode(model, images)
     assert (adapted - plain).abs().max() > 0.01
     torch.testing.assert_close(adapted, by_hooks(vision_model(), images, adapters))
 
 
 def test_adapters_are_of_one_instance_and_come_off() -> None:
     model, other, images = vision_model(), vision_model(), pixels(1)
-    kinds, keys, plain = [type(m) for m in model.modules()], list(model.state_dict()), vision.encode(model, images)
+    kinds, keys, plain = (
+        [type(m) for m in model.modules()],
+        list(model.state_dict()),
+        vision_tower.encode(model, images),
+    )
     randomise(vision.attach_adapters(model))
-    torch.testing.assert_close(vision.encode(other, images), plain, rtol=0, atol=0)
+    torch.testing.assert_close(vision_tower.encode(other, images), plain, rtol=0, atol=0)
     assert not vision.adapters(other)
     vision.detach_adapters(model)
     assert [type(m) for m in model.modules()] == kinds
     assert list(model.state_dict()) == keys
     assert not vision.adapters(model)
-    torch.testing.assert_close(vision.encode(model, images), plain, rtol=0, atol=0)
+    torch.testing.assert_close(vision_tower.encode(model, images), plain, rtol=0, atol=0)
     vision.detach_adapters(model)
 
 
@@ -96,16 +101,18 @@ def test_adapters_are_copied(copied: object) -> None:
     model = vision_model()
     randomise(vision.attach_adapters(model))
     twin = copied(model)  # type: ignore[operator]
-    torch.testing.assert_close(vision.encode(twin, pixels(1)), vision.encode(model, pixels(1)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        vision_tower.encode(twin, pixels(1)), vision_tower.encode(model, pixels(1)), rtol=0, atol=0
+    )
     assert twin.encoder.layers[0].mlp.adapter_mlp is not model.encoder.layers[0].mlp.adapter_mlp
 
 
 def test_dropout_is_on_in_training_only() -> None:
     model, images = vision_model(), pixels(1)
     randomise(vision.attach_adapters(model, dropout=0.5))
-    assert torch.equal(vision.encode(model, images), vision.encode(model, images))
+    assert torch.equal(vision_tower.encode(model, images), vision_tower.encode(model, images))
     model.train()
-    assert not torch.equal(vision.encode(model, images), vision.encode(model, images))
+    assert not torch.equal(vision_tower.encode(model, images), vision_tower.encode(model, images))
 
 
 def test_gradients_reach_the_adapters_alone() -> None:
@@ -114,7 +121,7 @@ def test_gradients_reach_the_adapters_alone() -> None:
     model.requires_grad_(False)
     for adapter in vision.adapters(model):
         adapter.requires_grad_(True)
-    vision.encode(model, pixels(2)).square().sum().backward()
+    vision_tower.encode(model, pixels(2)).square().sum().backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert trained == {name for name, _ in model.named_parameters() if "adapter_mlp" in name}
 
@@ -124,11 +131,11 @@ def test_float32_adapters_under_a_bfloat16_model() -> None:
     model, images = vision_model(), pixels(2)
     adapters = vision.attach_adapters(model)
     randomise(adapters)
-    exact = vision.encode(model, images)
+    exact = vision_tower.encode(model, images)
     for name, parameter in model.named_parameters():
         if "adapter_mlp" not in name:
             parameter.data = parameter.data.bfloat16()
-    features = vision.encode(model, images)
+    features = vision_tower.encode(model, images)
     assert features.dtype == torch.bfloat16
     plain = by_hooks(vision_model().bfloat16(), images.bfloat16(), adapters, torch.bfloat16)
     assert (features.float() - exact).norm() <= 2 * (plain.float() - exact).norm()
@@ -136,7 +143,7 @@ def test_float32_adapters_under_a_bfloat16_model() -> None:
 
 def test_a_batch_with_no_one_and_several_images() -> None:
     model, images = vision_model(), pixels(4)
-    each = vision.encode(model, images)
+    each = vision_tower.encode(model, images)
     batch = encode_pixels(model, [images[0], None, images[1:3], images[3:3]])
     rows, valid = pad_features(
         batch, samples=4, vision_dim=12, num_slots=9, dtype=torch.float32, device=torch.device("cpu")
@@ -153,11 +160,11 @@ def test_a_batch_with_no_one_and_several_images() -> None:
 def test_bad_input_says_what_was_wanted() -> None:
     model = vision_model()
     with pytest.raises(TypeError, match=r"CLIPVisionModel, got Linear.*image_features="):
-        vision.encode(torch.nn.Linear(2, 2), pixels(1))
+        vision_tower.encode(torch.nn.Linear(2, 2), pixels(1))
     with pytest.raises(TypeError, match=r"floating-point tensor, got torch\.uint8"):
-        vision.encode(model, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+        vision_tower.encode(model, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"got shape \(3, 8, 8\)"):
-        vision.encode(model, pixels(1)[0])
+        vision_tower.encode(model, pixels(1)[0])
     with pytest.raises(ValueError, match=r"pixel_values\[1\].*got \(8, 8\)"):
         encode_pixels(model, [None, pixels(1)[0, 0]])
     with pytest.raises(TypeError, match=r"pixel_values\[0\]: wanted a tensor or None, got str"):

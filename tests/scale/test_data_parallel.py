@@ -242,7 +242,7 @@ def _with_vision(pixels: list[Any], shard: bool) -> tuple[torch.Tensor, dict[str
     """In float64, CLIP adapters among what trains."""
     from torch.distributed.fsdp import fully_shard
 
-    from memvp_kernels.models.memory import vision_tower as vision
+    from memvp_kernels.models.patching import vision_adapters as vision
     from tests.models.clip import vision_model
 
     clip = vision_model(CONFIG.vision_dim)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from memvp_kernels import torch_op as ops
-from memvp_kernels.models.parallel.quantized import Quantised, read_quantised
-from memvp_kernels.models.patching import mixins as site
-from memvp_kernels.models.patching.weights import Opaque, Packed
+from memvp_kernels.models.parallel.quantized import QuantizedLinear, read_quantized
+from memvp_kernels.models.patching import feed_forward
+from memvp_kernels.models.patching.weights import Opaque, QuantizedMatrices
 from tests.scale.processes import Group
 from tests.scale.tiny import CONFIG, adapter_gradients, batch, difference, language_model, memvp_model, reference
 
@@ -93,15 +93,15 @@ def _unpacked(packed: Any, **changes: Any) -> Any:
     """A plain language model with the matrices that `packed` restores."""
     base = language_model(**changes)
     for name, module in packed.named_modules():
-        found = read_quantised(module)
-        if isinstance(found, Quantised):
+        found = read_quantized(module)
+        if isinstance(found, QuantizedLinear):
             with torch.no_grad():
-                base.get_submodule(name).weight.copy_(found.restore(torch.float32))
+                base.get_submodule(name).weight.copy_(found.dequantize(torch.float32))
     return base
 
 
 def _run(model: Any, monkeypatch: pytest.MonkeyPatch, few: int) -> tuple[Tensor, dict[str, Tensor]]:
-    monkeypatch.setattr(site, "_FEW_TOKENS", few)
+    monkeypatch.setattr(feed_forward, "_FEW_TOKENS", few)
     model.zero_grad()
     loss = model(**batch(length=LONG, without=(1,))).loss
     loss.backward()
@@ -113,9 +113,9 @@ def test_restored_matrices_train_like_the_modules(name: str, monkeypatch: pytest
     """Both roads over the same quantised base; gradients of a lower layer's memory went through a higher FFN's x."""
     model = memvp_model(BASES[name]())
     weights = [ffn.ffn_matrices() for _, ffn in model.memory_ffns()]
-    assert all(isinstance(found, Packed) for found in weights), weights
+    assert all(isinstance(found, QuantizedMatrices) for found in weights), weights
     runs: list[bool] = []
-    monkeypatch.setattr(site, "_restored", _counting(site._restored, runs))
+    monkeypatch.setattr(feed_forward, "_dequantized", _counting(feed_forward._dequantized, runs))
     changes = {"mlp_bias": True} if "biases" in name else {}
     wanted = reference(batch(length=LONG, without=(1,)), base=lambda: _unpacked(BASES[name](), **changes))
     by_modules = _run(model, monkeypatch, few=10**6)
@@ -138,9 +138,9 @@ def _counting(function: Any, runs: list[bool]) -> Any:
 def test_a_restored_matrix_is_the_one_that_the_module_uses(name: str) -> None:
     """By type: `hasattr(weight, "dequantize")` is true for every tensor, and gives packed bytes as numbers for some."""
     linear = BASES[name]().model.layers[0].mlp.up_proj
-    found = read_quantised(linear)
-    assert isinstance(found, Quantised)
-    restored = found.restore(torch.float32)
+    found = read_quantized(linear)
+    assert isinstance(found, QuantizedLinear)
+    restored = found.dequantize(torch.float32)
     module = linear(torch.eye(linear.in_features)).T - (0 if linear.bias is None else linear.bias[:, None])
     assert restored.shape == (linear.out_features, linear.in_features)
     bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
@@ -190,7 +190,7 @@ WIDE_FFN: dict[str, Callable[[], Any]] = {  # whose matrices are larger than any
 @pytest.mark.parametrize("name", list(WIDE_FFN))
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_no_restored_matrix_outlives_its_call(name: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(site, "_FEW_TOKENS", 0)
+    monkeypatch.setattr(feed_forward, "_FEW_TOKENS", 0)
     model = memvp_model(WIDE_FFN[name]())
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -231,7 +231,7 @@ def test_inference_keeps_nothing_for_a_backward(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_road_of_a_few_tokens_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    site.say_opaque.cache_clear()
+    feed_forward.log_opaque.cache_clear()
     model = memvp_model(BASES["torchao int8"]())
     assert not caplog.messages
     for _ in range(2):
@@ -284,8 +284,8 @@ def test_dropout_draws_one_mask_for_forward_and_backward(monkeypatch: pytest.Mon
 def test_lora_beside_the_memory_on_a_4_bit_base(monkeypatch: pytest.MonkeyPatch) -> None:
     """QLoRA's setting: LoRA on attention leaves the FFNs restored, LoRA on an FFN leaves it opaque; both train."""
     peft = pytest.importorskip("peft")
-    monkeypatch.setattr(site, "_FEW_TOKENS", 0)
-    for targets, kind in ((["q_proj", "v_proj"], Packed), (["up_proj"], Opaque)):
+    monkeypatch.setattr(feed_forward, "_FEW_TOKENS", 0)
+    for targets, kind in ((["q_proj", "v_proj"], QuantizedMatrices), (["up_proj"], Opaque)):
         base = peft.get_peft_model(BASES["bitsandbytes nf4"](), peft.LoraConfig(target_modules=targets, r=2))
         model = memvp_model(base)
         assert all(isinstance(ffn.ffn_matrices(), kind) for _, ffn in model.memory_ffns())
@@ -300,7 +300,7 @@ def _sharded_nf4(storage: torch.dtype) -> dict[str, float]:
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    site._FEW_TOKENS = 0
+    feed_forward._FEW_TOKENS = 0
     wanted = reference(batch(length=LONG), base=lambda: _unpacked(_nf4(language_model(), storage=storage)))
     model: Any = memvp_model(_nf4(language_model(), storage=storage))
     for layer in model.language_model.model.layers:

@@ -169,7 +169,7 @@ def _unpacked(folder: Path) -> Callable[[torch.dtype, int | None], Any]:
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from memvp_kernels.models.parallel.quantized import Quantised, read_quantised
+    from memvp_kernels.models.parallel.quantized import QuantizedLinear, read_quantized
 
     packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     source = AutoModelForCausalLM.from_pretrained(
@@ -177,9 +177,9 @@ def _unpacked(folder: Path) -> Callable[[torch.dtype, int | None], Any]:
     )
     restored = {}
     for name, module in source.named_modules():
-        found = read_quantised(module)
-        if isinstance(found, Quantised):
-            restored[f"{name}.weight"] = found.restore(torch.bfloat16)
+        found = read_quantized(module)
+        if isinstance(found, QuantizedLinear):
+            restored[f"{name}.weight"] = found.dequantize(torch.bfloat16)
     assert restored
 
     def made(dtype: torch.dtype, order: int | None) -> Any:

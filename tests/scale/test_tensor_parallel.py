@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from memvp_kernels import MemVPConfig, MemVPModel, fused_ffn
 from memvp_kernels.models.memory.visual_memory import Memory
 from memvp_kernels.models.parallel import tensor_parallel as parallel
-from memvp_kernels.models.patching import mixins as site
+from memvp_kernels.models.patching import feed_forward
 from memvp_kernels.models.patching.weights import Matrices, Opaque
 from memvp_kernels.philox import draw_seed
 from tests.scale.processes import Group
@@ -81,10 +81,10 @@ def _split_operator(slots: int, tp: int) -> tuple[float, dict[str, float], list[
     whole, own = _operands(slots), _operands(slots)
     want = _ffn(whole, _memory(whole), whole["x"], slice(None))
     want.square().sum().backward()
-    part = parallel.own_slots(_memory(own), mesh)
+    part = parallel.shard_slots(_memory(own), mesh)
     pairs = 12 // tp
     mine = slice(pairs * mesh.get_local_rank(), pairs * (mesh.get_local_rank() + 1))
-    y = parallel.summed(_ffn(own, part, parallel.sum_gradients(own["x"], mesh), mine), mesh)
+    y = parallel.all_reduce(_ffn(own, part, parallel.sum_gradients(own["x"], mesh), mine), mesh)
     y.square().sum().backward()
     errors = {name: difference(grad, _gradients(whole)[name]) for name, grad in _gradients(own).items()}
     return difference(y, want), errors, sorted(errors), part.core.shape[1]
@@ -113,7 +113,7 @@ def _wrong_splits() -> dict[str, float]:
         t = _operands(4)
         memory = _memory(t)
         slots = slice(2 * mesh.get_local_rank(), 2 * (mesh.get_local_rank() + 1))
-        part = parallel.own_slots(memory, mesh)
+        part = parallel.shard_slots(memory, mesh)
         if mistake == "plain slots":
             part = memory._replace(
                 core=memory.core[:, slots],
@@ -127,7 +127,7 @@ def _wrong_splits() -> dict[str, float]:
 
             y = collectives.all_reduce(y)
         else:
-            y = parallel.summed(y, mesh)
+            y = parallel.all_reduce(y, mesh)
         y.square().sum().backward()
         name = "x" if mistake == "f left out" else "key_position"
         found[mistake] = difference(_gradients(t)[name], _gradients(whole)[name])
@@ -281,7 +281,7 @@ def _by_hooks() -> tuple[bool, list[str], dict[str, float]]:
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("memvp_kernels").addHandler(handler)
-    site.say_opaque.cache_clear()
+    feed_forward.log_opaque.cache_clear()
     model = memvp_model(base)
     logging.getLogger("memvp_kernels").removeHandler(handler)
     opaque = all(isinstance(ffn.ffn_matrices(), Opaque) for _, ffn in model.memory_ffns())
@@ -360,7 +360,7 @@ def test_ranks_under_one_seed_draw_different_masks_and_go_on_together() -> None:
     seeds, states = [], []
     for rank in range(4):
         torch.manual_seed(3)
-        with parallel.own_draw(_Mesh(rank), torch.device("cpu"), 0.1):
+        with parallel.rank_local_rng(_Mesh(rank), torch.device("cpu"), 0.1):
             seeds.append(draw_seed(torch.device("cpu")).item())
         states.append(torch.get_rng_state())
     assert len(set(seeds)) == 4

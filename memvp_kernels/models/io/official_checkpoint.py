@@ -8,16 +8,16 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from memvp_kernels.models.memory import vision_tower as vision
-
-if TYPE_CHECKING:
-    from memvp_kernels.models.config import MemVPConfig
-    from memvp_kernels.models.model import MemVPModel
+from memvp_kernels.models.config import MemVPConfig
+from memvp_kernels.models.io.adapter import Adapter
+from memvp_kernels.models.memory.vision_tower import tower
+from memvp_kernels.models.memory.visual_memory import VisualMemory
+from memvp_kernels.models.patching.vision_adapters import VisionTower, adapter_settings, adapters
 
 __all__ = ["CheckpointReport", "load_official_checkpoint"]
 
@@ -57,14 +57,14 @@ class CheckpointReport:
         return "\n".join(lines)
 
 
-def load_official_checkpoint(model: MemVPModel, path: str | Path, *, vision_adapters: bool = True) -> CheckpointReport:
-    """Write an official checkpoint (github.com/JieShibo/MemVP, ``checkpoint-19.pth``) into a MemVPModel.
+def load_official_checkpoint(adapter: Adapter, path: str | Path, *, vision_adapters: bool = True) -> CheckpointReport:
+    """Write an official checkpoint (github.com/JieShibo/MemVP, ``checkpoint-19.pth``) into an adapter.
 
-    Keys may start with ``module.`` (saved under torchrun). The CLIP adapters go into ``model.vision_model``, which gets
-    them if it has none. The file is opened with ``weights_only=True``: the one class it may name is argparse.Namespace.
+    Keys may start with ``module.`` (saved under torchrun). The CLIP adapters go into the vision model, which gets them
+    if it has none. The file is opened with ``weights_only=True``: the one class it may name is argparse.Namespace.
 
     Args:
-        model: built with the checkpoint's sizes: LLaMA-7B and 320 slots, or LLaMA-13B and 400 slots.
+        adapter: built with the checkpoint's sizes: LLaMA-7B and 320 slots, or LLaMA-13B and 400 slots.
         path: the ``.pth`` file.
         vision_adapters: False: leave the CLIP adapters out, for a model whose image features are computed elsewhere,
             by a CLIP that has them.
@@ -81,16 +81,16 @@ def load_official_checkpoint(model: MemVPModel, path: str | Path, *, vision_adap
     saved = _read(Path(path))
     state = {key.removeprefix("module."): tensor for key, tensor in saved["model"].items()}
     settings = vars(saved["args"]) if isinstance(saved.get("args"), argparse.Namespace) else {}
-    _check_constants(model.memvp_config, settings)
+    _check_constants(adapter.memory.config, settings)
 
-    targets = _memory_targets(model)
+    targets = _memory_targets(adapter.memory)
     clip = {key: match for key in state if (match := _CLIP_KEY.fullmatch(key))}
     unused = {key: reason for key, reason in _UNUSED.items() if key in state}
     _check_names(state, targets, [*clip, *unused])
     values = {key: state[key].squeeze(0) if key in _POSITIONS else state[key] for key in targets}
     _check_memory_sizes(values, targets)
     if clip and vision_adapters:
-        clip_targets, clip_unused = _clip_targets(model, state, clip)
+        clip_targets, clip_unused = _clip_targets(adapter.vision, state, clip)
         targets |= clip_targets
         unused |= clip_unused
     elif clip:
@@ -135,14 +135,14 @@ def _check_constants(config: MemVPConfig, settings: dict[str, Any]) -> None:
         raise ValueError(f"the checkpoint was not trained with {got}; build the model with MemVPConfig({way_out})")
 
 
-def _memory_targets(model: MemVPModel) -> Targets:
+def _memory_targets(memory: VisualMemory) -> Targets:
     return {
-        "adapter_emb1": ("key_position", model.key_position),
-        "adapter_emb2": ("value_position", model.value_position),
-        "adapter_proj.fc1.weight": ("projector.fc1.weight", model.projector.fc1.weight),
-        "adapter_proj.fc1.bias": ("projector.fc1.bias", model.projector.fc1.bias),
-        "adapter_proj.fc2.weight": ("projector.fc2.weight", model.projector.fc2.weight),
-        "adapter_proj.fc2.bias": ("projector.fc2.bias", model.projector.fc2.bias),
+        "adapter_emb1": ("key_position", memory.key_position),
+        "adapter_emb2": ("value_position", memory.value_position),
+        "adapter_proj.fc1.weight": ("projector.fc1.weight", memory.projector.fc1.weight),
+        "adapter_proj.fc1.bias": ("projector.fc1.bias", memory.projector.fc1.bias),
+        "adapter_proj.fc2.weight": ("projector.fc2.weight", memory.projector.fc2.weight),
+        "adapter_proj.fc2.bias": ("projector.fc2.bias", memory.projector.fc2.bias),
     }
 
 
@@ -186,28 +186,28 @@ def _wrong_sizes(values: Mapping[str, Tensor], targets: Targets) -> list[str]:
 
 
 def _clip_targets(
-    model: MemVPModel, state: dict[str, Tensor], clip: dict[str, re.Match[str]]
+    vision: VisionTower | None, state: dict[str, Tensor], clip: dict[str, re.Match[str]]
 ) -> tuple[Targets, dict[str, str]]:
     """Where each CLIP key goes, and the keys of the block that is never run. Attaches adapters once all is known to fit."""
-    vision_model = model.vision_model
-    if vision_model is None:
+    if vision is None:
         raise ValueError(
             f"the checkpoint has {len(clip)} CLIP adapter tensors and the model no vision_model to take them: pass "
             "MemVPModel(…, vision_model=CLIPVisionModel…), or vision_adapters=False if a CLIP with these adapters "
             "computes the image features elsewhere"
         )
-    layers = vision.tower(vision_model).encoder.layers
+    vision_model = vision.module
+    layers = tower(vision_model).encoder.layers
     present = {(int(match[1]), match[2]) for match in clip.values()}
     if present != {(block, name) for block in range(len(layers)) for name in ("fc1", "fc2")}:
         raise ValueError(
             f"the checkpoint has {len(clip)} adapter tensors for {len({block for block, _ in present})} CLIP blocks, "
             f"vision_model has {len(layers)} blocks with two each; the official checkpoints are for CLIP ViT-L/14"
         )
-    attached, settings = vision.adapters(vision_model), vision.adapter_settings(vision_model)
+    attached, settings = adapters(vision_model), adapter_settings(vision_model)
     if settings is not None and settings["scale"] != _CLIP_SCALE:
         raise ValueError(
             f"the checkpoint's CLIP adapters were not trained with scale={settings['scale']}; call "
-            f"vision.detach_adapters(vision_model) first, or attach them with scale={_CLIP_SCALE}"
+            f"detach_adapters(vision_model) first, or attach them with scale={_CLIP_SCALE}"
         )
     width = layers[0].mlp.fc1.in_features
     hidden_dim = (
@@ -221,7 +221,7 @@ def _clip_targets(
             f"wanted {shapes[clip[wrong[0]][2]]} ({len(wrong)} tensors differ)"
         )
 
-    attached = attached or model._give_vision_adapters(hidden_dim=hidden_dim, scale=_CLIP_SCALE)
+    attached = attached or vision.give_adapters(hidden_dim=hidden_dim, scale=_CLIP_SCALE)
     names = {parameter: name for name, parameter in vision_model.named_parameters()}
     targets: Targets = {}
     for key, match in clip.items():

@@ -1,4 +1,4 @@
-"""What trains, out of any layout and into any other: whole tensors for a file, sharded ones for a distributed checkpoint."""
+"""What trains, out of any layout and into any other: full tensors for a file, sharded ones for a distributed checkpoint."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AdapterState", "assign", "whole"]
+__all__ = ["AdapterState", "assign", "full_tensor"]
 
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def whole(t: Tensor) -> Tensor:
+def full_tensor(t: Tensor) -> Tensor:
     """``t`` in full where it is sharded; then every rank must call this."""
     if type(t) in _PLAIN:
         return t

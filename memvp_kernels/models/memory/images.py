@@ -1,4 +1,4 @@
-"""Image features as users have them, one tensor or one entry per sample, made into one padded batch."""
+"""Image features as users have them, one tensor or one entry per sample, as one padded batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from memvp_kernels.models.memory import vision_tower as vision
+from memvp_kernels.models.memory.vision_tower import encode
 
 __all__ = ["ImageFeatures", "Pixels", "encode_pixels", "pad_features"]
 
@@ -36,7 +36,7 @@ def encode_pixels(vision_model: nn.Module, pixel_values: Pixels) -> ImageFeature
     trains = asked or any(p.requires_grad for p in vision_model.parameters())
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
         if isinstance(pixel_values, Tensor):
-            return vision.encode(vision_model, pixel_values)
+            return encode(vision_model, pixel_values)
         images = [_images(entry, i) for i, entry in enumerate(pixel_values)]
         given = [entry for entry in images if entry is not None]
         if not given:
@@ -44,7 +44,7 @@ def encode_pixels(vision_model: nn.Module, pixel_values: Pixels) -> ImageFeature
         sizes = {tuple(entry.shape[1:]) for entry in given}
         if len(sizes) > 1:
             raise ValueError(f"pixel_values: wanted images of one size, got {sorted(sizes)}; resize them")
-        counts = iter(torch.split(vision.encode(vision_model, torch.cat(given)), [len(entry) for entry in given]))
+        counts = iter(torch.split(encode(vision_model, torch.cat(given)), [len(entry) for entry in given]))
         return [None if entry is None else list(next(counts)) for entry in images]
 
 

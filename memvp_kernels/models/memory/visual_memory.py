@@ -1,4 +1,4 @@
-"""The memory of a batch: learned positions, the image's cores, and the module that makes them."""
+"""The memory of a batch, and the module that holds everything that MemVP trains."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Observer = Callable[[int, Tensor, Tensor], None]
 
 
 class Memory(NamedTuple):
-    """What every FFN of a forward pass reads; a tuple, so that generation, sharding and device maps carry it along.
+    """What every FFN of a forward pass reads. A tuple, which generation, sharding and device maps carry along.
 
     Attributes:
         core: (R, M, r), one row per image; R = 1 and more sequences share or skip rows through an index.
@@ -30,11 +30,10 @@ class Memory(NamedTuple):
         value_position: p^v, shaped like ``key_position``.
         scale: s.
         dropout: of the visual activations; 0.0 outside training.
-        backend: passed to :func:`memvp_kernels.fused_ffn`.
-        recompute: passed to :func:`memvp_kernels.fused_ffn`.
+        backend, recompute: passed to :func:`memvp_kernels.fused_ffn`.
         observer: called with (position among the layers with memory, the FFN's input x, its output) by each FFN.
-        own: the part of it that this rank computes where tensor parallelism spreads the FFNs; see :mod:`.parallel`.
-        shared: the tensors above as the FFNs read them, formed once; no tuple of tensors, so nothing on the way casts or moves it.
+        shard: under tensor parallelism, the slots that this rank computes.
+        shared: the tensors above as the FFNs read them, cast and joined once. No tuple, so nothing on the way moves it.
     """
 
     core: Tensor
@@ -46,7 +45,7 @@ class Memory(NamedTuple):
     backend: str = "auto"
     recompute: bool = False
     observer: Observer | None = None
-    own: Memory | None = None
+    shard: Memory | None = None
     shared: SharedMemory | None = None
 
     def positions(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -73,13 +72,13 @@ class Memory(NamedTuple):
 
     def close(self) -> None:
         """The forward is over."""
-        for memory in (self, self.own):
+        for memory in (self, self.shard):
             if memory is not None and memory.shared is not None:
                 memory.shared.close()
 
 
 class VisualMemory(nn.Module):
-    """Everything that MemVP trains: the projector and the positions.
+    """The projector and the positions: everything that MemVP trains beside the vision adapters.
 
     Args:
         config: the adapter's shape and constants.

@@ -1,8 +1,7 @@
-"""A frozen base in 4 or 8 bits: its matrices restored for one call, twice per step, and kept by nobody.
+"""Frozen matrices in 4 or 8 bits, dequantized for one call and kept by nobody.
 
-A layer that stores x's partner in fewer bits is read by its type alone: ``hasattr(weight, "dequantize")`` is true for every
-tensor, and of some packed ones gives the packed bytes as numbers. Known are the layers whose product is that of the restored
-matrix; one that rounds the activations as well (LLM.int8, dynamic quantisation) computes something else and stays opaque.
+A layer is recognised by its type alone, because ``hasattr(weight, "dequantize")`` is true of every tensor. Only layers
+whose product is that of the dequantized matrix qualify; one that rounds the activations as well stays opaque.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Quantised", "Unreadable", "read_quantised"]
+__all__ = ["QuantizedLinear", "Unreadable", "read_quantized"]
 
 #: torchao's weight-only tensors, and the attribute that says whether one of them rounds activations too.
 _TORCHAO = {
@@ -23,34 +22,34 @@ _TORCHAO = {
 }
 
 
-class Quantised(NamedTuple):
-    """A linear layer that restores its matrix when asked.
+class QuantizedLinear(NamedTuple):
+    """A linear layer with a matrix in fewer bits.
 
     Attributes:
-        restore: dtype → (out, in), made anew; reads the layer at that moment, since sharding swaps what it holds.
+        dequantize: dtype → (out, in), a new tensor. Reads the layer at that moment, since sharding swaps what it holds.
         bias: (out,) or None.
         dtype: in which the layer computes; None: in its input's.
     """
 
-    restore: Callable[[torch.dtype], Tensor]
+    dequantize: Callable[[torch.dtype], Tensor]
     bias: Tensor | None
     dtype: torch.dtype | None
 
 
 class Unreadable(NamedTuple):
-    """A quantised layer whose product is not that of a restored matrix.
+    """A quantized layer whose product is not that of a dequantized matrix.
 
     Attributes:
-        reason: for whom it may concern.
-        differentiable: False: its result loses its input's gradient, without a word.
+        reason: why.
+        differentiable: False: its result silently loses its input's gradient.
     """
 
     reason: str
     differentiable: bool = True
 
 
-def read_quantised(linear: Any) -> Quantised | Unreadable | None:
-    """How to restore ``linear``'s matrix, or why not; None where it is not quantised."""
+def read_quantized(linear: Any) -> QuantizedLinear | Unreadable | None:
+    """How to dequantize ``linear``'s matrix, or why not; None where it is not quantized."""
     kind = type(linear)
     if kind.__module__.startswith("bitsandbytes."):
         found = _bitsandbytes(linear)
@@ -58,28 +57,28 @@ def read_quantised(linear: Any) -> Quantised | Unreadable | None:
         found = _torchao(linear)
     else:
         return None
-    if isinstance(found, Quantised) and found.bias is not None and found.bias.requires_grad:
-        return Unreadable("has a trainable bias on a quantised weight")
+    if isinstance(found, QuantizedLinear) and found.bias is not None and found.bias.requires_grad:
+        return Unreadable("has a trainable bias on a quantized weight")
     return found
 
 
-def _bitsandbytes(linear: Any) -> Quantised | Unreadable:
+def _bitsandbytes(linear: Any) -> QuantizedLinear | Unreadable:
     name = type(linear).__name__
     if name not in ("Linear4bit", "LinearNF4", "LinearFP4"):
         return Unreadable(f"is a bitsandbytes {name}, whose product rounds the activations too")
     state = _state_4bit(linear)
     if state is None:
-        return Unreadable("is a bitsandbytes layer that is not quantised yet (move it to its device first)")
+        return Unreadable("is a bitsandbytes layer that is not quantized yet (move it to its device first)")
     if getattr(state, "packing_format_for_cpu", False):
         return Unreadable("was repacked by bitsandbytes for inference on this CPU", differentiable=False)
 
-    def restore(dtype: torch.dtype) -> Tensor:
+    def dequantize(dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         # .data: a Params4bit's own __torch_function__ is of no use here, and FSDP's plain parameter has the same bytes
         return dequantize_4bit(linear.weight.data, _state_4bit(linear)).to(dtype)
 
-    return Quantised(restore, linear.bias, linear.compute_dtype)
+    return QuantizedLinear(dequantize, linear.bias, linear.compute_dtype)
 
 
 def _state_4bit(linear: Any) -> Any:
@@ -87,10 +86,10 @@ def _state_4bit(linear: Any) -> Any:
     return linear.quant_state if linear.quant_state is not None else getattr(linear.weight, "quant_state", None)
 
 
-def _torchao(linear: Any) -> Quantised | Unreadable:
+def _torchao(linear: Any) -> QuantizedLinear | Unreadable:
     name = type(linear.weight).__name__
     if name not in _TORCHAO:
         return Unreadable(f"holds torchao {name} weights")
     if getattr(linear.weight, _TORCHAO[name], None) is not None:
         return Unreadable(f"holds torchao {name} weights whose product rounds the activations too")
-    return Quantised(lambda dtype: linear.weight.dequantize().to(dtype), linear.bias, None)
+    return QuantizedLinear(lambda dtype: linear.weight.dequantize().to(dtype), linear.bias, None)

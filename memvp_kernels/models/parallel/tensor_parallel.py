@@ -1,15 +1,12 @@
 """Tensor parallelism: an FFN whose pairs are spread over ranks, and a memory whose slots are spread with them.
 
-Each rank has F / tp of the FFN's pairs and adds up a part of the output; the reduce that follows makes it whole. The memory
-goes into the same partial sum: a rank takes M / tp slots (a chunk of the cores' rows and of p^k, p^v; possibly none) and all
-of the basis. Scores, activation and dropout of a slot need nothing of another slot, so no message is added to the layer::
+A rank adds its F / tp pairs and M / tp slots into one partial sum, so the layer's own all-reduce covers the memory::
 
     y = g( fused_ffn(f(x), own pairs, own slots of the cores and positions, f(basis)) ) + value_bias
 
-f is the identity whose backward sums the ranks' gradients, g sums the ranks' results and its backward is the identity. The
-memory passes f once per forward, before the layers, so its gradients cross the network once per step and not once per layer.
-What is repeated on every rank is x Wᵀ and u W, the basis' products; docs/scaling.md has their size, and why splitting them as
-well, which costs two messages per layer in each direction, is not worth it.
+f is the identity whose backward sums the ranks' gradients; g sums the ranks' results, its backward is the identity. The
+memory passes f once per forward, before the layers, so its gradients cross the network once per step. The basis' products,
+x Wᵀ and u W, are repeated on every rank: docs/distributed.md has their size.
 """
 
 from __future__ import annotations
@@ -25,7 +22,16 @@ from torch import Tensor, nn
 from memvp_kernels.models.memory.visual_memory import Memory
 from memvp_kernels.philox import draw_seed
 
-__all__ = ["Split", "local_part", "own_draw", "own_slots", "read_split", "sum_gradients", "summed", "tensor_mesh"]
+__all__ = [
+    "Split",
+    "all_reduce",
+    "local_part",
+    "rank_local_rng",
+    "read_split",
+    "shard_slots",
+    "sum_gradients",
+    "tensor_mesh",
+]
 
 _TRANSFORMERS = "transformers.distributed.tensor_parallel"
 
@@ -46,8 +52,8 @@ class Split(NamedTuple):
 def read_split(linear: nn.Module) -> Split | None:
     """The split that transformers' ``tp_plan`` gave ``linear``; None for any other layer, and for any style but the plain two.
 
-    transformers replaces the instance's forward by a closure over the style object, the mesh and the layer's own forward. The
-    three are read from there, since they say what the layer does; a weight's placement says only how it is stored.
+    transformers replaces the instance's forward by a closure over the style object, the mesh and the layer's own forward.
+    The three are read from there: they say what the layer does, where a weight's placement says only how it is stored.
     """
     forward = vars(linear).get("forward")
     if getattr(forward, "__module__", None) != _TRANSFORMERS or getattr(forward, "__name__", None) != "tp_forward":
@@ -82,7 +88,7 @@ def tensor_mesh(language_model: nn.Module) -> Any | None:
 
 
 def local_part(t: Any, split: Split, dim: int | None) -> Tensor | None:
-    """This rank's part of a parameter that ``split`` stores as sharded on ``dim`` (None: whole on every rank).
+    """This rank's part of a parameter that ``split`` stores as sharded on ``dim`` (None: replicated).
 
     None where it is stored in any other way.
     """
@@ -103,7 +109,7 @@ def sum_gradients(t: Tensor, mesh: Any) -> Tensor:
     return DTensor.from_local(t, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
-def summed(t: Tensor, mesh: Any) -> Tensor:
+def all_reduce(t: Tensor, mesh: Any) -> Tensor:
     """g: the sum of the ranks' ``t``; every rank gets the gradient as it is. ``t`` may be overwritten."""
     if not t.requires_grad:
         dist.all_reduce(t, group=mesh.get_group())
@@ -114,8 +120,8 @@ def summed(t: Tensor, mesh: Any) -> Tensor:
     return partial.redistribute(placements=[Replicate()]).to_local()
 
 
-def own_slots(memory: Memory, mesh: Any) -> Memory:
-    """The slots of ``memory`` that this rank computes; the last ranks have fewer, or none, where tp does not divide M.
+def shard_slots(memory: Memory, mesh: Any) -> Memory:
+    """This rank's slots of ``memory``. The last ranks have fewer, or none, where tp does not divide M.
 
     Backward, the ranks' parts of the cores and positions are gathered and their gradients of the basis are summed, so that
     every rank ends with the whole gradient and ranks that started equal stay equal.
@@ -126,23 +132,23 @@ def own_slots(memory: Memory, mesh: Any) -> Memory:
         basis=sum_gradients(memory.basis, mesh),
         key_position=_chunk(memory.key_position, mesh, slots),
         value_position=_chunk(memory.value_position, mesh, slots),
-        own=None,
+        shard=None,
     )
 
 
 def _chunk(t: Tensor, mesh: Any, dim: int) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    whole = DTensor.from_local(t, mesh, [Replicate()], run_check=False)
-    return whole.redistribute(placements=[Shard(dim)]).to_local()
+    replicated = DTensor.from_local(t, mesh, [Replicate()], run_check=False)
+    return replicated.redistribute(placements=[Shard(dim)]).to_local()
 
 
 @contextlib.contextmanager
-def own_draw(mesh: Any, device: torch.device, dropout: float) -> Iterator[None]:
-    """Within it, dropout draws other bits than the other ranks do, and afterwards all generators stand where they would.
+def rank_local_rng(mesh: Any, device: torch.device, dropout: float) -> Iterator[None]:
+    """Within it, dropout draws bits of this rank's own; afterwards every rank's generator is in the same state.
 
-    A mask is a function of its seed and of the slot's number within the rank: under one seed, slots of different ranks would be
-    dropped together.
+    A mask is a function of its seed and of the slot's number within the rank, so under one seed slots of different ranks
+    would be dropped together.
     """
     rank, ranks = (mesh.get_local_rank(), mesh.size()) if dropout > 0 else (0, 1)
     for _ in range(rank):

@@ -10,11 +10,12 @@ from torch import nn
 
 from memvp_kernels.models.config import MemVPConfig
 from memvp_kernels.models.patching.families import find_layers
-from memvp_kernels.models.patching.mixins import MemoryFFN, MemoryLanguageModel, MemoryLayer, say_opaque
-from memvp_kernels.models.patching.patch import is_reclassed, keeps_its_forward, reclass, restore
+from memvp_kernels.models.patching.feed_forward import log_opaque
+from memvp_kernels.models.patching.mixins import MemoryFFN, MemoryLanguageModel, MemoryLayer
+from memvp_kernels.models.patching.patch import is_patched, keeps_its_forward, patch, unpatch
 from memvp_kernels.models.patching.weights import Opaque, activation_name
 
-__all__ = ["Attachment", "attach", "detach", "first_layer", "hidden_dtype", "memory_ffns", "uses_peft"]
+__all__ = ["Attachment", "attach", "detach", "hidden_dtype", "memory_ffns", "uses_peft"]
 
 
 _MIXINS = (MemoryLanguageModel, MemoryLayer, MemoryFFN)
@@ -37,13 +38,13 @@ class Attachment(NamedTuple):
 
 
 def attach(language_model: nn.Module, config: MemVPConfig) -> Attachment:
-    """Re-class the layers and FFNs of ``language_model`` and freeze it; nothing is changed if anything is wrong.
+    """Patch the layers and FFNs of ``language_model`` and freeze it. Where anything is wrong, nothing is changed.
 
     A model that PEFT has prepared is frozen already, and what PEFT left trainable stays so.
 
     Raises:
         ValueError: no supported layer, memory attached already, an unknown layer index, an activation that the operator
-            does not compute, or a forward set on an instance, which would run instead of ours.
+            does not compute, or a forward set on an instance, which would run instead of the one with memory.
     """
     layers = find_layers(language_model)
     if any(isinstance(module, _MIXINS) for module in language_model.modules()):
@@ -67,12 +68,12 @@ def attach(language_model: nn.Module, config: MemVPConfig) -> Attachment:
 
     for number, (_, layer, family) in enumerate(layers):
         ffn = family.ffn_of(layer)
-        if family.ffn_mixin is not None:
-            reclass(ffn, family.ffn_mixin)
-        reclass(layer, family.layer_mixin)
-        ffn.memory_layer = chosen.index(number) if number in chosen else None  # type: ignore[assignment]
-    reclass(top, MemoryLanguageModel)
-    _say_what_is_opaque(language_model)
+        if family.ffn_mixin is not None and not is_patched(ffn):  # layers may share one FFN
+            patch(ffn, family.ffn_mixin)
+        patch(layer, family.layer_mixin)
+        layer.memory_layer = chosen.index(number) if number in chosen else None  # type: ignore[assignment]
+    patch(top, MemoryLanguageModel)
+    _log_opaque(language_model)
 
     frozen: tuple[str, ...] = ()
     if not uses_peft(language_model):
@@ -88,27 +89,27 @@ def detach(language_model: nn.Module, frozen: tuple[str, ...]) -> None:
         RuntimeError: something else has changed a class since; nothing is undone then.
     """
     ours = [module for module in language_model.modules() if isinstance(module, _MIXINS)]
-    for module in sorted(ours, key=is_reclassed):  # a class that cannot be restored raises before any is
-        restore(module)
-        for name in ("memory_layer", "memory", "memory_index", "_ffn_input", "_ffn_weights"):
-            vars(module).pop(name, None)
+    for module in sorted(ours, key=is_patched):  # a class that cannot be taken away raises before any is
+        unpatch(module)
+        vars(module).pop("memory_layer", None)
     for name, parameter in language_model.named_parameters():
         if name in frozen:
             parameter.requires_grad_(True)
 
 
-def first_layer(language_model: nn.Module) -> MemoryLayer | None:
-    """The first layer; None once detached."""
-    return next((module for module in language_model.modules() if isinstance(module, MemoryLayer)), None)
-
-
-def memory_ffns(language_model: nn.Module) -> list[tuple[str, MemoryFFN]]:
-    """The FFNs that have memory, with their names, in the order in which they run."""
+def memory_layers(language_model: nn.Module) -> list[tuple[str, MemoryLayer]]:
+    """The layers that have memory, with their names, in the order in which they run; none once detached."""
     return [
         (name, module)
         for name, module in language_model.named_modules()
-        if isinstance(module, MemoryFFN) and module.memory_layer is not None
+        if isinstance(module, MemoryLayer) and module.memory_layer is not None
     ]
+
+
+def memory_ffns(language_model: nn.Module) -> list[tuple[str, MemoryFFN]]:
+    """The FFNs of :func:`memory_layers`, with their names."""
+    names = {module: name for name, module in language_model.named_modules() if isinstance(module, MemoryFFN)}
+    return [(names[ffn], ffn) for ffn in (layer.memory_ffn() for _, layer in memory_layers(language_model))]
 
 
 def uses_peft(language_model: nn.Module) -> bool:
@@ -132,7 +133,7 @@ def _width(top: Any) -> int:
 
 def hidden_dtype(language_model: nn.Module) -> torch.dtype:
     """Of the hidden states, at this moment, as a norm's weight tells it (the weights may be integers)."""
-    layer = first_layer(language_model)
+    layer = next((module for module in language_model.modules() if isinstance(module, MemoryLayer)), None)
     norms = (p for p in layer.parameters() if p.dim() == 1 and p.is_floating_point()) if layer is not None else iter(())
     norm = next(norms, None)
     return torch.float32 if norm is None else norm.dtype
@@ -147,11 +148,11 @@ def _device(layer: nn.Module) -> torch.device:
     return torch.device(next((device for device in devices if device is not None), "cpu"))
 
 
-def _say_what_is_opaque(language_model: nn.Module) -> None:
+def _log_opaque(language_model: nn.Module) -> None:
     reasons: Counter[str] = Counter()
     for _, ffn in memory_ffns(language_model):
         found = ffn.ffn_matrices()
         if isinstance(found, Opaque):
             reasons[found.reason] += 1
     for reason in reasons:
-        say_opaque(reason)
+        log_opaque(reason)

@@ -1,8 +1,7 @@
-"""Put a mixin in front of one instance's class and take it away again; no other instance notices.
+"""Put a mixin in front of one instance's class, and take it away again.
 
-The combined class keeps the name and module of the class it stands in for, so that everything that goes by class
-names (device maps that must not split a layer, sharding policies, the choice of a loss, a saved config's
-architectures) sees what it saw before.
+No other instance notices. The combined class keeps the name and module of the class that it stands in for, because
+device maps, sharding policies, the choice of a loss and a saved config's architectures all go by class name.
 """
 
 from __future__ import annotations
@@ -11,21 +10,21 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Reclassed", "is_reclassed", "keeps_its_forward", "reclass", "restore"]
+__all__ = ["Patch", "is_patched", "keeps_its_forward", "patch", "unpatch"]
 
 
-class Reclassed(nn.Module):
-    """Base of the mixins: pickles and copies as (mixin, base class), since the combined class cannot be imported."""
+class Patch(nn.Module):
+    """Base of the mixins. Pickles and copies as (mixin, base class), since the combined class cannot be imported."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
-        if not is_reclassed(self):  # a class derived from ours (FSDP's) pickles its own way
+        if not is_patched(self):  # a class derived from ours (FSDP's) pickles its own way
             return reduced
         mixin, base = type(self).__bases__
         return (_blank, (mixin, base), *reduced[2:])
 
 
-def reclass(module: nn.Module, mixin: type[Reclassed]) -> None:
+def patch(module: nn.Module, mixin: type[Patch]) -> None:
     """Make ``module`` an instance of ``mixin`` in front of its present class."""
     module.__class__ = _combined(mixin, type(module))
     _rebind(module)
@@ -41,21 +40,21 @@ def keeps_its_forward(module: nn.Module) -> bool:
     return by_accelerate and getattr(inner, "__func__", None) is type(module).forward
 
 
-def is_reclassed(module: nn.Module) -> bool:
-    """Whether ``module``'s class is one that :func:`reclass` made."""
-    return "_reclassed_from" in type(module).__dict__
+def is_patched(module: nn.Module) -> bool:
+    """Whether ``module``'s class is one that :func:`patch` created."""
+    return "_patched_class" in type(module).__dict__
 
 
-def restore(module: nn.Module) -> None:
-    """Undo :func:`reclass`; a module that it never touched stays as it is.
+def unpatch(module: nn.Module) -> None:
+    """Undo :func:`patch`. Any other module stays as it is.
 
     Raises:
         RuntimeError: something else has changed the instance's class since.
     """
-    if is_reclassed(module):
-        module.__class__ = vars(type(module))["_reclassed_from"]
+    if is_patched(module):
+        module.__class__ = vars(type(module))["_patched_class"]
         _rebind(module)
-    elif isinstance(module, Reclassed):
+    elif isinstance(module, Patch):
         raise RuntimeError(
             f"this {type(module).__name__} has been given another class since it was wrapped (sharding does this); "
             "undo that before unload()"
@@ -71,7 +70,7 @@ def _rebind(module: Any) -> None:
 _COMBINED: dict[tuple[type, type], Any] = {}
 
 
-def _combined(mixin: type[Reclassed], base: type[nn.Module]) -> Any:
+def _combined(mixin: type[Patch], base: type[nn.Module]) -> Any:
     found = _COMBINED.get((mixin, base))
     if found is not None:
         return found
@@ -79,12 +78,12 @@ def _combined(mixin: type[Reclassed], base: type[nn.Module]) -> Any:
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        "_reclassed_from": base,
+        "_patched_class": base,
     }
     combined = _COMBINED[mixin, base] = type(base.__name__, (mixin, base), namespace)
     return combined
 
 
-def _blank(mixin: type[Reclassed], base: type[nn.Module]) -> Any:
+def _blank(mixin: type[Patch], base: type[nn.Module]) -> Any:
     kind = _combined(mixin, base)
     return kind.__new__(kind)

@@ -1,7 +1,7 @@
-"""Where an FFN's matrices come from: plain tensors that the kernels read, or a module that only its owner understands.
+"""Where an FFN's matrices come from: tensors that the kernels read, or a module that has to be called.
 
-Resolved at every call and never kept: sharding frees and refills the storage behind a weight, PEFT merges and swaps
-linears, and a copy kept here would be stale after either.
+Resolved at every call and never kept: sharding frees and refills the storage behind a weight, and PEFT merges and swaps
+linears.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from memvp_kernels.models.parallel.quantized import Quantised, Unreadable, read_quantised
+from memvp_kernels.models.parallel.quantized import QuantizedLinear, Unreadable, read_quantized
 from memvp_kernels.models.parallel.tensor_parallel import Split, local_part, read_split
 
-__all__ = ["Dense", "Matrices", "Opaque", "Packed", "activation_name", "matrices", "resolve"]
+__all__ = ["Dense", "Matrices", "Opaque", "QuantizedMatrices", "activation_name", "matrices", "resolve"]
 
 # By class name: transformers has moved and renamed these classes, and several compute the same function.
 _ACTIVATIONS = {
@@ -71,36 +71,36 @@ class Matrices(NamedTuple):
     mesh: Any | None = None
 
 
-class Packed(NamedTuple):
-    """An FFN's matrices in fewer bits, each to be restored for one call.
+class QuantizedMatrices(NamedTuple):
+    """An FFN's matrices in fewer bits, each dequantized for one call.
 
     Attributes:
         key, value, gate: the three (or two) layers.
         dtype: in which they compute; None: in their input's.
     """
 
-    key: Quantised
-    value: Quantised
-    gate: Quantised | None
+    key: QuantizedLinear
+    value: QuantizedLinear
+    gate: QuantizedLinear | None
     dtype: torch.dtype | None
 
-    def restore(self, dtype: torch.dtype) -> dict[str, Tensor | None]:
+    def dequantize(self, dtype: torch.dtype) -> dict[str, Tensor | None]:
         """The matrices and biases in ``dtype``, by the operator's names."""
         return {
-            "key": self.key.restore(dtype),
-            "value": self.value.restore(dtype).T,
-            "gate": None if self.gate is None else self.gate.restore(dtype),
+            "key": self.key.dequantize(dtype),
+            "value": self.value.dequantize(dtype).T,
+            "gate": None if self.gate is None else self.gate.dequantize(dtype),
             "key_bias": _in(self.key.bias, dtype),
             "gate_bias": None if self.gate is None else _in(self.gate.bias, dtype),
             "value_bias": _in(self.value.bias, dtype),
         }
 
 
-def resolve(linear: Any) -> Dense | Quantised | Opaque:
+def resolve(linear: Any) -> Dense | QuantizedLinear | Opaque:
     """What stands behind ``linear`` at this moment.
 
     Dense is a plain ``nn.Linear`` whose call would do nothing but ``x Wᵀ + b``, or such a one under the tensor parallelism of
-    transformers; quantised, one whose call would do that with a restored W. LoRA layers, parametrisations, hooks, replaced
+    transformers; quantized, one whose call would do that with a dequantized W. LoRA layers, parametrisations, hooks, replaced
     forwards and whatever else is not understood are opaque: reading their weight would drop what they add.
     """
     kind = type(linear)
@@ -116,9 +116,9 @@ def resolve(linear: Any) -> Dense | Quantised | Opaque:
         return _part(linear, split)
     if kind is nn.Linear and _is_plain(linear.weight) and _is_plain(linear.bias):
         return Dense(linear.weight, linear.bias)
-    quantised = read_quantised(linear)
-    if quantised is not None:
-        return Opaque(*quantised) if isinstance(quantised, Unreadable) else quantised
+    found = read_quantized(linear)
+    if found is not None:
+        return Opaque(*found) if isinstance(found, Unreadable) else found
     if kind is not nn.Linear:
         return Opaque(f"is a {kind.__module__}.{kind.__qualname__}")
     strange = linear.weight if not _is_plain(linear.weight) else linear.bias
@@ -138,7 +138,9 @@ def _part(linear: Any, split: Split) -> Dense | Opaque:
     return Dense(weight, bias, split)
 
 
-def matrices(owner: nn.Module, *, key: str, value: str, gate: str | None = None) -> Matrices | Packed | Opaque:
+def matrices(
+    owner: nn.Module, *, key: str, value: str, gate: str | None = None
+) -> Matrices | QuantizedMatrices | Opaque:
     """The matrices of an FFN, or why it must run as it is.
 
     Args:
@@ -151,21 +153,21 @@ def matrices(owner: nn.Module, *, key: str, value: str, gate: str | None = None)
     if not written_by.startswith("transformers.models."):
         return Opaque(f"its forward comes from {written_by}")
     parts: dict[str, Dense] = {}
-    packed: dict[str, Quantised] = {}
+    quantized: dict[str, QuantizedLinear] = {}
     for name in (key, value, gate):
         if name is None:
             continue
         part = resolve(owner._modules[name])
         if isinstance(part, Opaque):
             return Opaque(f"{name} {part.reason}", part.differentiable)
-        if isinstance(part, Quantised):
-            packed[name] = part
+        if isinstance(part, QuantizedLinear):
+            quantized[name] = part
             continue
         if parts and part.weight.dtype != parts[key].weight.dtype:
             return Opaque(f"{name} is {part.weight.dtype} beside {parts[key].weight.dtype}")
         parts[name] = part
-    if packed:
-        return _packed(packed, parts, key, value, gate)
+    if quantized:
+        return _quantized(quantized, parts, key, value, gate)
     ways = {name: part.split for name, part in parts.items()}
     mesh = None
     if any(ways.values()):
@@ -186,13 +188,13 @@ def matrices(owner: nn.Module, *, key: str, value: str, gate: str | None = None)
     )
 
 
-def _packed(
-    packed: dict[str, Quantised], dense: dict[str, Dense], key: str, value: str, gate: str | None
-) -> Packed | Opaque:
-    dtypes = {part.dtype for part in packed.values()}
+def _quantized(
+    quantized: dict[str, QuantizedLinear], dense: dict[str, Dense], key: str, value: str, gate: str | None
+) -> QuantizedMatrices | Opaque:
+    dtypes = {part.dtype for part in quantized.values()}
     if dense or len(dtypes) > 1:
-        return Opaque("some of its matrices are quantised, or differently from the others")
-    return Packed(packed[key], packed[value], None if gate is None else packed[gate], dtypes.pop())
+        return Opaque("some of its matrices are quantized, or differently from the others")
+    return QuantizedMatrices(quantized[key], quantized[value], None if gate is None else quantized[gate], dtypes.pop())
 
 
 def _in(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:

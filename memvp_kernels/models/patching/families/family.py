@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from memvp_kernels.models.patching.patch import Reclassed
+from memvp_kernels.models.patching.patch import Patch
 
 __all__ = ["Family"]
 
@@ -24,8 +24,8 @@ class Family:
     """
 
     layers: Mapping[str, str]
-    layer_mixin: type[Reclassed]
-    ffn_mixin: type[Reclassed] | None
+    layer_mixin: type[Patch]
+    ffn_mixin: type[Patch] | None
     ffn_of: Callable[[nn.Module], nn.Module]
 
     def owns(self, module: nn.Module) -> bool:

@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from memvp_kernels.models.patching.binding import bound
 from memvp_kernels.models.patching.families.family import Family
-from memvp_kernels.models.patching.mixins import MemoryFFN, MemoryLayer, feed_forward
-from memvp_kernels.models.patching.weights import Matrices, Opaque, Packed, matrices
+from memvp_kernels.models.patching.feed_forward import feed_forward
+from memvp_kernels.models.patching.mixins import MemoryFFN, MemoryLayer
+from memvp_kernels.models.patching.weights import Matrices, Opaque, QuantizedMatrices, matrices
 
 __all__ = ["LLAMA", "GatedLayer", "GatedMLP"]
 
@@ -16,7 +18,7 @@ __all__ = ["LLAMA", "GatedLayer", "GatedMLP"]
 class GatedMLP(MemoryFFN):
     """In front of ``mlp``."""
 
-    def ffn_matrices(self) -> Matrices | Packed | Opaque:
+    def ffn_matrices(self) -> Matrices | QuantizedMatrices | Opaque:
         """gate_proj, up_proj and down_proj."""
         return matrices(self, key="up_proj", value="down_proj", gate="gate_proj")
 
@@ -26,10 +28,10 @@ class GatedMLP(MemoryFFN):
 
     def forward(self, x: Tensor) -> Any:
         """x (S, T, d) to (S, T, d)."""
-        own = super().forward
-        if self.memory is None:
+        own, binding = super().forward, bound()
+        if binding is None:
             return own(x)
-        return feed_forward(self, x, weights=self.ffn_matrices(), own=lambda: own(x))
+        return feed_forward(self, x, binding, weights=self.ffn_matrices(), own=lambda: own(x))
 
 
 class GatedLayer(MemoryLayer):

@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from memvp_kernels.models.patching.binding import bound
 from memvp_kernels.models.patching.families.family import Family
-from memvp_kernels.models.patching.mixins import MemoryFFN, MemoryLayer, feed_forward
-from memvp_kernels.models.patching.weights import Matrices, Opaque, Packed, matrices
+from memvp_kernels.models.patching.feed_forward import feed_forward
+from memvp_kernels.models.patching.mixins import MemoryFFN, MemoryLayer
+from memvp_kernels.models.patching.weights import Matrices, Opaque, QuantizedMatrices, matrices
 
 __all__ = ["T5", "DenseActDense", "T5Layer"]
 
@@ -16,7 +18,7 @@ __all__ = ["T5", "DenseActDense", "T5Layer"]
 class DenseActDense(MemoryFFN):
     """In front of ``DenseReluDense``; layer norm, residual dropout and fp16 clamping stay around it."""
 
-    def ffn_matrices(self) -> Matrices | Packed | Opaque:
+    def ffn_matrices(self) -> Matrices | QuantizedMatrices | Opaque:
         """wi (plain) or wi_0 and wi_1 (gated), and wo."""
         dropout: Any = self.dropout
         if dropout.training and dropout.p > 0:
@@ -31,10 +33,10 @@ class DenseActDense(MemoryFFN):
 
     def forward(self, hidden_states: Tensor) -> Any:
         """(S, T, d) to (S, T, d)."""
-        own = super().forward
-        if self.memory is None:
+        own, binding = super().forward, bound()
+        if binding is None:
             return own(hidden_states)
-        return feed_forward(self, hidden_states, weights=self.ffn_matrices(), own=lambda: own(hidden_states))
+        return feed_forward(self, hidden_states, binding, weights=self.ffn_matrices(), own=lambda: own(hidden_states))
 
 
 class T5Layer(MemoryLayer):

@@ -1,4 +1,4 @@
-"""Activation checkpointing of the language model, under both of transformers' names, and without the kind that fails."""
+"""Activation checkpointing of the language model, under both of transformers' names, without the reentrant kind."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from typing import Any
 
 import torch
 
-from memvp_kernels.models.patching.attach import first_layer
-
-__all__ = ["Checkpointed"]
+__all__ = ["ActivationCheckpointing"]
 
 _REENTRANT = (
     "activation checkpointing with use_reentrant=True walks the projector's graph once per layer and fails in the second; "
@@ -16,7 +14,7 @@ _REENTRANT = (
 )
 
 
-class Checkpointed:
+class ActivationCheckpointing:
     """What a module that holds a ``language_model`` says of that model's activation checkpointing."""
 
     language_model: Any
@@ -63,7 +61,7 @@ class Checkpointed:
     def _refuse_reentrant_checkpointing(self) -> None:
         if not (self.training and torch.is_grad_enabled()):
             return
-        layer = first_layer(self.language_model)
+        layer = next((m for m in self.language_model.modules() if hasattr(m, "gradient_checkpointing")), None)
         keywords = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
         if getattr(layer, "gradient_checkpointing", False) and keywords.get("use_reentrant"):
             raise RuntimeError(_REENTRANT)

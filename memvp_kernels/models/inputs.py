@@ -1,0 +1,150 @@
+"""A batch's images, however they were given, to the memory that every layer of the forward reads."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from memvp_kernels.models.memory.images import ImageFeatures, Pixels, encode_pixels, pad_features
+from memvp_kernels.models.memory.vision_tower import blank, encode
+from memvp_kernels.models.memory.visual_memory import Memory, VisualMemory
+from memvp_kernels.models.parallel.tensor_parallel import shard_slots, tensor_mesh
+from memvp_kernels.models.patching.attach import hidden_dtype
+from memvp_kernels.torch_op import autocast_dtype, narrow
+
+__all__ = ["Images", "MemorySource", "samples_of"]
+
+
+class Images(NamedTuple):
+    """The images of a batch, in the ways that :meth:`MemVPModel.forward` takes them."""
+
+    image_features: ImageFeatures | None = None
+    pixel_values: Pixels | None = None
+    visual_core: Tensor | None = None
+    visual_index: Tensor | None = None
+
+
+class MemorySource(NamedTuple):
+    """What a batch's memory is made from.
+
+    Attributes:
+        module: the VisualMemory, possibly inside a data-parallel wrapper; called as a module, which is where sharding
+            gathers its parameters.
+        memory: the VisualMemory itself.
+        vision_model: for pixels.
+        language_model: that will read it.
+    """
+
+    module: nn.Module
+    memory: VisualMemory
+    vision_model: nn.Module | None
+    language_model: nn.Module
+
+    def features(self, samples: int, images: Images) -> tuple[Tensor, Tensor]:
+        """Features (R, n, vision_dim) and which of their rows are real, (R, n) bool."""
+        clip, config, fc1 = self.vision_model, self.memory.config, self.memory.projector.fc1
+        features = images.image_features
+        if images.pixel_values is not None:
+            if clip is None:
+                raise ValueError(
+                    "pixel_values: wanted a MemVPModel with vision_model=, got one without; pass image_features"
+                )
+            features = encode_pixels(clip, images.pixel_values)
+        padded, valid = pad_features(
+            features,
+            samples=samples,
+            vision_dim=config.vision_dim,
+            num_slots=config.num_slots,
+            dtype=fc1.weight.dtype,
+            device=self.memory.key_position.device,
+        )
+        shown = isinstance(features, Tensor) or any(entry is not None for entry in features or ())
+        if (
+            clip is not None
+            and not shown
+            and torch.is_grad_enabled()
+            and any(p.requires_grad for p in clip.parameters())
+        ):
+            # no image in the whole batch: a blank one, on rows marked as padding, so that the vision model's adapters get
+            # zeros and not None, and a sharded vision model takes part in the gathering of its blocks like the other ranks'
+            unseen = encode(clip, blank(clip))[:, :1]
+            padded = unseen.to(padded).expand(padded.shape[0], -1, -1)
+        return padded, valid
+
+    def core(self, images: Images) -> Tensor:
+        """(R, M, r): the cores of all images, in the projector's dtype."""
+        core: Tensor = self.module(*self.features(0, images)).core
+        return core
+
+    def read(self, samples: int, images: Images, **options: Any) -> tuple[Memory, Tensor | None]:
+        """The memory of a batch, and the row that each sample reads: (samples,) int32, or None where sample i reads row i.
+
+        Args:
+            samples: B.
+            images: of the batch.
+            **options: fields of :class:`Memory`.
+
+        Raises:
+            TypeError, ValueError: images that do not fit the adapter or the batch.
+        """
+        given = [name for name in Images._fields[:3] if getattr(images, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} were given; they are ways to say the same thing, pass one")
+        if images.visual_index is not None:
+            _check_index(images.visual_index, samples)
+        if images.visual_core is not None:
+            core = self._checked_core(images.visual_core)
+            rows = core.shape[0]
+        else:
+            features, valid = self.features(samples, images)
+            rows = features.shape[0]
+        if images.visual_index is None and rows != samples:
+            raise ValueError(
+                f"{given[0]}: {rows} images for {samples} samples; give one entry per sample (None for no image), or say "
+                "with visual_index which image each sample reads"
+            )
+        memory: Memory = self.module(core=core) if images.visual_core is not None else self.module(features, valid)
+        dtype = hidden_dtype(self.language_model)
+        if not torch.is_grad_enabled():  # under grad the sums stay wide
+            memory = memory.to(dtype)
+        memory = memory._replace(**options)
+        mesh, dtype = tensor_mesh(self.language_model), autocast_dtype(memory.core.device) or dtype
+        # all once, outside the layers: what crosses the network backward then does so once per step
+        if mesh is not None:
+            memory = memory._replace(shard=shard_slots(memory, mesh).sharing(dtype))
+        index = None if images.visual_index is None else narrow(images.visual_index.to(memory.core.device))
+        return memory.sharing(dtype), index
+
+    def _checked_core(self, core: object) -> Tensor:
+        slots, rank = self.memory.config.num_slots, self.memory.projector.rank
+        wanted = f"wanted (B, {slots}, {rank}) from encode_images"
+        if not isinstance(core, Tensor):
+            raise TypeError(f"visual_core: {wanted}, got {type(core).__name__}")
+        if not core.is_floating_point():
+            raise TypeError(f"visual_core: {wanted}, got {core.dtype}")
+        if core.dim() != 3 or tuple(core.shape[1:]) != (slots, rank):
+            raise ValueError(f"visual_core: {wanted}, got {tuple(core.shape)}")
+        return core.to(self.memory.key_position.device, self.memory.projector.fc2.weight.dtype)
+
+
+def samples_of(inputs: dict[str, Any]) -> int:
+    """B, from whichever of the language model's inputs is there; a generation from nothing has one sample."""
+    for name in ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "labels", "attention_mask"):
+        tensor = inputs.get(name)
+        if tensor is not None:
+            return int(tensor.shape[0])
+    encoded = inputs.get("encoder_outputs")
+    return 1 if encoded is None else int(encoded[0].shape[0])
+
+
+def _check_index(index: object, samples: int) -> None:
+    """Values are the operator's to check."""
+    wanted = f"wanted ({samples},) int32 or int64, the image of each sample"
+    if not isinstance(index, Tensor):
+        raise TypeError(f"visual_index: {wanted}, got {type(index).__name__}; torch.as_tensor makes a tensor of it")
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"visual_index: {wanted}, got {index.dtype}; cast it with .int()")
+    if tuple(index.shape) != (samples,):
+        raise ValueError(f"visual_index: {wanted}, got {tuple(index.shape)}; -1 stands for no image")
