@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from memvp_kernels.models.activation_checkpointing import ActivationCheckpointing
 from memvp_kernels.models.attribution import MemoryAttribution, MemoryRecorder
 from memvp_kernels.models.config import MemVPConfig
+from memvp_kernels.models.delegation import LanguageModelInterface, loss_per_item
 from memvp_kernels.models.inputs import Images, MemorySource, samples_of
 from memvp_kernels.models.io import adapter as files
 from memvp_kernels.models.io.official_checkpoint import CheckpointReport, load_official_checkpoint
 from memvp_kernels.models.memory.images import ImageFeatures, Pixels
 from memvp_kernels.models.memory.projector import Projector
 from memvp_kernels.models.memory.visual_memory import Memory, Observer, VisualMemory
+from memvp_kernels.models.parallel.data_loading import refuse_cut_images
 from memvp_kernels.models.parallel.fsdp import like_forward
 from memvp_kernels.models.patching.attach import Attachment, attach, detach, hidden_dtype, memory_ffns
 from memvp_kernels.models.patching.mixins import MemoryFFN
@@ -31,7 +33,7 @@ __all__ = ["MemVPModel"]
 _observed: ContextVar[tuple[nn.Module, Observer] | None] = ContextVar("memvp_observer", default=None)
 
 
-class MemVPModel(ActivationCheckpointing, nn.Module):
+class MemVPModel(LanguageModelInterface, ActivationCheckpointing, nn.Module):
     """Memory-space visual prompting on a language model (Jie et al., ICML 2024, arXiv 2405.05615).
 
     Acts on this instance alone: its layers and FFNs are patched in place, parameter names and state_dict keys stay,
@@ -117,11 +119,6 @@ class MemVPModel(ActivationCheckpointing, nn.Module):
         return self._visual_memory().value_position
 
     @property
-    def config(self) -> Any:
-        """The language model's configuration, which is what training loops ask a model for."""
-        return self.language_model.config
-
-    @property
     def device(self) -> torch.device:
         """Where the memory is."""
         return self.key_position.device
@@ -173,11 +170,13 @@ class MemVPModel(ActivationCheckpointing, nn.Module):
             "decoder_attention_mask": decoder_attention_mask,
         }
         inputs.update({name: tensor for name, tensor in given.items() if tensor is not None})
+        items = inputs.pop("num_items_in_batch", None) if self.config.is_encoder_decoder else None
         memory, index = self._read(inputs, Images(image_features, pixel_values, visual_core, visual_index))
         try:
-            return self.language_model(**inputs, visual_memory=memory, memory_index=index)
+            output = self.language_model(**inputs, visual_memory=memory, memory_index=index)
         finally:
             memory.close()
+        return output if items is None or labels is None else loss_per_item(output, labels, items)
 
     @like_forward
     @torch.no_grad()
@@ -358,6 +357,7 @@ class MemVPModel(ActivationCheckpointing, nn.Module):
         """The memory of a batch, and the row that each of its samples reads."""
         if self._attachment is None:
             raise RuntimeError("this MemVPModel was unloaded; wrap its language_model again, or call that")
+        refuse_cut_images(self, **images._asdict())
         observed = None if torch.compiler.is_compiling() else _observed.get()
         observer = observed[1] if observed is not None and observed[0] is self else None
         options = {"backend": self.backend, "recompute": self.recompute, "observer": observer}

@@ -19,7 +19,25 @@ class MemVPTrainer(Trainer):
 
     A plain Trainer trains the same, but writes the whole language model at every save, and fails there where that ties
     its embeddings. Every checkpoint is also a folder for ``MemVPModel.from_pretrained``.
+
+    A streamed dataset is read by every process, each keeping its share: accelerate's default, one process that reads and
+    sends slices, cuts inside lists of images.
     """
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Streamed batches are dispatched by one process only where the arguments ask for that."""
+        super().create_accelerator_and_postprocess()
+        loading = self.accelerator.dataloader_config
+        if loading.dispatch_batches is None:
+            loading.dispatch_batches = False
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's loss; with label smoothing, an encoder-decoder still reads the shifted labels that Trainer withholds."""
+        base: Any = self.model
+        given = {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
+        if self.label_smoother is not None and "labels" in inputs and base.config.is_encoder_decoder and not given:
+            inputs = {**inputs, "decoder_input_ids": base.prepare_decoder_input_ids_from_labels(inputs["labels"])}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Without ``state_dict`` every process must come here, with it (FSDP has gathered it) the writing one suffices."""

@@ -1,0 +1,134 @@
+"""The loss that a Trainer computes, logs and trains on is `model(**batch).loss`: every family, label smoothing, accumulation."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memvp_kernels import MemVPModel
+from tests.models.tiny import ENCODER_DECODERS, FAMILIES, features, language_model, tokens, with_memory
+
+KINDS = ["Trainer", "MemVPTrainer"]
+ROWS, LENGTH = 4, 6
+
+
+def _rows() -> list[dict[str, Any]]:
+    """Rows with 6, 1, 4 and 0 labels that count, the first one's first label among them."""
+    ids = tokens(ROWS, LENGTH)
+    labels = ids.clone()
+    for row, ignored in enumerate([0, 5, 2, 6]):
+        labels[row, :ignored] = -100
+    return [
+        {"input_ids": ids[row], "labels": labels[row], "image_features": image}
+        for row, image in enumerate(features(4, 0, 10, 3))
+    ]
+
+
+def _collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    batch: dict[str, Any] = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
+    return batch | {"image_features": [row["image_features"] for row in rows]}
+
+
+def _trainer(kind: str, model: Any, folder: Path, **options: Any) -> Any:
+    import transformers
+
+    from memvp_kernels.models.trainer import MemVPTrainer
+
+    settings = {"output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    arguments = transformers.TrainingArguments(**settings | options)
+    cls = MemVPTrainer if kind == "MemVPTrainer" else transformers.Trainer
+    rows: Any = _rows()
+    return cls(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, data_collator=_collate)
+
+
+def _smoothed(model: Any, batch: dict[str, Any], epsilon: float) -> Tensor:
+    """The mean over the labels that count of (1 - ε) CE + ε · mean over the vocabulary of -log p."""
+    with torch.no_grad():
+        logits, labels = model(**batch).logits, batch["labels"]
+    if not model.config.is_encoder_decoder:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    log_p = F.log_softmax(logits, dim=-1)
+    count = labels != -100
+    own = -log_p.gather(-1, labels.clamp_min(0)[..., None])[..., 0][count].mean()
+    return (1 - epsilon) * own - epsilon * log_p[count].mean()
+
+
+def _without_dropout(base: Any) -> Any:
+    for module in base.modules():
+        for name in ("p", "dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return base
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_evaluation(family: str, kind: str, tmp_path: Path) -> None:
+    """The first label is not masked, which a causal model does not predict."""
+    model = with_memory(language_model(family))
+    wanted = model(**_collate(_rows())).loss.item()
+    got = _trainer(kind, model, tmp_path).evaluate()["eval_loss"]
+    assert got == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_label_smoothing(family: str, kind: str, tmp_path: Path) -> None:
+    model = with_memory(language_model(family))
+    batch = _collate(_rows())
+    trainer = _trainer(kind, model, tmp_path, label_smoothing_factor=0.2)
+    if kind == "Trainer" and family in ENCODER_DECODERS:  # what transformers asks for: the labels themselves are withheld
+        collate = lambda rows: (b := _collate(rows)) | {  # noqa: E731
+            "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(b["labels"])
+        }
+        trainer.data_collator = collate
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(_smoothed(model, batch, 0.2).item(), rel=1e-5)
+
+
+def test_label_smoothing_over_lora(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = peft.get_peft_model(language_model(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model = with_memory(base)
+    got = _trainer("Trainer", model, tmp_path, label_smoothing_factor=0.2).evaluate()["eval_loss"]
+    assert got == pytest.approx(_smoothed(model, _collate(_rows()), 0.2).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "smoothing"), [("Trainer", 0.0), ("MemVPTrainer", 0.0), ("MemVPTrainer", 0.2)])
+@pytest.mark.parametrize("family", ["llama", "t5", "bart"])
+def test_accumulated_steps_are_one_batch(family: str, kind: str, smoothing: float, tmp_path: Path) -> None:
+    """One row at a time, with unequal numbers of labels and one row without any: loss and step of all rows at once."""
+    base = _without_dropout(language_model(family))
+    runs = []
+    for size in (ROWS, 1):
+        model = with_memory(copy.deepcopy(base))
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": ROWS // size, "max_steps": 1}
+        options |= {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "logging_steps": 1}
+        trainer = _trainer(kind, model, tmp_path, label_smoothing_factor=smoothing, **options)
+        trainer.train()
+        runs.append((trainer.state.log_history[0]["loss"], model.adapter_state_dict()))
+    (loss, whole), (accumulated, parts) = runs
+    fresh = with_memory(copy.deepcopy(base))
+    wanted = _smoothed(fresh, _collate(_rows()), smoothing) if smoothing else fresh(**_collate(_rows())).loss
+    assert loss == pytest.approx(wanted.item(), rel=1e-5)
+    assert accumulated == pytest.approx(loss, rel=1e-5)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_loss_per_item_as_a_tuple(family: str) -> None:
+    model, batch = with_memory(language_model(family)), _collate(_rows())
+    mean, count = model(**batch).loss, (batch["labels"] != -100).sum()
+    loss, logits = model(**batch, return_dict=False, num_items_in_batch=torch.tensor(22))[:2]
+    torch.testing.assert_close(loss, mean * count / 22)
+    assert torch.equal(logits, model(**batch).logits)
+
+
+def test_the_name_of_the_class_stays() -> None:
+    assert repr(MemVPModel(language_model(), with_memory(language_model()).memvp_config)).startswith("MemVPModel(\n")
