@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from memvp_kernels.models.patching.attach import _pretrained as transformers_model
+from memvp_kernels.models.patching.attach import transformers_model
 
 __all__ = ["LanguageModelInterface", "loss_per_item"]
 
@@ -100,7 +100,7 @@ class LanguageModelInterface:
         """Bytes of all parameters and buffers, as transformers counts them."""
         from transformers import PreTrainedModel
 
-        return int(PreTrainedModel.get_memory_footprint(self, return_buffers))  # type: ignore[arg-type]
+        return int(PreTrainedModel.get_memory_footprint(self, return_buffers))  # type: ignore[no-untyped-call]
 
     def push_to_hub(
         self,
@@ -140,7 +140,7 @@ class LanguageModelInterface:
 
     def _get_name(self) -> str:
         """The language model's: Trainer's label smoothing shifts labels for the class names of causal models."""
-        return transformers_model(self.language_model)._get_name()
+        return type(transformers_model(self.language_model)).__name__
 
     def __repr__(self) -> str:
         return super().__repr__().replace(self._get_name(), type(self).__name__, 1)

@@ -40,7 +40,13 @@ def _trainer(kind: str, model: Any, folder: Path, **options: Any) -> Any:
 
     from memvp_kernels.models.trainer import MemVPTrainer
 
-    settings = {"output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
     arguments = transformers.TrainingArguments(**settings | options)
     cls = MemVPTrainer if kind == "MemVPTrainer" else transformers.Trainer
     rows: Any = _rows()
@@ -83,10 +89,15 @@ def test_label_smoothing(family: str, kind: str, tmp_path: Path) -> None:
     model = with_memory(language_model(family))
     batch = _collate(_rows())
     trainer = _trainer(kind, model, tmp_path, label_smoothing_factor=0.2)
-    if kind == "Trainer" and family in ENCODER_DECODERS:  # what transformers asks for: the labels themselves are withheld
-        collate = lambda rows: (b := _collate(rows)) | {  # noqa: E731
-            "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(b["labels"])
-        }
+    if (
+        kind == "Trainer" and family in ENCODER_DECODERS
+    ):  # what transformers asks for: the labels themselves are withheld
+        collate = lambda rows: (
+            (b := _collate(rows))
+            | {  # noqa: E731
+                "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(b["labels"])
+            }
+        )
         trainer.data_collator = collate
     assert trainer.evaluate()["eval_loss"] == pytest.approx(_smoothed(model, batch, 0.2).item(), rel=1e-5)
 
@@ -118,7 +129,9 @@ def test_accumulated_steps_are_one_batch(family: str, kind: str, smoothing: floa
     assert loss == pytest.approx(wanted.item(), rel=1e-5)
     assert accumulated == pytest.approx(loss, rel=1e-5)
     for name, tensor in whole.items():
-        torch.testing.assert_close(parts[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            parts[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])

@@ -151,4 +151,6 @@ def test_replicas_of_data_parallel_refuse_lists() -> None:
     with pytest.raises(ValueError, match=r"image_features: nn\.DataParallel cuts the tensors inside a list"):
         replica(input_ids=ids, image_features=[torch.ones(3, VISION), None])
     features = torch.ones(2, 3, VISION)
-    assert torch.equal(replica(input_ids=ids, image_features=features).logits, model(ids, image_features=features).logits)
+    assert torch.equal(
+        replica(input_ids=ids, image_features=features).logits, model(ids, image_features=features).logits
+    )

@@ -15,7 +15,7 @@ from memvp_kernels.models.patching.mixins import MemoryFFN, MemoryLanguageModel,
 from memvp_kernels.models.patching.patch import is_patched, keeps_its_forward, patch, unpatch
 from memvp_kernels.models.patching.weights import Opaque, activation_name
 
-__all__ = ["Attachment", "attach", "detach", "hidden_dtype", "memory_ffns", "uses_peft"]
+__all__ = ["Attachment", "attach", "detach", "hidden_dtype", "memory_ffns", "transformers_model", "uses_peft"]
 
 
 _MIXINS = (MemoryLanguageModel, MemoryLayer, MemoryFFN)
@@ -49,7 +49,7 @@ def attach(language_model: nn.Module, config: MemVPConfig) -> Attachment:
     layers = find_layers(language_model)
     if any(isinstance(module, _MIXINS) for module in language_model.modules()):
         raise ValueError("this language model has memory already; call unload() on its MemVPModel first")
-    top = _pretrained(language_model)
+    top = transformers_model(language_model)
     chosen = config.chosen_layers(len(layers))
     for name, layer, family in layers:
         ffn = family.ffn_of(layer)
@@ -114,10 +114,10 @@ def memory_ffns(language_model: nn.Module) -> list[tuple[str, MemoryFFN]]:
 
 def uses_peft(language_model: nn.Module) -> bool:
     """Whether PEFT has put an adapter into the model, and so decided what is trainable."""
-    return any(bool(getattr(module, "peft_config", None)) for module in (language_model, _pretrained(language_model)))
+    return any(bool(getattr(module, "peft_config", None)) for module in (language_model, transformers_model(language_model)))
 
 
-def _pretrained(language_model: nn.Module) -> nn.Module:
+def transformers_model(language_model: nn.Module) -> nn.Module:
     """The transformers model itself, inside whatever wraps it."""
     from transformers import PreTrainedModel
 
