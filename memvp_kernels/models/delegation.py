@@ -100,7 +100,7 @@ class LanguageModelInterface:
         """Bytes of all parameters and buffers, as transformers counts them."""
         from transformers import PreTrainedModel
 
-        return int(PreTrainedModel.get_memory_footprint(self, return_buffers))  # type: ignore[no-untyped-call]
+        return int(PreTrainedModel.get_memory_footprint(self, return_buffers))  # type: ignore[arg-type,no-untyped-call]
 
     def push_to_hub(
         self,

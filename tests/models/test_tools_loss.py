@@ -89,15 +89,12 @@ def test_label_smoothing(family: str, kind: str, tmp_path: Path) -> None:
     model = with_memory(language_model(family))
     batch = _collate(_rows())
     trainer = _trainer(kind, model, tmp_path, label_smoothing_factor=0.2)
-    if (
-        kind == "Trainer" and family in ENCODER_DECODERS
-    ):  # what transformers asks for: the labels themselves are withheld
-        collate = lambda rows: (
-            (b := _collate(rows))
-            | {  # noqa: E731
-                "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(b["labels"])
-            }
-        )
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        return _collate(rows) | {"decoder_input_ids": ids}
+
+    if kind == "Trainer" and family in ENCODER_DECODERS:  # which withholds the labels and asks for these instead
         trainer.data_collator = collate
     assert trainer.evaluate()["eval_loss"] == pytest.approx(_smoothed(model, batch, 0.2).item(), rel=1e-5)
 

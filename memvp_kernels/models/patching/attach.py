@@ -114,7 +114,9 @@ def memory_ffns(language_model: nn.Module) -> list[tuple[str, MemoryFFN]]:
 
 def uses_peft(language_model: nn.Module) -> bool:
     """Whether PEFT has put an adapter into the model, and so decided what is trainable."""
-    return any(bool(getattr(module, "peft_config", None)) for module in (language_model, transformers_model(language_model)))
+    return any(
+        bool(getattr(module, "peft_config", None)) for module in (language_model, transformers_model(language_model))
+    )
 
 
 def transformers_model(language_model: nn.Module) -> nn.Module:
