@@ -1,4 +1,4 @@
-"""What each GPU holds, computes and sends when MemVP trains or serves over several: the counts behind docs/scaling.md.
+"""What each GPU holds, computes and sends when MemVP trains or serves over several: the counts behind docs/distributed.md.
 
 Everything here is arithmetic on shapes; the tests hold the formulas against runs of a small model whose collectives, parameters
 and quantised weights are counted as they happen. Bytes "moved" are what one GPU sends under the ring algorithms that NCCL uses for

@@ -1,4 +1,4 @@
-"""What a run reached, as a file: README's table is made from the committed one, `examples/results/digits.json`."""
+"""What a run reached, as a file: the table of examples/README.md is made from the committed one, `examples/results/digits.json`."""
 
 from __future__ import annotations
 

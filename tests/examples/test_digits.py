@@ -210,10 +210,10 @@ def test_each_bar_can_be_missed(
     assert ("MISSED" in capsys.readouterr().out) is not met
 
 
-def test_readme_shows_the_committed_run() -> None:
+def test_the_page_shows_the_committed_run() -> None:
     top = Path(__file__).resolve().parents[2]
     committed = json.loads((top / "examples" / "results" / "digits.json").read_text())
-    shown = (top / "README.md").read_text().split("<!-- digits -->\n")[1].split("\n<!-- /digits -->")[0]
+    shown = (top / "examples" / "README.md").read_text().split("<!-- digits -->\n")[1].split("\n<!-- /digits -->")[0]
     assert shown == record.readme_table(committed)
     assert not committed["commit"].endswith("-dirty")
     memory, prompt, _ = committed["rows"]

@@ -1,4 +1,4 @@
-"""docs/scaling.md: its formulas against what a small model holds and sends on gloo processes, and its tables against the formulas."""
+"""docs/distributed.md: its formulas against what a small model holds and sends on gloo processes, and its tables against the formulas."""
 
 from __future__ import annotations
 
@@ -250,9 +250,9 @@ def test_flops_that_the_split_by_slots_repeats(ranks: int) -> None:
 
 
 def test_the_document_is_what_the_program_writes() -> None:
-    document = (ROOT / "docs" / "scaling.md").read_text()
+    document = (ROOT / "docs" / "distributed.md").read_text()
     made = scaling.written(document, scaling.tables(gpu_memory=80.0, sequences=4, length=512))
-    assert document == made, "run: python benchmarks/scaling.py --write docs/scaling.md"
+    assert document == made, "run: python benchmarks/scaling.py --write docs/distributed.md"
 
 
 def test_a_document_without_a_table_s_marker_is_refused() -> None:

@@ -1,10 +1,9 @@
-"""The README's recipes, run as written on a tiny LLaMA, each against one process that does the whole of it."""
+"""The recipes of docs/distributed.md, run as written on a tiny LLaMA, each against one process that does the whole of it."""
 
 from __future__ import annotations
 
 import functools
 import os
-import re
 import runpy
 import subprocess
 import sys
@@ -19,22 +18,21 @@ from torch import Tensor
 
 import memvp_kernels
 from memvp_kernels import MemVPConfig, MemVPModel
+from tests.docs.pages import ROOT, blocks
 from tests.models.tiny import shuffled
 from tests.scale.processes import Group, free_port
 from tests.scale.tiny import difference, language_model, saved_base
 
-ROOT = Path(__file__).parents[2]
-_SECTION = re.search(r"^## More than one GPU.*?(?=^## )", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-assert _SECTION is not None
-BLOCKS = re.findall(r"```python\n(.*?)```", _SECTION[0], re.DOTALL)
-RECIPES = dict(zip(("ddp", "fsdp2", "tp", "4 bits"), BLOCKS[1:-1], strict=True))
-STEPS, ROWS, TOKENS = 2, 4, 20  # more tokens than a packed base takes for a handful
+BLOCKS = [code.lstrip() for code in blocks(ROOT / "docs" / "distributed.md")]
+IMPORTS, *_RECIPES, LOOP, CHECKPOINT = BLOCKS
+RECIPES = dict(zip(("ddp", "fsdp2", "tp", "4 bits"), _RECIPES, strict=True))
+STEPS, ROWS, TOKENS = 2, 4, 20  # more than a quantized base runs by its own kernels
 CONFIG = MemVPConfig(dropout=0.0)  # the recipes' own but for dropout, which no other process draws alike
 
 
 def program(recipe: str) -> str:
     """The imports, the recipe and the loop."""
-    return "\n".join([BLOCKS[0], RECIPES[recipe], BLOCKS[-1]])
+    return "\n".join([IMPORTS, RECIPES[recipe], LOOP])
 
 
 def batches(rank: int = 0, ranks: int = 1) -> list[dict[str, Tensor]]:

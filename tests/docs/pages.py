@@ -1,0 +1,58 @@
+"""The Python blocks of the README and of docs/, and a folder with tiny models under the names that they load."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from tests.examples.tiny_scienceqa import tokenizer
+
+__all__ = ["BLOCK", "PAGES", "ROOT", "blocks", "write_models"]
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: Path) -> list[str]:
+    """The page's blocks, each behind as many empty lines as are above it, so that a traceback names the page's line."""
+    text = page.read_text()
+    return ["\n" * text.count("\n", 0, match.start(1)) + match[1] for match in BLOCK.finditer(text)]
+
+
+def write_models(folder: Path) -> None:
+    """`your-llama`, CLIP under its name on the Hub, and `photo.png`."""
+    torch.manual_seed(0)
+    words = tokenizer()
+    words.pad_token = words.unk_token
+    words.model_input_names = ["input_ids", "attention_mask"]
+    words.save_pretrained(folder / "your-llama")
+    shape = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+    LlamaForCausalLM(shape).save_pretrained(folder / "your-llama")
+    clip = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    name = "openai/clip-vit-large-patch14"
+    CLIPVisionModel(clip).save_pretrained(folder / name)
+    size = {"height": 8, "width": 8}
+    CLIPImageProcessor(size=size, crop_size=size).save_pretrained(folder / name)
+    Image.new("RGB", (20, 14), (220, 30, 30)).save(folder / "photo.png")
