@@ -31,8 +31,8 @@ CONFIG = MemVPConfig(dropout=0.0)  # the recipes' own but for dropout, which no 
 
 
 def program(recipe: str) -> str:
-    """The imports, the recipe and the loop."""
-    return "\n".join([IMPORTS, RECIPES[recipe], LOOP])
+    """The imports, the recipe, the loop and the checkpoint."""
+    return "\n".join([IMPORTS, RECIPES[recipe], LOOP, CHECKPOINT])
 
 
 def batches(rank: int = 0, ranks: int = 1) -> list[dict[str, Tensor]]:
@@ -137,6 +137,7 @@ def alone() -> Alone:
 
 def _check_saved(folder: Path) -> dict[str, Tensor]:
     assert MemVPConfig.load(folder / "adapter" / "memvp_config.json").num_slots == 320
+    assert (folder / "checkpoint" / ".metadata").is_file()
     state = load_file(folder / "adapter" / "memvp_model.safetensors")
     assert all(t.any() and torch.isfinite(t).all() for t in state.values())
     return state
