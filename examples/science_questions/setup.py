@@ -12,7 +12,6 @@ from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 
 from memvp_kernels import MemVPConfig, MemVPModel
-from memvp_kernels.models.patching import vision_adapters as vision
 from science_questions.batches import Reader
 
 __all__ = ["Parts", "adapter_of", "agree_on_settings", "new_adapter", "read_settings"]
@@ -46,7 +45,7 @@ class Parts(NamedTuple):
 def new_adapter(parts: Parts, *, num_slots: int, dropout: float) -> tuple[MemVPModel, Reader]:
     """An untrained adapter with the paper's constants, and untrained CLIP adapters."""
     language_model, vision_model, reader = parts.load()
-    vision.attach_adapters(vision_model, dropout=dropout)
+    attach_adapters(vision_model, dropout=dropout)
     config = MemVPConfig(vision_dim=vision_model.config.hidden_size, num_slots=num_slots, dropout=dropout)
     return MemVPModel(language_model, config, vision_model), reader
 
