@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 
 from memvp_kernels import MemVPConfig, MemVPModel
+from memvp_kernels.models.patching.vision_adapters import attach_adapters
 from science_questions.batches import Reader
 
 __all__ = ["Parts", "adapter_of", "agree_on_settings", "new_adapter", "read_settings"]
