@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import sys
 
 import torch
 
 from memvp_kernels import dispatch as choose
+from memvp_kernels import warmup
 from memvp_kernels.backends import cuda
 from memvp_kernels.backends.cuda import extension
 from memvp_kernels.version import __version__
@@ -64,4 +66,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["warmup"]:
+        sys.exit(warmup.main(sys.argv[2:]))
     main()

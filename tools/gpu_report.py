@@ -119,17 +119,15 @@ def main() -> int:
     add("--out", type=Path, default=Path("out/gpu-report"), help="folder of the rows, log and summary")
     add("--commit", help="what the tree is a copy of, where it has no git; every row names it")
     add("--only", nargs="+", metavar="PART", help="these parts alone")
-    add("--cache", type=Path, help="archive of compiled kernels to unpack into Triton's cache")
+    add("--cache", type=Path, help="kernels compiled elsewhere (python -m memvp_kernels warmup --archive)")
     add("--rehearse", action="store_true", help="on a CPU, with the smallest sizes; tests are collected")
     options = parser.parse_args()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     os.environ.update({"MEMVP_COMMIT": options.commit} if options.commit else {})
-    if options.cache and options.cache.exists():
-        default = Path.home() / ".triton" / "cache"
-        shutil.unpack_archive(options.cache, os.environ.get("TRITON_CACHE_DIR", default), filter="data")
     with (out / "log.txt").open("w") as log:
-        for part in parts(out, rehearse=options.rehearse):
+        unpack = Part("cache", 10, f"-m memvp_kernels warmup --unpack {shlex.quote(str(options.cache))}")
+        for part in [unpack] * bool(options.cache) + parts(out, rehearse=options.rehearse):
             if options.only and part.name not in options.only:
                 continue
             start = time.monotonic()

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from memvp_kernels.backends.triton.device.operands import BY_POINTER
 from memvp_kernels.backends.triton.heuristics import tiles
+from memvp_kernels.backends.triton.runtime.offline import Compiled
 from tests.machine_code import sass
 from tests.machine_code.launches import Case
-from tests.machine_code.offline import Compiled
 from tests.machine_code.sass import Kernel
 
 __all__ = ["KERNELS", "Row", "complaints", "row_of"]

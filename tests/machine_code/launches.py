@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from memvp_kernels.backends import triton as backend
+from memvp_kernels.backends.triton.gemm import forced
 from memvp_kernels.backends.triton.heuristics import tiles
 from memvp_kernels.backends.triton.heuristics.shape import Shape
 from memvp_kernels.backends.triton.heuristics.tiles import Tile
+from memvp_kernels.backends.triton.runtime.offline import Compiled, offline
 from memvp_kernels.problem import SHARED, Problem, Segments
-from tests.machine_code.offline import Compiled, offline
 
 __all__ = ["NUMBERS", "Case", "cases", "launches"]
 
@@ -38,7 +39,7 @@ _NEEDS = {
     "again": ("x", *_MEMORY),  # nothing was kept: the forward's kernels run again
     "memory": _MEMORY,  # x is frozen, as in the first layer
     "value": ("visual_value",),
-    "weights": ("x", "value"),  # PyTorch's products run for real even here: one weight, and few rows
+    "weights": ("x", "value"),
     "shared": ("x", *SHARED),  # a factored memory that many calls read, added to the sums of the others
 }
 
@@ -58,7 +59,7 @@ class Case:
         aligned: False: odd sizes and strides, so that no operand has a descriptor and every tail is masked.
         turned: key and value lie the other way round, so that gate and key can't share a descriptor.
         backward: a key of `_NEEDS`, or "" for the forward.
-        implementation: of the large products; cuBLAS's run for real, so few rows.
+        implementation: of the large products.
     """
 
     number: str
@@ -191,7 +192,7 @@ def launches(case: Case, architecture: int) -> list[Compiled]:
     known = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if case.number == "tf32" else "highest")
     try:
-        with _with_tile(case.tile), offline(architecture, case.implementation) as launched:
+        with _with_tile(case.tile), forced(case.implementation), offline(architecture) as launched:
             if case.backward:
                 pre = scores = None
                 if case.backward != "again":

@@ -1,22 +1,22 @@
-"""Compiles Triton kernels for a GPU that is not here, exactly as their launchers would launch them.
+"""Compiles launches instead of running them, for a GPU that need not be here.
 
-Needs a process without TRITON_INTERPRET: interpreted kernels are not compiled.
+Needs a process without TRITON_INTERPRET (interpreted kernels are not compiled), and one process per architecture: what launches remember
+of a device is not forgotten.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
-from memvp_kernels.backends.triton.gemm import forced
 from memvp_kernels.backends.triton.runtime import launch
 
 __all__ = ["Compiled", "offline"]
@@ -28,14 +28,12 @@ class Compiled:
 
     Attributes:
         name: the kernel's.
-        programs: how many the launch has.
         arguments: by name.
         kernel: what Triton made, or None.
         error: why there is no kernel.
     """
 
     name: str
-    programs: int
     arguments: dict[str, Any]
     kernel: Any
     error: str = ""
@@ -46,7 +44,7 @@ class Compiled:
 
 
 class _NoDevice(DriverBase):  # type: ignore[misc]
-    """Answers what compiling asks of a driver; the architecture serves as the device's number, so that caches stay apart."""
+    """Answers what compiling asks of a driver."""
 
     def __init__(self, architecture: int) -> None:
         self._architecture = architecture
@@ -56,7 +54,7 @@ class _NoDevice(DriverBase):  # type: ignore[misc]
         return False
 
     def get_current_device(self) -> int:
-        return self._architecture
+        return 0
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -74,16 +72,28 @@ class _NoDevice(DriverBase):  # type: ignore[misc]
         raise NotImplementedError
 
 
+class _NoProducts(TorchDispatchMode):
+    """PyTorch's matrix products return memory that nobody filled: nothing here reads it, and a model's take minutes on a CPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if name not in ("mm", "addmm", "addmm_"):
+            return func(*args, **kwargs)
+        left, right = args[-2:]
+        given = args[0] if name == "addmm_" else kwargs.get("out")
+        return left.new_empty(left.shape[0], right.shape[1]) if given is None else given
+
+
 @contextlib.contextmanager
-def offline(architecture: int, implementation: str = "fused") -> Iterator[list[Compiled]]:
-    """Within it, launches on CPU tensors compile for `architecture` and are listed; nothing runs.
+def offline(architecture: int, multiprocessors: int | None = None) -> Iterator[list[Compiled]]:
+    """Within it, launches on CPU tensors compile for a GPU and are listed; neither they nor matrix products run.
 
     Args:
         architecture: 80, 90, 100, 120.
-        implementation: of the large products; cuBLAS's would run for real.
+        multiprocessors: of the GPU; None: the data sheet's.
     """
     launched: list[Compiled] = []
-    run, known = JITFunction.run, launch.architecture
+    run, known = JITFunction.run, (launch.architecture, launch._multiprocessors)
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel, error = None, ""
@@ -93,16 +103,17 @@ def offline(architecture: int, implementation: str = "fused") -> Iterator[list[C
             error = f"{type(e).__name__}: {str(e)[-400:]}"
         own = {name: value for name, value in kwargs.items() if name in self.signature.parameters}
         bound = self.signature.bind_partial(*args, **own).arguments
-        launched.append(Compiled(self.__name__, math.prod(grid), bound, kernel, error))
+        launched.append(Compiled(self.__name__, bound, kernel, error))
         return kernel
 
     triton.runtime.driver.set_active(_NoDevice(architecture))
     JITFunction.run = compile_only
     launch.architecture = lambda device: architecture  # type: ignore[assignment]
+    launch._multiprocessors = lambda device: multiprocessors  # type: ignore[assignment]
     try:
-        with forced(implementation):
+        with _NoProducts():
             yield launched
     finally:
         JITFunction.run = run
-        launch.architecture = known
+        launch.architecture, launch._multiprocessors = known
         triton.runtime.driver.set_active(None)
