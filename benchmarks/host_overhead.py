@@ -23,8 +23,7 @@ import torch.nn.functional as F
 
 from memvp_kernels import fused_ffn
 from memvp_kernels.checks import TENSORS
-from memvp_kernels.problem import Problem
-from memvp_kernels.torch_op import normalise
+from memvp_kernels.problem import Problem, normalise
 
 SMALL = {"sequences": 2, "tokens": 1, "width": 16, "pairs": 32, "slots": 4, "rank": 8}
 DECODE = {"sequences": 16, "tokens": 1, "width": 512, "pairs": 1408, "slots": 320, "rank": 136}

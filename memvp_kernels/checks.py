@@ -1,6 +1,7 @@
-"""Checks of :func:`memvp_kernels.fused_ffn`'s arguments: by shape, dtype and name here, by value in :func:`check_values`.
+"""Checks of :func:`memvp_kernels.fused_ffn`'s arguments.
 
-Each error says the argument, what was wanted, what was given and the way out, and is raised before any work is done.
+Each error says the argument, what was wanted, what was given and the way out, and is raised before any work is done. Names, dtypes
+and shapes are checked at every call; values of integer tensors only where they can be read without a synchronisation.
 """
 
 from __future__ import annotations
@@ -8,16 +9,29 @@ from __future__ import annotations
 import numbers
 import os
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "BACKENDS", "TENSORS", "cast_dtype", "check_scalars", "check_tensors", "check_values"]
+__all__ = [
+    "ACTIVATIONS",
+    "BACKENDS",
+    "INTEGERS",
+    "TENSORS",
+    "Options",
+    "autocast_dtype",
+    "cast_dtype",
+    "check",
+    "check_scalars",
+    "check_tensors",
+    "check_values",
+]
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 BACKENDS = ("auto", "torch", "triton", "cuda")
 
-#: Every tensor argument in the operator's order; the first twelve after x may be differentiated, and so may residual.
+#: Every tensor argument in the operator's order; those up to residual may be differentiated.
 TENSORS = (
     "x", "key", "value", "visual_key", "visual_value", "visual_basis", "gate", "key_bias", "gate_bias", "value_bias",
     "key_position", "value_position", "residual", "visual_lengths", "visual_index", "cu_seqlens",
@@ -33,7 +47,7 @@ _WIDER = (
     "key_position",
     "value_position",
 )
-_INTEGERS = ("visual_lengths", "visual_index", "cu_seqlens")
+INTEGERS = ("visual_lengths", "visual_index", "cu_seqlens")
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _NEEDS = {
     "key": "value",
@@ -62,10 +76,51 @@ def _wrong_shape(name: str, wanted: str, t: Tensor, way_out: str) -> ValueError:
     return ValueError(f"{name}: wanted shape {wanted}, got {_got(t)}; {way_out}")
 
 
+class Options(NamedTuple):
+    """What a checked call is besides its tensors.
+
+    Attributes:
+        scalars: activation, visual_activation, visual_scale and dropout_p, as :class:`memvp_kernels.problem.Problem` takes them.
+        recompute: keep nothing for the backward that it can compute again.
+        backend: as asked for.
+        autocast: the dtype that autocast casts to; None outside it.
+    """
+
+    scalars: dict[str, Any]
+    recompute: bool
+    backend: str
+    autocast: torch.dtype | None
+
+
+def check(
+    tensors: Tensors,
+    *,
+    activation: str,
+    visual_activation: str | None,
+    visual_scale: float,
+    dropout_p: float,
+    recompute: bool,
+    backend: str,
+) -> Options:
+    """Everything about a call that needs no value of a tensor.
+
+    Raises:
+        TypeError, ValueError: as `check_scalars` and `check_tensors`.
+    """
+    scalars = check_scalars(activation, visual_activation, visual_scale, dropout_p, recompute, backend)
+    x = tensors["x"]
+    autocast = autocast_dtype(x.device) if isinstance(x, Tensor) else None
+    check_tensors(tensors, autocast)
+    return Options(scalars, recompute, backend, autocast)
+
+
 def check_scalars(
     activation: str, visual_activation: str | None, visual_scale: float, dropout_p: float, recompute: bool, backend: str
-) -> None:
+) -> dict[str, Any]:
     """Names and numbers.
+
+    Returns:
+        `Options.scalars`, the numbers as Python's own.
 
     Raises:
         TypeError: a number or flag of another type.
@@ -80,19 +135,46 @@ def check_scalars(
         raise ValueError(
             f"backend: wanted one of {', '.join(BACKENDS)}, got {backend!r}; 'auto' takes the fastest that this machine has"
         )
-    for argument, number in (("visual_scale", visual_scale), ("dropout_p", dropout_p)):
-        if isinstance(number, Tensor) or not isinstance(number, numbers.Real):
-            if isinstance(number, (torch.SymFloat, torch.SymInt)):
-                continue
-            raise TypeError(
-                f"{argument}: wanted a Python number, got {type(number).__name__}; a trainable scale belongs into visual_value"
-            )
-    if not 0.0 <= dropout_p <= 1.0:
+    scale, probability = _number("visual_scale", visual_scale), _number("dropout_p", dropout_p)
+    if not 0.0 <= probability <= 1.0:
         raise ValueError(f"dropout_p: wanted a probability in [0, 1], got {dropout_p}; 0.0 drops nothing")
     if not isinstance(recompute, bool):
         raise TypeError(
             f"recompute: wanted a bool, got {type(recompute).__name__}; True keeps x instead of the pre-activations"
         )
+    return {
+        "activation": activation,
+        "visual_activation": visual_activation or activation,
+        "visual_scale": scale,
+        "dropout_p": probability,
+    }
+
+
+def _number(argument: str, number: Any) -> float:
+    """A Python float, from whatever `float` takes but text and tensors."""
+    if isinstance(number, (torch.SymFloat, torch.SymInt)):
+        return number  # type: ignore[return-value]
+    real = not isinstance(number, (Tensor, str, bytes)) and (
+        isinstance(number, numbers.Real) or not isinstance(number, numbers.Complex)
+    )
+    try:
+        if real:
+            return float(number)
+    except OverflowError:
+        raise ValueError(f"{argument}: wanted a number that fits a float, got {number}; scale visual_value") from None
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(
+        f"{argument}: wanted a Python number, got {type(number).__name__}; a trainable scale belongs into visual_value"
+    )
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to on this device; None outside it, and on a device that has no autocast (meta)."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def cast_dtype(name: str, dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
@@ -150,9 +232,9 @@ def _check_types(tensors: Tensors, autocast: torch.dtype | None) -> None:
                 f"{name}: wanted a tensor on x's device {device}, got {_got(t)}; move it with .to(x.device)"
             )
         own = cast_dtype(name, t.dtype, autocast)
-        if own == dtype and name not in _INTEGERS:
+        if own == dtype and name not in INTEGERS:
             continue
-        if name in _INTEGERS:
+        if name in INTEGERS:
             if t.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"{name}: wanted int32 or int64, got {_got(t)}; cast it with .int()")
         elif name in _WEIGHTS:
@@ -278,7 +360,7 @@ def check_values(tensors: Tensors) -> None:
         ValueError: an index, a length or an offset out of range.
     """
     x, key = tensors["x"], tensors["visual_key"]
-    if all(tensors[name] is None for name in _INTEGERS):
+    if all(tensors[name] is None for name in INTEGERS):
         return
     assert x is not None
     kind = x.device.type

@@ -98,6 +98,8 @@ def choose(problem: Problem, backend: str, *, training: bool) -> ModuleType:
     Raises:
         RuntimeError: `backend` was named, and this machine or this input can't have it; says which limit.
     """
+    if backend == "torch":
+        return _module("torch")
     if backend != "auto":
         require(backend, problem.x.device)
         module = _module(backend)

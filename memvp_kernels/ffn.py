@@ -1,29 +1,14 @@
-"""`fused_ffn`, the operator: check the arguments, choose the road, run."""
+"""`fused_ffn`, the operator: the arguments are checked, then the call runs directly or, where PyTorch has to see it, as a registered op."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
-
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from memvp_kernels import torch_op as ops
-from memvp_kernels.autograd import Call, FusedFFN
-from memvp_kernels.checks import TENSORS, check_scalars, check_tensors
-from memvp_kernels.dispatch import require
-from memvp_kernels.philox import draw_seed
+from memvp_kernels.autograd import call_directly
+from memvp_kernels.checks import check
+from memvp_kernels.torch_op import call_op
 
-__all__ = ["add_seed", "autocast_of", "check", "fused_ffn", "unwatched"]
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-#: What may be trained.
-_TRAINED = TENSORS[: TENSORS.index("residual") + 1]
-#: Whose gradient needs the pre-activations, and whose the scores.
-_THROUGH_HIDDEN = ("x", "key", "value", "gate", "key_bias", "gate_bias")
-_THROUGH_SCORES = ("x", "visual_key", "visual_value", "visual_basis", "key_position", "value_position")
+__all__ = ["fused_ffn"]
 
 
 def fused_ffn(
@@ -51,7 +36,7 @@ def fused_ffn(
     recompute: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """An FFN whose key-value memory is extended by each sequence's image: act(x·[K;Kv]ᵀ)·[V;Vv], nothing concatenated.
+    """An FFN whose key-value memory is extended by each sequence's image: act(x·[K;Kv]ᵀ)·[V;Vv], without concatenation.
 
     Memory-space visual prompting (Jie et al., ICML 2024, arXiv 2405.05615, section 3)::
 
@@ -104,7 +89,6 @@ def fused_ffn(
         RuntimeError: a backend asked for by name that this machine or this input can't have, or a derivative asked of `torch.func` or
             of forward mode: it is written for `backward` and `torch.autograd.grad`.
     """
-    check_scalars(activation, visual_activation, visual_scale, dropout_p, recompute, backend)
     tensors = {
         "x": x,
         "key": key,
@@ -123,97 +107,9 @@ def fused_ffn(
         "visual_index": visual_index,
         "cu_seqlens": cu_seqlens,
     }
-    autocast = autocast_of(x)
-    check(tensors, backend, autocast)
-    scalars = {
-        "activation": activation,
-        "visual_activation": visual_activation or activation,
-        "visual_scale": visual_scale,
-        "dropout_p": dropout_p,
-    }
-    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
-    plain = unwatched(tensors.values(), training)
-    add_seed(tensors, scalars, training, backend, autocast, admit=plain)
-    if plain and not training:
-        return ops.run_forward(tensors, scalars, 0, False, backend, autocast)[0]
-    keep = 0
-    if training and not recompute:
-        keep |= ops.KEEP_HIDDEN * (key is not None and _requires_grad(tensors, _THROUGH_HIDDEN))
-        keep |= ops.KEEP_SCORES * (visual_key is not None and _requires_grad(tensors, _THROUGH_SCORES))
-    if plain:
-        own = {name: tensors.pop(name) for name in _TRAINED if tensors[name] is not None}
-        (y,) = FusedFFN.apply(Call(tuple(own), tensors, scalars, keep, backend, autocast), *own.values())  # type: ignore[no-untyped-call]
-        return y
-    return ops.forward_op(*ops.pack(tensors), *scalars.values(), keep, training, backend, autocast)[0]
-
-
-def _requires_grad(tensors: dict[str, Tensor | None], names: tuple[str, ...]) -> bool:
-    return any(t is not None and t.requires_grad for t in map(tensors.get, names))
-
-
-def autocast_of(x: object) -> torch.dtype | None:
-    """The dtype that autocast wants; None outside it, and for what is no tensor and is refused by the checks."""
-    return ops.autocast_dtype(x.device) if isinstance(x, Tensor) else None
-
-
-def check(tensors: dict[str, Tensor | None], backend: str, autocast: torch.dtype | None) -> None:
-    """Raise what the arguments deserve before anything is done."""
-    check_tensors(tensors, autocast)
-    x = tensors["x"]
-    assert x is not None
-    require(backend, x.device)
-
-
-def add_seed(
-    tensors: dict[str, Tensor | None],
-    scalars: dict[str, Any],
-    training: bool,
-    backend: str,
-    autocast: torch.dtype | None,
-    *,
-    admit: bool,
-) -> None:
-    """Draw dropout's seed where there is something to drop.
-
-    Args:
-        admit: look at values and backend first, so that a refused call leaves the generator alone.
-    """
-    if scalars["dropout_p"] == 0 or tensors["visual_key"] is None:
-        return
-    if admit:
-        ops.admit(tensors, scalars, training, backend, autocast)
-    x = tensors["x"]
-    assert x is not None
-    tensors["seed"] = draw_seed(x.device)
-
-
-def unwatched(tensors: Collection[Tensor | None], training: bool) -> bool:
-    """Nobody is watching: no tracing, transform, subclass or dispatch mode, so the dispatcher would only cost time.
-
-    Raises:
-        RuntimeError: under a transform of torch.func that differentiates, or in forward mode.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    transforms = torch._C._functorch.get_interpreter_stack()
-    if transforms is not None or forward_ad._current_level >= 0:
-        _refuse_derivatives(tensors, training, transforms or ())
-        return False
-    return all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
-
-
-def _refuse_derivatives(tensors: Collection[Tensor | None], training: bool, transforms: Sequence[Any]) -> None:
-    """vmap has a rule; of the others PyTorch would speak in terms of this package's insides, or lose the tangent."""
-    reverse = training and any(t.key() == torch._C._functorch.TransformType.Grad for t in transforms)
-    forward = forward_ad._current_level >= 0 and any(_has_tangent(t) for t in tensors)
-    if reverse or forward:
-        raise RuntimeError(
-            "fused_ffn: wanted reverse-mode autograd, got torch.func.grad, vjp, jvp or forward-mode AD; its derivative is written for "
-            "torch.autograd.grad and Tensor.backward, which torch.vmap may go round"
-        )
-
-
-def _has_tangent(t: Tensor | None) -> bool:
-    if t is None or not t.is_floating_point():
-        return False
-    return forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
+    options = check(
+        tensors, activation=activation, visual_activation=visual_activation, visual_scale=visual_scale, dropout_p=dropout_p,
+        recompute=recompute, backend=backend,
+    )  # fmt: skip
+    out = call_directly(tensors, options)
+    return call_op(tensors, options) if out is None else out[0]

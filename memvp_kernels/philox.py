@@ -9,20 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["draw_seed", "keep_mask", "keep_threshold", "philox4x32"]
+__all__ = ["keep_mask", "keep_threshold", "philox4x32"]
 
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
-
-
-def draw_seed(device: torch.device) -> Tensor:
-    """A fresh seed, (1,) int64 on `device`, from PyTorch's default generator there.
-
-    It stays on the device: no synchronisation, and under CUDA graphs each replay draws another one.
-    """
-    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
 
 
 def keep_threshold(p: float) -> int:

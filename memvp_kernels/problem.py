@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["SHARED", "Problem", "Segments"]
+from memvp_kernels.checks import cast_dtype
 
-#: What :mod:`memvp_kernels.shared_memory` asks the gradient of, each once for all the calls that read it: float32 at least, summed in place.
+__all__ = [
+    "BEHIND_PRE",
+    "BEHIND_SCORES",
+    "BEHIND_VISUAL",
+    "MEMORY",
+    "SHARED",
+    "Problem",
+    "Segments",
+    "has_slots",
+    "narrow",
+    "normalise",
+]
+
+#: Gradients of :mod:`memvp_kernels.shared_memory`, each summed over all the calls that read it: float32 at least, added in place.
 SHARED = ("core", "key_operand", "value_operand")
+
+#: What the visual branch reads besides x.
+MEMORY = ("visual_key", "visual_value", "visual_basis", "key_position", "value_position", *SHARED)
+
+#: Arguments whose gradient passes through the gradient of the pre-activations, of the scores, or takes the visual activations.
+BEHIND_PRE = frozenset(("x", "key", "gate", "key_bias", "gate_bias"))
+BEHIND_SCORES = frozenset(("x", "visual_key", "visual_basis", "key_position", "core", "key_operand"))
+BEHIND_VISUAL = frozenset(("visual_value", "visual_basis", "value_position", "core", "value_operand"))
 
 
 @dataclass(frozen=True)
@@ -115,3 +140,62 @@ class Problem:
     def rank(self) -> int:
         """r, the width of a core; 0 when the memory is not factored."""
         return 0 if self.visual_basis is None else self.visual_basis.shape[0]
+
+
+def narrow(t: Tensor | None) -> Tensor | None:
+    """int32, with what doesn't fit kept out of range rather than wrapped into it."""
+    return t if t is None or t.dtype == torch.int32 else t.clamp(-(2**31), 2**31 - 1).to(torch.int32)
+
+
+def has_slots(visual_key: Tensor) -> bool:
+    """Whether there is a slot to read: a memory without rows or without slots is none."""
+    return 0 not in visual_key.shape[:-1]
+
+
+def _rows(t: Tensor | None, width: int) -> Tensor | None:
+    return None if t is None else t.reshape(math.prod(t.shape[:-1]), width)
+
+
+def normalise(
+    tensors: Mapping[str, Tensor | None], scalars: Mapping[str, Any], autocast: torch.dtype | None = None
+) -> Problem:
+    """Checked arguments (and dropout's seed) to a Problem: x as rows, memory as (R, M, ·), empty memory as none."""
+    if autocast is not None:
+        tensors = {n: t if t is None else t.to(cast_dtype(n, t.dtype, autocast)) for n, t in tensors.items()}
+    x, seed = tensors["x"], tensors.get("seed")
+    assert x is not None
+    width = x.shape[-1]
+    rows = math.prod(x.shape[:-1])
+    key_operand, value_operand = tensors.get("key_operand"), tensors.get("value_operand")
+    memory = {
+        name: tensors[name] for name in ("visual_key", "visual_value", "visual_basis", "key_position", "value_position")
+    }
+    key = memory["visual_key"]
+    if key is None or not has_slots(key):
+        memory = dict.fromkeys(memory)
+        key_operand = value_operand = None
+        segments = Segments(rows, 1, rows, shared=True)
+        seed = None
+    else:
+        index, cu_seqlens = narrow(tensors["visual_index"]), narrow(tensors["cu_seqlens"])
+        if index is None and (key.dim() == 2 or (key.shape[0] == 1 and cu_seqlens is None)):
+            segments = Segments(rows, 1, rows, lengths=narrow(tensors["visual_lengths"]), shared=True)
+        else:
+            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            length = x.shape[1] if cu_seqlens is None else None
+            segments = Segments(rows, sequences, length, cu_seqlens, index, narrow(tensors["visual_lengths"]))
+        if key.dim() == 2:
+            same = memory["visual_value"] is key
+            memory["visual_key"] = key[None]
+            memory["visual_value"] = memory["visual_key"] if same else memory["visual_value"][None]  # type: ignore[index]
+    return Problem(
+        x=x.reshape(rows, width),
+        residual=_rows(tensors["residual"], width),
+        seed=seed,
+        segments=segments,
+        key_operand=key_operand,
+        value_operand=value_operand,
+        **{n: tensors[n] for n in ("key", "value", "gate", "key_bias", "gate_bias", "value_bias")},  # type: ignore[arg-type]
+        **memory,  # type: ignore[arg-type]
+        **scalars,
+    )

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.tolerance import FLOATING
+
 Arguments = dict[str, Any]
 
 #: Where a test marked `device` has its tensors.
@@ -180,3 +182,19 @@ def strided(a: Arguments) -> Iterator[tuple[str, Arguments]]:
         wide[..., ::2] = t
         yield f"{name}_every_second", dict(a, **{name: wide[..., ::2]})
         yield f"{name}_transposed", dict(a, **{name: t.transpose(-1, -2).contiguous().transpose(-1, -2)})
+
+
+#: One case for each way that the registered op and autograd treat differently.
+FORMS = [
+    "one_each-plain",
+    "index-plain",
+    "index-factored",
+    "packed_index_lengths-factored",
+    "gated_biased_residual-plain",
+    "text_only_plain",
+]
+
+
+def leaves(a: dict[str, Any], *names: str) -> dict[str, Any]:
+    chosen = names or tuple(n for n in FLOATING if a.get(n) is not None)
+    return {n: v.detach().clone().requires_grad_() if n in chosen else v for n, v in a.items()}

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from memvp_kernels.checks import autocast_dtype
 from memvp_kernels.models.memory.images import ImageFeatures, Pixels, encode_pixels, pad_features
 from memvp_kernels.models.memory.vision_tower import blank, encode
 from memvp_kernels.models.memory.visual_memory import Memory, VisualMemory
 from memvp_kernels.models.parallel.tensor_parallel import shard_slots, tensor_mesh
 from memvp_kernels.models.patching.attach import hidden_dtype
-from memvp_kernels.torch_op import autocast_dtype, narrow
+from memvp_kernels.problem import narrow
 
 __all__ = ["Images", "MemorySource", "samples_of"]
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from memvp_kernels import dispatch as choose
 from memvp_kernels.backends.cuda import decode, extension
 from memvp_kernels.checks import TENSORS, check_scalars, check_tensors
-from memvp_kernels.problem import Problem
-from memvp_kernels.torch_op import normalise
+from memvp_kernels.problem import Problem, normalise
 
 DEVICE = torch.device("cuda", 0)
 

@@ -7,8 +7,9 @@ import functools
 import pytest
 import torch
 
-from memvp_kernels import ffn, fused_ffn
-from memvp_kernels.philox import draw_seed, keep_mask, philox4x32
+from memvp_kernels import autograd, fused_ffn
+from memvp_kernels.autograd import draw_seed
+from memvp_kernels.philox import keep_mask, philox4x32
 from tests import cases, tolerance
 from tests.cases import DEVICE
 
@@ -52,7 +53,7 @@ def test_rate(p: float) -> None:
 @pytest.fixture
 def fixed_seed(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     seed = torch.tensor([424242], device=DEVICE)
-    monkeypatch.setattr(ffn, "draw_seed", lambda device: seed)
+    monkeypatch.setattr(autograd, "draw_seed", lambda device: seed)
     return seed
 
 

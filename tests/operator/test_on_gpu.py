@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from memvp_kernels import fused_ffn, philox
+from memvp_kernels import autograd, fused_ffn, philox
 from tests import cases, tolerance
 from tests.cases import DEVICE
 from tests.gpu import assert_same, captured
@@ -113,10 +113,10 @@ def test_in_a_cuda_graph_with_dropout(backend: str, form: str, monkeypatch: pyte
     drawn: list[Tensor] = []
 
     def draw(device: torch.device) -> Tensor:
-        drawn.append(philox.draw_seed(device))
+        drawn.append(autograd.draw_seed(device))
         return drawn[-1]
 
-    monkeypatch.setattr("memvp_kernels.ffn.draw_seed", draw)
+    monkeypatch.setattr("memvp_kernels.autograd.draw_seed", draw)
     a = cases.build(f"index-{form}", torch.bfloat16, DEVICE)
     run = functools.partial(step, a, backend=backend, dropout_p=0.4)
     graph, found = captured(run)
@@ -125,7 +125,7 @@ def test_in_a_cuda_graph_with_dropout(backend: str, form: str, monkeypatch: pyte
         graph.replay()
         known = seed.clone()
         seeds.append(int(known))
-        monkeypatch.setattr("memvp_kernels.ffn.draw_seed", lambda device, known=known: known)
+        monkeypatch.setattr("memvp_kernels.autograd.draw_seed", lambda device, known=known: known)
         assert_same(found, run())
     assert len(set(seeds)) == 3
 
@@ -137,7 +137,7 @@ def test_backends_drop_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     rows, slots = a["x"].shape[:-1].numel(), a["visual_key"].shape[-2]
     for backend in BACKENDS:
         torch.manual_seed(5)
-        keep = philox.keep_mask(philox.draw_seed(DEVICE), rows, slots, 0.4)
+        keep = philox.keep_mask(autograd.draw_seed(DEVICE), rows, slots, 0.4)
 
         def run(backend: str = backend, **b: Any) -> Tensor:
             torch.manual_seed(5)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from memvp_kernels import torch_op as ops
+from memvp_kernels import autograd
 from memvp_kernels.models.parallel.quantized import QuantizedLinear, read_quantized
 from memvp_kernels.models.patching import feed_forward
 from memvp_kernels.models.patching.weights import Opaque, QuantizedMatrices
@@ -212,22 +212,22 @@ def _matrices(elements: int) -> int:
 
 def test_inference_keeps_nothing_for_a_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 the positions reach the operator as the parameters they are, and still ask for gradients."""
-    runs: list[tuple[int, bool]] = []
-    run = ops.run_forward
+    runs: list[int] = []
+    run = autograd._run
 
-    def recorded(tensors: Any, scalars: Any, keep: int, training: bool, *rest: Any) -> Any:
-        runs.append((keep, training))
-        return run(tensors, scalars, keep, training, *rest)
+    def recorded(problem: Any, module: Any, options: Any, keep: int, *rest: Any) -> Any:
+        runs.append(keep)
+        return run(problem, module, options, keep, *rest)
 
-    monkeypatch.setattr(ops, "run_forward", recorded)
+    monkeypatch.setattr(autograd, "_run", recorded)
     model = memvp_model(BASES["torchao int8"]())
     with torch.no_grad():
         model(**batch(length=LONG))
-    assert runs == [(0, False)] * 2
+    assert runs == [0] * 2
     runs.clear()
     model(**batch(length=LONG)).loss.backward()
     # The first layer's input is frozen, so nothing goes through its hidden.
-    assert runs == [(ops.KEEP_SCORES, True), (ops.KEEP_HIDDEN | ops.KEEP_SCORES, True)]
+    assert runs == [autograd.KEEP_SCORES, autograd.KEEP_HIDDEN | autograd.KEEP_SCORES]
 
 
 def test_the_road_of_a_few_tokens_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from memvp_kernels import MemVPConfig, MemVPModel, fused_ffn
+from memvp_kernels.autograd import draw_seed
 from memvp_kernels.models.memory.visual_memory import Memory
 from memvp_kernels.models.parallel import tensor_parallel as parallel
 from memvp_kernels.models.patching import feed_forward
 from memvp_kernels.models.patching.weights import Matrices, Opaque
-from memvp_kernels.philox import draw_seed
 from tests.scale.processes import Group
 from tests.scale.tiny import (
     CONFIG,
@@ -317,7 +317,7 @@ def test_ranks_stay_equal_whatever_their_dropout_draws(two: Group, tmp_path: Any
 
 def _seeds(folder: str) -> list[int]:
     """Under one seed, dropout's own in each FFN."""
-    from memvp_kernels import ffn
+    from memvp_kernels import autograd
 
     torch.manual_seed(5)
     model = parallel_model(folder, config=replace(CONFIG, dropout=0.3))
@@ -328,11 +328,11 @@ def _seeds(folder: str) -> list[int]:
         seeds.append(int(seed))
         return seed
 
-    ffn.draw_seed = recorded
+    autograd.draw_seed = recorded
     try:
         model(**batch())
     finally:
-        ffn.draw_seed = draw_seed
+        autograd.draw_seed = draw_seed
     return [*seeds, int(draw_seed(torch.device("cpu")))]
 
 

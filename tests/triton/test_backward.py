@@ -207,7 +207,7 @@ def test_dropout_is_drawn_again_exactly(form: str, packed: bool, monkeypatch: py
     lengths = [11, 1, 0, 27] if packed else [11] * 4
     a = dict(example(torch.bfloat16, lengths=lengths, M=17, form=form, packed=packed), dropout_p=0.4)
     seed = torch.tensor([0x7EDC_BA98_7654_3210], device=DEVICE)
-    monkeypatch.setattr("memvp_kernels.ffn.draw_seed", lambda device: seed)
+    monkeypatch.setattr("memvp_kernels.autograd.draw_seed", lambda device: seed)
     rows = a["x"].shape[:-1].numel()
     tolerance.check(run, a, keep=philox.keep_mask(seed, rows, 17, 0.4))
 

@@ -17,8 +17,7 @@ from memvp_kernels import reference
 from memvp_kernels.backends import triton as backend
 from memvp_kernels.backends.triton.heuristics import cost_model as roads
 from memvp_kernels.checks import TENSORS
-from memvp_kernels.problem import Problem, Segments
-from memvp_kernels.torch_op import normalise
+from memvp_kernels.problem import Problem, Segments, normalise
 from tests import cases, tolerance
 from tests.cases import DEVICE
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memvp_kernels import fused_ffn, philox, reference
+from memvp_kernels import autograd, fused_ffn, philox, reference
 from tests import cases, tolerance
 from tests.cases import DEVICE
 from tests.gpu import assert_same, captured
@@ -95,10 +95,10 @@ def test_each_replay_drops_others(form: str, monkeypatch: pytest.MonkeyPatch) ->
     drawn: list[Tensor] = []
 
     def draw(device: torch.device) -> Tensor:
-        drawn.append(philox.draw_seed(device))
+        drawn.append(autograd.draw_seed(device))
         return drawn[-1]
 
-    monkeypatch.setattr("memvp_kernels.ffn.draw_seed", draw)
+    monkeypatch.setattr("memvp_kernels.autograd.draw_seed", draw)
     a = example(form)
     grad = torch.randn_like(a["x"])
     graph, found = captured(lambda: step(a, grad, dropout_p=0.4))
@@ -111,7 +111,7 @@ def test_each_replay_drops_others(form: str, monkeypatch: pytest.MonkeyPatch) ->
     assert not torch.equal(seeds[0], seeds[1])
     assert not torch.equal(results[0][0], results[1][0])
     for known, result in zip(seeds, results, strict=True):
-        monkeypatch.setattr("memvp_kernels.ffn.draw_seed", lambda device, known=known: known)
+        monkeypatch.setattr("memvp_kernels.autograd.draw_seed", lambda device, known=known: known)
         assert_same(result, step(a, grad, dropout_p=0.4))
         keep = philox.keep_mask(known, a["x"].shape[0] * a["x"].shape[1], a["visual_key"].shape[1], 0.4)
         tolerance.assert_within_twice(

@@ -73,7 +73,7 @@ def test_layouts(form: str) -> None:
 def test_dropout_is_the_same_philox(form: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     a = dict(build(f"index-{form}", torch.bfloat16), dropout_p=0.4, recompute=recompute)
     seed = torch.tensor([0x1234_5678_9ABC_DEF], device=DEVICE)
-    monkeypatch.setattr("memvp_kernels.ffn.draw_seed", lambda device: seed)
+    monkeypatch.setattr("memvp_kernels.autograd.draw_seed", lambda device: seed)
     rows, slots = a["x"].shape[0] * a["x"].shape[1], a["visual_key"].shape[1]
     tolerance.check(run, a, keep=philox.keep_mask(seed, rows, slots, 0.4))
 

@@ -15,14 +15,12 @@ from torch import Tensor
 
 from memvp_kernels.backends.torch.memory_rows import MemoryRows, add_transposed, memory_rows, row_of
 from memvp_kernels.philox import keep_mask
-from memvp_kernels.problem import SHARED, Problem
+from memvp_kernels.problem import BEHIND_PRE, BEHIND_SCORES, BEHIND_VISUAL, SHARED, Problem
 
 __all__ = ["backward", "forward", "unsupported"]
 
 _aten = torch.ops.aten
 
-_BEHIND_SCORES = frozenset(("x", "visual_key", "key_position", "visual_basis", "core", "key_operand"))
-_BEHIND_VISUAL = frozenset(("visual_value", "value_position", "visual_basis", "core", "value_operand"))
 _NO_SUMS: Mapping[str, Tensor] = {}
 
 
@@ -242,7 +240,7 @@ def backward(
 def _ffn_backward(p: Problem, grad: Tensor, pre: Tensor | None, needs: frozenset[str]) -> dict[str, Tensor]:
     assert p.key is not None and p.value is not None
     grads: dict[str, Tensor] = {}
-    through = bool(needs & {"x", "key", "gate", "key_bias", "gate_bias"})
+    through = not needs.isdisjoint(BEHIND_PRE)
     if p.value_bias is not None and "value_bias" in needs:
         grads["value_bias"] = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
     if not through and "value" not in needs:
@@ -278,17 +276,17 @@ def _memory_backward(
     grads: dict[str, Tensor],
     sums: Mapping[str, Tensor],
 ) -> None:
-    wanted = needs & (_BEHIND_SCORES | _BEHIND_VISUAL)
+    wanted = needs & (BEHIND_SCORES | BEHIND_VISUAL)
     if not wanted:
         return
     m = _Memory(p)
     if scores is None:
         scores = m.scores()
-    visual = m.visual(scores) if wanted & _BEHIND_VISUAL else None
+    visual = m.visual(scores) if wanted & BEHIND_VISUAL else None
     dscores = dy_basis = None
-    if wanted & _BEHIND_SCORES or (p.factored and "visual_value" in wanted):
+    if wanted & BEHIND_SCORES or (p.factored and "visual_value" in wanted):
         dy_basis = grad @ m.basis.T if p.factored else None
-    if wanted & _BEHIND_SCORES:
+    if wanted & BEHIND_SCORES:
         dscores = m.score_gradient(grad, scores, dy_basis)
     if p.factored:
         _factored_backward(p, m, grad, visual, dscores, dy_basis, wanted, grads, sums)

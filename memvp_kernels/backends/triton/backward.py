@@ -17,14 +17,10 @@ from memvp_kernels.backends.triton.kernels.dmemory import Pair, core_gradient, d
 from memvp_kernels.backends.triton.kernels.form_memory import form_memory, key_operand, shared_operand, value_operand
 from memvp_kernels.backends.triton.runtime import launch
 from memvp_kernels.backends.triton.weight_gradients import weight_gradients
-from memvp_kernels.problem import SHARED, Problem
+from memvp_kernels.problem import BEHIND_PRE, BEHIND_SCORES, BEHIND_VISUAL, MEMORY, SHARED, Problem
 
 __all__ = ["backward"]
 
-_MEMORY = ("visual_key", "visual_value", "visual_basis", "key_position", "value_position", *SHARED)
-_BEHIND_PRE = frozenset(("x", "key", "gate", "key_bias", "gate_bias"))
-_BEHIND_SCORES = frozenset(("x", "visual_key", "visual_basis", "key_position", "core", "key_operand"))
-_BEHIND_VISUAL = frozenset(("visual_value", "visual_basis", "value_position", "core", "value_operand"))
 _NO_SUMS: Mapping[str, Tensor] = {}
 
 
@@ -50,12 +46,12 @@ def backward(
     if empty or (unread and problem.key is None):
         return eager.backward(problem, grad, pre, scores, needs, sums)
     if unread:
-        nothing = {n: _zeros(problem, n, sums) for n in needs.intersection(_MEMORY)}
-        return backward(without_memory(problem), grad, pre, None, needs.difference(_MEMORY)) | nothing
+        nothing = {n: _zeros(problem, n, sums) for n in needs.intersection(MEMORY)}
+        return backward(without_memory(problem), grad, pre, None, needs.difference(MEMORY)) | nothing
 
     grad = _with_rows(grad)
-    through_ffn = problem.key is not None and not needs.isdisjoint(_BEHIND_PRE)
-    through_memory = problem.has_memory and not needs.isdisjoint(_BEHIND_SCORES | _BEHIND_VISUAL)
+    through_ffn = problem.key is not None and not needs.isdisjoint(BEHIND_PRE)
+    through_memory = problem.has_memory and not needs.isdisjoint(BEHIND_SCORES | BEHIND_VISUAL)
     # Pre-activations formed again are nobody else's: their gradients may take their place.
     overwrite = pre is None and "value" not in needs
     pre, scores = _kept_or_again(
@@ -120,7 +116,7 @@ def _plain_backward(
     x, segments, dtype, steps = problem.x, problem.segments, problem.x.dtype, steps_of(problem)
     descriptors = launch.has_tma(x.device)
     value_memory = None
-    if scores is not None and not needs.isdisjoint(_BEHIND_SCORES):
+    if scores is not None and not needs.isdisjoint(BEHIND_SCORES):
         assert problem.visual_value is not None
         value_memory = form_memory(problem.visual_value, problem.value_position, None, dtype, descriptors=descriptors)
     made = HiddenGradients(None, None, None, None)
@@ -128,7 +124,7 @@ def _plain_backward(
         made = steps.dhidden(
             grad, problem.value if pre is not None else None, pre, problem.activation, value_memory, problem.memories, scores, segments,
             visual_of(problem) if scores is not None else None,
-            need_visual=not needs.isdisjoint(_BEHIND_VISUAL), overwrite=overwrite,
+            need_visual=not needs.isdisjoint(BEHIND_VISUAL), overwrite=overwrite,
         )  # fmt: skip
 
     grads: dict[str, Tensor] = {}
@@ -181,7 +177,7 @@ def _factored_backward(
     basis, key_core, value_core = problem.visual_basis, problem.visual_key, problem.visual_value
     assert scores is not None and basis is not None and key_core is not None and value_core is not None
     dense, steps = dense_segments(problem.rows), steps_of(problem)
-    need_key, need_value = not needs.isdisjoint(_BEHIND_SCORES), not needs.isdisjoint(_BEHIND_VISUAL)
+    need_key, need_value = not needs.isdisjoint(BEHIND_SCORES), not needs.isdisjoint(BEHIND_VISUAL)
 
     operand = None
     if need_key:

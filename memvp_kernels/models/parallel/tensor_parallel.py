@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from memvp_kernels.autograd import draw_seed
 from memvp_kernels.models.memory.visual_memory import Memory
-from memvp_kernels.philox import draw_seed
 
 __all__ = [
     "Split",

@@ -14,7 +14,7 @@ from memvp_kernels.models.parallel.tensor_parallel import all_reduce, rank_local
 from memvp_kernels.models.patching.binding import Binding
 from memvp_kernels.models.patching.mixins import MemoryFFN
 from memvp_kernels.models.patching.weights import Matrices, Opaque, QuantizedMatrices, activation_name
-from memvp_kernels.shared_memory import Restore, SharedMemory, fused_ffn_shared
+from memvp_kernels.shared_memory import Dequantize, SharedMemory, fused_ffn_shared
 
 __all__ = ["feed_forward", "log_opaque"]
 
@@ -72,7 +72,7 @@ def _with_memory(
     *,
     memory: Memory | None = None,
     residual: Tensor | None = None,
-    restore: Restore | None = None,
+    dequantize: Dequantize | None = None,
 ) -> Tensor:
     memory = binding.memory if memory is None else memory
     shared = memory.shared
@@ -92,7 +92,7 @@ def _with_memory(
         dropout_p=memory.dropout,
         recompute=memory.recompute,
         backend=memory.backend,
-        restore=restore,
+        dequantize=dequantize,
     )
 
 
@@ -116,7 +116,7 @@ def _tensor_parallel(ffn: MemoryFFN, x: Tensor, binding: Binding, weights: Matri
 
 
 def _dequantized(ffn: MemoryFFN, x: Tensor, binding: Binding, weights: QuantizedMatrices) -> Tensor:
-    return _with_memory(ffn, x, binding, {}, restore=weights.dequantize)
+    return _with_memory(ffn, x, binding, {}, dequantize=weights.dequantize)
 
 
 def _should_dequantize(x: Tensor, weights: QuantizedMatrices) -> bool:

@@ -10,10 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from memvp_kernels import checks as arguments
-from memvp_kernels import dispatch as choose
-from memvp_kernels import ffn, fused_ffn
-from memvp_kernels import torch_op as ops
+from memvp_kernels import autograd, checks, dispatch, fused_ffn
 from tests import cases, tolerance
 
 F32 = torch.float32
@@ -157,9 +154,9 @@ def test_nothing_ran_before_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr(ops, "choose", forbidden)
-    monkeypatch.setattr(ops, "normalise", forbidden)
-    monkeypatch.setattr(ffn, "draw_seed", forbidden)
+    monkeypatch.setattr(autograd, "choose", forbidden)
+    monkeypatch.setattr(autograd, "normalise", forbidden)
+    monkeypatch.setattr(autograd, "draw_seed", forbidden)
     for _, change, error, _ in CASES:
         for autocast in (False, True) if error is ValueError else (False,):  # it mends a dtype
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(error):
@@ -174,7 +171,7 @@ def test_a_refused_call_leaves_the_generator_alone(grad: bool, monkeypatch: pyte
     with pytest.raises(ValueError, match="visual_index"):
         fused_ffn(**a, visual_index=i(0, 9, 1))
     monkeypatch.setattr("memvp_kernels.dispatch.missing", lambda name, device: None)
-    monkeypatch.setattr(choose._module("cuda"), "unsupported", lambda problem: "it has no dropout")
+    monkeypatch.setattr(dispatch._module("cuda"), "unsupported", lambda problem: "it has no dropout")
     with pytest.raises(RuntimeError, match=r"backend: wanted 'cuda', but it has no dropout; backend='auto'"):
         fused_ffn(**a, backend="cuda")
     assert torch.equal(torch.get_rng_state(), before)
@@ -223,11 +220,11 @@ def test_on_a_gpu_values_are_read_only_when_asked(
         monkeypatch.delenv("MEMVP_CHECK", raising=False)
         if unasked is not None:
             monkeypatch.setenv("MEMVP_CHECK", unasked)
-        arguments.check_values(tensors)  # type: ignore[arg-type]
+        checks.check_values(tensors)  # type: ignore[arg-type]
     assert given.reads == 0
     monkeypatch.setenv("MEMVP_CHECK", "1")
     with pytest.raises(ValueError, match=re.escape(said)):
-        arguments.check_values(tensors)  # type: ignore[arg-type]
+        checks.check_values(tensors)  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the backends exist")

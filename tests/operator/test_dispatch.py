@@ -9,14 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from memvp_kernels import cost
-from memvp_kernels import dispatch as choose
-from memvp_kernels import torch_op as ops
+from memvp_kernels import cost, dispatch
+from memvp_kernels.checks import TENSORS
 from memvp_kernels.cost import Sizes
+from memvp_kernels.problem import Problem, normalise
 from tests import cases
 from tests.csrc.fake_gpu import OnGPU
 
 HOPPER = cost.rates_of((9, 0))
+
+
+def problem_of(a: dict[str, Any]) -> Problem:
+    scalars = {"activation": "silu", "visual_activation": "silu", "visual_scale": 0.1, "dropout_p": 0.0}
+    return normalise({n: a.get(n) for n in TENSORS}, scalars)
 
 
 def llama_7b(rows: int, dtype: torch.dtype = torch.bfloat16, images: int = 1, factored: bool = True) -> Sizes:
@@ -28,9 +33,7 @@ def llama_7b(rows: int, dtype: torch.dtype = torch.bfloat16, images: int = 1, fa
         a.update(visual_key=core, visual_value=core)
         if factored:
             a["visual_basis"] = torch.empty(136, 4096, dtype=dtype)
-    tensors = {n: a.get(n) for n in ops._CROSSING}
-    scalars = {"activation": "silu", "visual_activation": "silu", "visual_scale": 0.1, "dropout_p": 0.0}
-    return cost.sizes_of(ops.normalise(tensors, scalars))
+    return cost.sizes_of(problem_of(a))
 
 
 def fastest(sizes: Sizes) -> str:
@@ -85,31 +88,21 @@ def test_rates_of_a_chip_that_is_not_listed() -> None:
 
 
 def test_auto_on_a_cpu_is_pytorch() -> None:
-    a = cases.build("one_each-plain", torch.float32)
-    problem = ops.normalise(
-        {n: a.get(n) for n in ops._CROSSING},
-        {"activation": "silu", "visual_activation": "silu", "visual_scale": 1.0, "dropout_p": 0.0},
-    )
-    assert choose.choose(problem, "auto", training=False).__name__.endswith("eager")
+    problem = problem_of(cases.build("one_each-plain", torch.float32))
+    assert dispatch.choose(problem, "auto", training=False).__name__.endswith("eager")
 
 
 def test_the_decode_kernel_is_refused_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    a = cases.build("one_each-plain", torch.bfloat16)
-    problem = ops.normalise(
-        {n: a.get(n) for n in ops._CROSSING},
-        {"activation": "silu", "visual_activation": "silu", "visual_scale": 1.0, "dropout_p": 0.0},
-    )
-    monkeypatch.setattr(choose, "missing", lambda name, device: None)
-    monkeypatch.setattr(choose._module("cuda"), "unsupported", lambda problem: None)
+    problem = problem_of(cases.build("one_each-plain", torch.bfloat16))
+    monkeypatch.setattr(dispatch, "missing", lambda name, device: None)
+    monkeypatch.setattr(dispatch._module("cuda"), "unsupported", lambda problem: None)
     with pytest.raises(RuntimeError, match=r"backend: wanted 'cuda', but it has no backward.*backend='auto'"):
-        choose.choose(problem, "cuda", training=True)
+        dispatch.choose(problem, "cuda", training=True)
 
 
 def test_auto_predicts_once_for_each_set_of_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine is asked once, a prediction is made once, and what an input rules out is still looked at in every call."""
-    a = cases.build("one_each-plain", torch.bfloat16)
-    scalars = {"activation": "silu", "visual_activation": "silu", "visual_scale": 1.0, "dropout_p": 0.0}
-    problem = ops.normalise({n: a.get(n) for n in ops._CROSSING}, scalars)
+    problem = problem_of(cases.build("one_each-plain", torch.bfloat16))
     problem = dataclasses.replace(problem, x=OnGPU(problem.x))  # type: ignore[arg-type]
     asked: list[str] = []
     predict = cost._predict
@@ -122,19 +115,19 @@ def test_auto_predicts_once_for_each_set_of_sizes(monkeypatch: pytest.MonkeyPatc
         asked.append(road)
         return predict(sizes, road, rates)
 
-    monkeypatch.setattr(choose, "missing", lambda name, device: "not here" if name == "cuda" else None)
+    monkeypatch.setattr(dispatch, "missing", lambda name, device: "not here" if name == "cuda" else None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
     monkeypatch.setattr(cost, "_predict", predicted)
     # The same caches, empty and this test's own.
-    monkeypatch.setattr(choose, "_rates", functools.cache(choose._rates.__wrapped__))
-    monkeypatch.setattr(choose, "fastest", functools.lru_cache(choose.fastest.__wrapped__))
+    monkeypatch.setattr(dispatch, "_rates", functools.cache(dispatch._rates.__wrapped__))
+    monkeypatch.setattr(dispatch, "fastest", functools.lru_cache(dispatch.fastest.__wrapped__))
     reason: str | None = None
-    monkeypatch.setattr(choose._module("triton"), "unsupported", lambda problem: reason)
+    monkeypatch.setattr(dispatch._module("triton"), "unsupported", lambda problem: reason)
 
-    first = choose.choose(problem, "auto", training=False)
+    first = dispatch.choose(problem, "auto", training=False)
     assert sorted(asked) == ["capability", "fused", "library", "torch"]
     asked.clear()
-    assert choose.choose(problem, "auto", training=False) is first
+    assert dispatch.choose(problem, "auto", training=False) is first
     assert not asked
     reason = "not this one"
-    assert choose.choose(problem, "auto", training=False).__name__.endswith("eager")
+    assert dispatch.choose(problem, "auto", training=False).__name__.endswith("eager")

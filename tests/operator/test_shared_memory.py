@@ -1,4 +1,4 @@
-"""A memory shared by many calls: the operator's gradients, in every mode that walks the graph in another way than once."""
+"""A memory shared by many calls: the operator's gradients, in every mode that walks the graph other than once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from memvp_kernels import fused_ffn, reference
 from memvp_kernels.shared_memory import SharedMemory
 from tests import stack, tolerance
-from tests.watching import Watching
+from tests.dispatch_mode import PassThrough
 
 CASES: dict[str, dict[str, Any]] = {
     "one_each": {},
@@ -173,10 +173,10 @@ def test_checkpointed_calls_have_the_same_bits() -> None:
     _assert_same(_backward(x, a), wanted)
 
 
-def test_watched_and_compiled_calls_leave_the_sum_to_autograd() -> None:
+def test_dispatched_and_compiled_calls_leave_the_sum_to_autograd() -> None:
     a = _leaves(stack.arguments(torch.float64, index=True))
     wanted = _backward(stack.shared(a), a)
-    with Watching():
+    with PassThrough():
         y = stack.shared(a)
         found = _backward(y, a)
     compiled = _backward(torch.compile(stack.shared, fullgraph=True, backend="aot_eager")(a), a)
@@ -185,12 +185,12 @@ def test_watched_and_compiled_calls_leave_the_sum_to_autograd() -> None:
         torch.testing.assert_close(c, w)
 
 
-def test_one_call_in_the_middle_that_is_watched() -> None:
+def test_one_dispatched_call_between_two_direct_ones() -> None:
     a = _leaves(stack.arguments(torch.float64))
     wanted = _backward(stack.deep(a, stack.memory(a)), a)
     memory = stack.memory(a)
     x = stack.call(a, a["x"], memory, 0)
-    with Watching():
+    with PassThrough():
         x = stack.call(a, x, memory, 1)
     for w, f in zip(wanted, _backward(stack.call(a, x, memory, 2), a), strict=True):
         torch.testing.assert_close(f, w)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop
 
 from memvp_kernels import fused_ffn
 from memvp_kernels.backends.torch import eager
-from memvp_kernels.torch_op import normalise
+from memvp_kernels.problem import normalise
 from tests import cases, tolerance
 
 MEMORY = ("visual_key", "visual_value", "key_position", "value_position")

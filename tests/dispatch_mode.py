@@ -1,4 +1,4 @@
-"""A dispatch mode that changes nothing: under it somebody is watching, and the operator takes the registered op."""
+"""A dispatch mode that changes nothing: under it the operator has to go through the dispatcher, as the registered op."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Watching(TorchDispatchMode):
+class PassThrough(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))

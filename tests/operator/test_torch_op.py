@@ -1,0 +1,151 @@
+"""The registered ops: opcheck, torch.compile, vmap, meta tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from memvp_kernels import fused_ffn
+from memvp_kernels.autograd import KEEP_HIDDEN, KEEP_SCORES
+from memvp_kernels.torch_op import backward_op, forward_op, pack
+from tests import cases, tolerance
+
+SCALARS = ("silu", "silu", 0.5)
+KEEP = KEEP_HIDDEN | KEEP_SCORES
+
+
+@pytest.mark.parametrize("name", cases.FORMS)
+def test_opcheck_forward(name: str) -> None:
+    a = cases.leaves(cases.build(name, torch.float32))
+    torch.library.opcheck(forward_op, (*pack(a), *SCALARS, 0.0, KEEP, True, "torch", None))
+
+
+def test_opcheck_forward_with_dropout_and_nothing_kept() -> None:
+    a = cases.leaves(cases.build("index-factored", torch.float32)) | {"seed": torch.tensor([5])}
+    torch.library.opcheck(forward_op, (*pack(a), *SCALARS, 0.3, 0, True, "torch", None))
+
+
+@pytest.mark.parametrize("name", cases.FORMS)
+def test_opcheck_backward(name: str) -> None:
+    a = cases.build(name, torch.float32)
+    _, pre, scores = forward_op(*pack(a), *SCALARS, 0.0, KEEP, True, "torch", None)
+    kept = {"residual": None, "pre": pre if pre.numel() else None, "scores": scores if scores.numel() else None}
+    _, needs = pack({n: a.get(n) for n in tolerance.FLOATING if n != "residual"})
+    arguments = (torch.randn_like(a["x"]), *pack(a | kept), *SCALARS, 0.0, needs, "torch", None)
+    torch.library.opcheck(backward_op, arguments)
+
+
+@pytest.mark.parametrize("name", ["one_each-plain", "index-factored", "alone_residual-plain", "text_only_biased"])
+def test_compile_fullgraph(name: str) -> None:
+    a = cases.build(name, torch.float32)
+    names = [n for n in tolerance.FLOATING if a.get(n) is not None]
+    grad = torch.randn_like(a["x"])
+    expected = tolerance.gradients(fused_ffn, a, names, grad)
+    torch._dynamo.reset()
+    got = tolerance.gradients(torch.compile(fused_ffn, fullgraph=True, backend="aot_eager"), a, names, grad)
+    torch.testing.assert_close(got, expected)
+
+
+def test_compile_once_for_every_length() -> None:
+    """Forward and backward: whatever the first length took, the others take nothing."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fused_ffn, fullgraph=True, dynamic=True, backend=counter)
+    frames = set()
+    for length in (5, 6, 9, 13):
+        a = cases.memory(cases.ffn(torch.float32, T=length), R=3)
+        names = ["x", "visual_key", "key_position"]
+        found, expected = (tolerance.gradients(f, a, names, torch.ones_like(a["x"])) for f in (compiled, fused_ffn))
+        torch.testing.assert_close(found, expected)
+        frames.add(counter.frame_count)
+    assert len(frames) == 1
+
+
+def test_inductor() -> None:
+    torch._dynamo.reset()
+    a = cases.build("index-factored", torch.float32)
+
+    def block(**b: Any) -> Tensor:
+        return torch.relu(fused_ffn(**{**b, "x": b["x"] * 2}) + 1)
+
+    names = ["x", "visual_key", "visual_basis"]
+    grad = torch.randn_like(a["x"])
+    compiled = torch.compile(block, fullgraph=True)
+    found, expected = (tolerance.gradients(f, a, names, grad) for f in (compiled, block))
+    torch.testing.assert_close(found, expected)
+
+
+def test_compile_with_dropout() -> None:
+    """The seed is drawn in the graph, from the same generator, and the backward replays its mask."""
+    torch._dynamo.reset()
+    a = cases.build("one_each-factored", torch.float32) | {"dropout_p": 0.5}
+    names = ["x", "visual_key"]
+    results = []
+    for f in (torch.compile(fused_ffn, fullgraph=True, backend="aot_eager"), fused_ffn):
+        torch.manual_seed(11)
+        results.append([tolerance.gradients(f, a, names, torch.ones_like(a["x"])) for _ in range(2)])
+    torch.testing.assert_close(results[0], results[1])
+    assert not torch.equal(results[0][0][0], results[0][1][0])
+
+
+def test_compile_under_autocast() -> None:
+    torch._dynamo.reset()
+    a = cases.build("gated_biased_residual-plain", torch.float32)
+    names = ["x", "visual_key", "residual"]
+    grad = torch.randn_like(a["x"])
+    results = []
+    for f in (torch.compile(fused_ffn, fullgraph=True, backend="aot_eager"), fused_ffn):
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(tolerance.gradients(f, a, names, grad))
+    assert results[0][0].dtype == torch.bfloat16
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("name", cases.FORMS)
+def test_meta_tensors_give_meta_results(name: str) -> None:
+    a = cases.build(name, torch.float32) | {"dropout_p": 0.1 if "text" not in name else 0.0}
+    a = cases.leaves({n: v.to("meta") if isinstance(v, Tensor) else v for n, v in a.items()})
+    with torch.no_grad():
+        assert fused_ffn(**a).is_meta
+    out = fused_ffn(**a)
+    assert out.is_meta
+    assert (out.shape, out.dtype) == (a["x"].shape, torch.float32)
+    names = [n for n in tolerance.FLOATING if a.get(n) is not None]
+    for n, g in zip(names, torch.autograd.grad(out.sum(), [a[n] for n in names]), strict=True):
+        assert g.is_meta
+        assert g.shape == a[n].shape
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_vmap(trainable: bool) -> None:
+    """Over any tensors, integers too; the autograd around it goes on working."""
+    a = cases.build("index-factored", torch.float32)
+    xs = torch.stack([a["x"], 2 * a["x"]]).requires_grad_(trainable)
+    indices = torch.tensor([[2, -1, 2, 0], [1, 1, -1, 0]])
+
+    def run(x: Tensor, index: Tensor) -> Tensor:
+        return fused_ffn(**{**a, "x": x, "visual_index": index})
+
+    out = torch.vmap(run)(xs, indices)
+    expected = torch.stack([run(x, i) for x, i in zip(xs, indices, strict=True)])
+    assert torch.equal(out, expected)
+    shared = torch.vmap(lambda key: fused_ffn(**{**a, "visual_key": key}))(a["visual_key"][None])
+    assert torch.equal(shared[0], fused_ffn(**a))
+    if trainable:
+        grad = torch.randn_like(out)
+        found, wanted = (torch.autograd.grad(o, xs, grad)[0] for o in (out, expected))
+        assert torch.equal(found, wanted)
+
+
+def test_vmap_with_dropout_follows_its_randomness() -> None:
+    a = cases.build("one_each-plain", torch.float32) | {"dropout_p": 0.5}
+    xs = a["x"].expand(2, *a["x"].shape)
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.vmap(lambda x: fused_ffn(**{**a, "x": x}))(xs)
+    for randomness in ("same", "different"):
+        one, two = torch.vmap(lambda x: fused_ffn(**{**a, "x": x}), randomness=randomness)(xs)
+        assert torch.equal(one, two) == (randomness == "same")
