@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from memvp_kernels.checks import autocast_dtype
 from memvp_kernels.models.memory.images import ImageFeatures, Pixels, encode_pixels, pad_features
 from memvp_kernels.models.memory.vision_tower import blank, encode
-from memvp_kernels.models.memory.visual_memory import Memory, VisualMemory
+from memvp_kernels.models.memory.visual_memory import Memory, Readers, VisualMemory
 from memvp_kernels.models.parallel.tensor_parallel import shard_slots, tensor_mesh
 from memvp_kernels.models.patching.attach import hidden_dtype
 from memvp_kernels.problem import narrow
@@ -110,7 +110,7 @@ class MemorySource(NamedTuple):
         dtype = hidden_dtype(self.language_model)
         if not torch.is_grad_enabled():  # under grad the sums stay wide
             memory = memory.to(dtype)
-        memory = memory._replace(**options)
+        memory = memory._replace(readers=Readers(), **options)
         mesh, dtype = tensor_mesh(self.language_model), autocast_dtype(memory.core.device) or dtype
         # all once, outside the layers: what crosses the network backward then does so once per step
         if mesh is not None:

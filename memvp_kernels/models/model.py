@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,22 @@ from memvp_kernels.models.memory.projector import Projector
 from memvp_kernels.models.memory.visual_memory import Memory, Observer, VisualMemory
 from memvp_kernels.models.parallel.data_loading import refuse_cut_images
 from memvp_kernels.models.parallel.fsdp import like_forward
-from memvp_kernels.models.patching.attach import Attachment, attach, detach, hidden_dtype, memory_ffns
+from memvp_kernels.models.patching.attach import Attachment, attach, check_all_read, detach, hidden_dtype, memory_ffns
 from memvp_kernels.models.patching.mixins import MemoryFFN
 from memvp_kernels.models.patching.vision_adapters import VisionTower
 
 __all__ = ["MemVPModel"]
 
 
-_observed: ContextVar[tuple[nn.Module, Observer] | None] = ContextVar("memvp_observer", default=None)
+class _Scopes(threading.local):
+    """What the ``with`` blocks of this thread have set. torch.compile reads it, which it cannot a ContextVar."""
+
+    def __init__(self) -> None:
+        self.disabled: tuple[nn.Module, ...] = ()
+        self.observed: tuple[nn.Module, Observer] | None = None
+
+
+_scopes = _Scopes()
 
 
 class MemVPModel(LanguageModelInterface, ActivationCheckpointing, nn.Module):
@@ -61,7 +69,7 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, nn.Module):
         memvp_config: ``config``.
 
     Raises:
-        TypeError: ``config`` is not a MemVPConfig, or ``vision_model`` not a CLIP vision model.
+        TypeError: ``language_model`` is no module, ``config`` not a MemVPConfig, or ``vision_model`` not a CLIP vision model.
         ValueError: a language model that is not supported, or already has memory; see :func:`~.attach.attach`.
     """
 
@@ -171,11 +179,8 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, nn.Module):
         }
         inputs.update({name: tensor for name, tensor in given.items() if tensor is not None})
         items = inputs.pop("num_items_in_batch", None) if self.config.is_encoder_decoder else None
-        memory, index = self._read(inputs, Images(image_features, pixel_values, visual_core, visual_index))
-        try:
-            output = self.language_model(**inputs, visual_memory=memory, memory_index=index)
-        finally:
-            memory.close()
+        images = Images(image_features, pixel_values, visual_core, visual_index)
+        output = self._run(self.language_model, inputs, images)
         return output if items is None or labels is None else loss_per_item(output, labels, items)
 
     @like_forward
@@ -206,10 +211,14 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, nn.Module):
         self._refuse_generation_in_training()
         if inputs is not None:
             kwargs["inputs"] = inputs
+        if self._is_disabled():
+            return self.language_model.generate(**kwargs)
         memory, index = self._read(kwargs, Images(image_features, pixel_values, visual_core, visual_index))
         if index is not None:  # a tensor: generate() repeats those for beams, and makes one where there is none yet
             kwargs["memory_index"] = index
-        return self.language_model.generate(**kwargs, visual_memory=memory)
+        out = self.language_model.generate(**kwargs, visual_memory=memory)
+        self._check_all_read(memory)
+        return out
 
     @like_forward
     def encode_images(
@@ -343,11 +352,23 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, nn.Module):
 
         With the FFN's position among those, its input and its output.
         """
-        token = _observed.set((self, observer))
+        outer, _scopes.observed = _scopes.observed, (self, observer)
         try:
             yield
         finally:
-            _observed.reset(token)
+            _scopes.observed = outer
+
+    @contextmanager
+    def disable_memory(self) -> Iterator[None]:
+        """Within it, in this thread, forward and generate are the language model's own, and images are ignored.
+
+        For reference passes. PEFT's adapters inside the language model stay on; it has ``disable_adapter`` for them.
+        """
+        outer, _scopes.disabled = _scopes.disabled, (*_scopes.disabled, self)
+        try:
+            yield
+        finally:
+            _scopes.disabled = outer
 
     def adapter(self) -> files.Adapter:
         """The memory and the vision model, as files see them."""
@@ -358,10 +379,17 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, nn.Module):
         if self._attachment is None:
             raise RuntimeError("this MemVPModel was unloaded; wrap its language_model again, or call that")
         refuse_cut_images(self, **images._asdict())
-        observed = None if torch.compiler.is_compiling() else _observed.get()
+        observed = _scopes.observed
         observer = observed[1] if observed is not None and observed[0] is self else None
         options = {"backend": self.backend, "recompute": self.recompute, "observer": observer}
         return self._source().read(samples_of(inputs), images, **options)
+
+    def _is_disabled(self) -> bool:
+        return any(model is self for model in _scopes.disabled)
+
+    def _check_all_read(self, memory: Memory) -> None:
+        assert self._attachment is not None
+        check_all_read(self.language_model, memory, len(self._attachment.layers))
 
     def _source(self) -> MemorySource:
         return MemorySource(self.memory, self._visual_memory(), self.vision_model, self.language_model)
