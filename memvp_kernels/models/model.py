@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
 from memvp_kernels.models.activation_checkpointing import ActivationCheckpointing
 from memvp_kernels.models.attribution import MemoryAttribution, MemoryRecorder
@@ -188,7 +190,7 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, nn.Module):
     def generate(
         self,
         inputs: Tensor | None = None,
-        *,
+        *args: Any,
         image_features: ImageFeatures | None = None,
         pixel_values: Pixels | None = None,
         visual_core: Tensor | None = None,
@@ -200,7 +202,7 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, nn.Module):
         Args:
             inputs: (B, T) token ids; also as ``input_ids=``.
             image_features, pixel_values, visual_core, visual_index: as in :meth:`forward`.
-            **kwargs: generate()'s own.
+            *args, **kwargs: generate()'s own, the second of which is a GenerationConfig.
 
         Returns:
             What generate() returns.
@@ -209,8 +211,9 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, nn.Module):
             RuntimeError: in training mode with activation checkpointing on.
         """
         self._refuse_generation_in_training()
-        if inputs is not None:
-            kwargs["inputs"] = inputs
+        # by name, since PEFT's wrappers of some models take no others
+        names = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
+        kwargs.update({n: value for n, value in zip(names, (inputs, *args), strict=False) if value is not None})
         if self._is_disabled():
             return self.language_model.generate(**kwargs)
         memory, index = self._read(kwargs, Images(image_features, pixel_values, visual_core, visual_index))
