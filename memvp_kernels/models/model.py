@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +20,18 @@ from memvp_kernels.models.io import adapter as files
 from memvp_kernels.models.io.official_checkpoint import CheckpointReport, load_official_checkpoint
 from memvp_kernels.models.memory.images import ImageFeatures, Pixels
 from memvp_kernels.models.memory.projector import Projector
-from memvp_kernels.models.memory.visual_memory import Memory, Observer, VisualMemory
+from memvp_kernels.models.memory.visual_memory import Memory, VisualMemory
 from memvp_kernels.models.parallel.data_loading import refuse_cut_images
 from memvp_kernels.models.parallel.fsdp import like_forward
 from memvp_kernels.models.patching.attach import Attachment, attach, check_all_read, detach, hidden_dtype, memory_ffns
 from memvp_kernels.models.patching.mixins import MemoryFFN
 from memvp_kernels.models.patching.vision_adapters import VisionTower
+from memvp_kernels.models.scopes import Scopes
 
 __all__ = ["MemVPModel"]
 
 
-class _Scopes(threading.local):
-    """What the ``with`` blocks of this thread have set. torch.compile reads it, which it cannot a ContextVar."""
-
-    def __init__(self) -> None:
-        self.disabled: tuple[nn.Module, ...] = ()
-        self.observed: tuple[nn.Module, Observer] | None = None
-
-
-_scopes = _Scopes()
-
-
-class MemVPModel(LanguageModelInterface, ActivationCheckpointing, nn.Module):
+class MemVPModel(LanguageModelInterface, ActivationCheckpointing, Scopes, nn.Module):
     """Memory-space visual prompting on a language model (Jie et al., ICML 2024, arXiv 2405.05615).
 
     Acts on this instance alone: its layers and FFNs are patched in place, parameter names and state_dict keys stay,
@@ -214,14 +202,8 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, nn.Module):
         # by name, since PEFT's wrappers of some models take no others
         names = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
         kwargs.update({n: value for n, value in zip(names, (inputs, *args), strict=False) if value is not None})
-        if self._is_disabled():
-            return self.language_model.generate(**kwargs)
-        memory, index = self._read(kwargs, Images(image_features, pixel_values, visual_core, visual_index))
-        if index is not None:  # a tensor: generate() repeats those for beams, and makes one where there is none yet
-            kwargs["memory_index"] = index
-        out = self.language_model.generate(**kwargs, visual_memory=memory)
-        self._check_all_read(memory)
-        return out
+        images = Images(image_features, pixel_values, visual_core, visual_index)
+        return self._run(self.language_model.generate, kwargs, images)
 
     @like_forward
     def encode_images(
@@ -349,50 +331,32 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, nn.Module):
                 module.training = True
         return recorder.result()
 
-    @contextmanager
-    def observing(self, observer: Observer) -> Iterator[None]:
-        """Within it, in this thread, ``observer(layer, x, y)`` is called by every FFN with memory.
-
-        With the FFN's position among those, its input and its output.
-        """
-        outer, _scopes.observed = _scopes.observed, (self, observer)
-        try:
-            yield
-        finally:
-            _scopes.observed = outer
-
-    @contextmanager
-    def disable_memory(self) -> Iterator[None]:
-        """Within it, in this thread, forward and generate are the language model's own, and images are ignored.
-
-        For reference passes. PEFT's adapters inside the language model stay on; it has ``disable_adapter`` for them.
-        """
-        outer, _scopes.disabled = _scopes.disabled, (*_scopes.disabled, self)
-        try:
-            yield
-        finally:
-            _scopes.disabled = outer
-
     def adapter(self) -> files.Adapter:
         """The memory and the vision model, as files see them."""
         return files.Adapter(self._visual_memory(), self._tower)
+
+    def _run(self, call: Callable[..., Any], inputs: dict[str, Any], images: Images) -> Any:
+        """``call(**inputs)``, a forward or a generation, whose layers read the images."""
+        if self._is_disabled():
+            return call(**inputs)
+        memory, index = self._read(inputs, images)
+        if index is not None:  # generate() repeats it for beams, and makes one where there is none yet
+            inputs["memory_index"] = index
+        try:
+            output = call(**inputs, visual_memory=memory)
+        finally:
+            memory.close()
+        assert self._attachment is not None
+        check_all_read(self.language_model, memory, len(self._attachment.layers))
+        return output
 
     def _read(self, inputs: dict[str, Any], images: Images) -> tuple[Memory, Tensor | None]:
         """The memory of a batch, and the row that each of its samples reads."""
         if self._attachment is None:
             raise RuntimeError("this MemVPModel was unloaded; wrap its language_model again, or call that")
         refuse_cut_images(self, **images._asdict())
-        observed = _scopes.observed
-        observer = observed[1] if observed is not None and observed[0] is self else None
-        options = {"backend": self.backend, "recompute": self.recompute, "observer": observer}
+        options = {"backend": self.backend, "recompute": self.recompute, "observer": self._observer()}
         return self._source().read(samples_of(inputs), images, **options)
-
-    def _is_disabled(self) -> bool:
-        return any(model is self for model in _scopes.disabled)
-
-    def _check_all_read(self, memory: Memory) -> None:
-        assert self._attachment is not None
-        check_all_read(self.language_model, memory, len(self._attachment.layers))
 
     def _source(self) -> MemorySource:
         return MemorySource(self.memory, self._visual_memory(), self.vision_model, self.language_model)

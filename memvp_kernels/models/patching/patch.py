@@ -106,19 +106,19 @@ def _combined(mixin: type[Patch], base: type[nn.Module]) -> Any:
     found = _COMBINED.get((mixin, base))
     if found is not None:
         return found
+
+    def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        """type(model)(config) makes a plain model: nothing of a new instance has been patched."""
+        return base(*args, **kwargs) if "_patched_class" in vars(cls) and (args or kwargs) else base.__new__(cls)
+
     namespace = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
+        "__new__": new,
         "_patched_class": base,
     }
     combined = _COMBINED[mixin, base] = type(base.__name__, (mixin, base), namespace)
-
-    def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        """type(model)(config) makes a plain model: a new instance has nothing that was patched."""
-        return base(*args, **kwargs) if cls is combined and (args or kwargs) else base.__new__(cls)
-
-    combined.__new__ = staticmethod(new)
     return combined
 
 
