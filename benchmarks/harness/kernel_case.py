@@ -87,10 +87,10 @@ class _Operands:
     def triton(self, name: str, road: str) -> Callable[[], Outputs]:
         """The launch of a kernel, or the library's products in its place."""
         from memvp_kernels.backends.triton.device.visual import Visual
-        from memvp_kernels.backends.triton.gemm import ON_ROAD
+        from memvp_kernels.backends.triton.gemm import IMPLEMENTATIONS
         from memvp_kernels.backends.triton.kernels.dmemory import memory_gradients
 
-        steps = ON_ROAD[road]
+        steps = IMPLEMENTATIONS[road]
         w, memory, segments = self.weights, self.memory, self.segments
         visual = Visual("silu", memory.scale, None, 0)
 

@@ -28,10 +28,10 @@ RECORDING = ("decode", "latency", "training", "kernels", "rings", "sweep", "quan
 _OUR_KERNELS = (
     "_fwd_kernel",
     "_bwd_kernel",
-    "form_memory_kernel",
-    "form_hidden_kernel",
-    "form_dpre_kernel",
-    "add_parts_kernel",
+    "materialise_memory_kernel",
+    "activation_fwd_kernel",
+    "activation_bwd_kernel",
+    "reduce_splits_kernel",
     "memvp",
 )
 

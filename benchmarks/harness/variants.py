@@ -230,18 +230,18 @@ def _on_road(step: Step, road: str) -> Step:
     """The step with the Triton backend's large steps all on one road, forward and backward; otherwise its cost model mixes them."""
 
     def on_road(x: Tensor, weights: Weights, bound: Any, dropout: float) -> Tensor:
-        from memvp_kernels.backends.triton.gemm import forced
+        from memvp_kernels.backends.triton.gemm import override_implementation
 
         held: list[AbstractContextManager[None]] = []
 
         def enter(_grads: object) -> None:
-            held.append(forced(road))
+            held.append(override_implementation(road))
             held[-1].__enter__()
 
         def leave(_inputs: object, _outputs: object) -> None:
             held.pop().__exit__(None, None, None)
 
-        with forced(road):
+        with override_implementation(road):
             y = step(x, weights, bound, dropout)
         if y.grad_fn is not None:
             y.grad_fn.register_prehook(enter)
