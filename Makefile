@@ -68,7 +68,7 @@ bench-compare: $(VENV)/.installed-test
 	$(BIN)/python -m pytest benchmarks/host_overhead.py --benchmark-only $(KEPT) --benchmark-compare --benchmark-compare-fail=median:25% $(ARGS)
 
 report: $(VENV)/.installed-benchmarks
-	$(BIN)/python benchmarks/record.py $(ARGS)
+	$(BIN)/python benchmarks/report.py --measure $(ARGS)
 
 gpu-report:
 	$(PYTHON) tools/gpu_report.py $(ARGS)

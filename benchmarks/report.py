@@ -1,7 +1,8 @@
-"""Turns the committed result files into benchmarks/REPORT.md, its plots, and the figures of the README.
+"""Turns result files into benchmarks/REPORT.md, its pictures, and the figures of the README.
 
-    python benchmarks/report.py           # writes them
-    python benchmarks/report.py --check   # writes nothing; fails when they are not what the files give
+    python benchmarks/report.py              # writes them
+    python benchmarks/report.py --check      # writes nothing; fails when they are not what the files give
+    python benchmarks/report.py --measure    # first measures this machine (or: make report); commit before, the rows name the commit
 
 Nothing in the report is written by hand. Result files lie in benchmarks/results/<machine>/<program>.json.
 """
@@ -9,32 +10,53 @@ Nothing in the report is written by hand. Result files lie in benchmarks/results
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import re
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import digest, plots, table
-from harness.digest import Machine
+import pandas as pd
+import plots
+import torch
+from options import commit_of, device_name, slug
+from rows import BASELINES, DIRTY, UNKNOWN_COMMIT, Row, cells, number, table
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
+FEWEST_SAMPLES = 20
+
+#: What a user runs, in this order where a case has several.
+OURS = ("MemVPModel", "factored-auto", "factored-torch", "text-auto", "text-torch")
 
 _PROGRAMS = {
     "latency": "Latency",
     "training": "Training step",
     "kernels": "Kernels and operator",
-    "decode": "Decode kernel",
-    "sweep": "Over text length and image size",
+    "decode": "Decode step",
 }
+#: What each program is asked to measure on a CPU for the record; on a GPU all have their defaults.
+MEASURE = {
+    "latency": ["--compile", "--batch", "4", "--visual-tokens", "256"],
+    "training": ["--compile", "--batch", "2", "--visual-tokens", "256"],
+    "latency --sweep": [],
+    "training --sweep": [],
+    "kernels": ["--batch", "4"],
+    "decode": ["--batch", "16", "1"],
+}
+
 _HEADLINE = {
     "case": "case",
-    "prompt_ms": "visual tokens in the prompt, ms",
-    "ours_ms": "**ours**, ms",
-    "text_ms": "text only, ms",
-    "official_ms": "official form, ms",
-    "speedup_vs_prompt": "× prompt",
+    "prompt": "visual tokens in the prompt, ms",
+    "official": "the paper's official form, ms",
+    "ours": "**ours**, ms",
+    "text": "text only, ms",
+    "ratio": "prompt / ours",
 }
 _ROW = {
     "variant": "variant",
@@ -43,8 +65,9 @@ _ROW = {
     "speedup_vs_prompt": "× prompt",
     "speedup_vs_text": "× text only",
     "speedup_vs_matmul": "× matmul",
-    "percent_of_floor": "% of floor",
-    "rate": "rate",
+    "percent_of_roofline": "% of roofline",
+    "tflops": "TFLOP/s",
+    "gbs": "GB/s",
     "peak_mb": "peak MB",
     "image_mb": "MB per image",
     "host_us": "host µs",
@@ -54,9 +77,125 @@ _ROW = {
 }
 _LEGEND = (
     "× prompt, × text only and × matmul are over the fastest of that case's visual tokens in the prompt, text-only and bare "
-    "matrix-product rows, eager or compiled. The rate is TFLOP/s where the floor is arithmetic and GB/s where it is memory. The first "
-    "call is a variant's first in its case; kernels that an earlier case or a cache on disk had compiled are not compiled again."
+    "matrix-product rows, eager or compiled. The roofline bound is that of a variant's own form. The first call is a variant's first "
+    "in its case; kernels that an earlier case or a cache on disk had compiled are not compiled again."
 )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The result files of one machine, by program ("latency", "training-checkpointing", …)."""
+
+    folder: Path
+    documents: dict[str, dict[str, Any]]
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Of the first program; the report names each program's own commit and date."""
+        return next(iter(self.documents.values()))["environment"]
+
+    @property
+    def is_gpu(self) -> bool:
+        return bool(self.environment["device_type"] == "cuda")
+
+    def rows(self, *programs: str, sweeps: bool = True) -> pd.DataFrame:
+        """The rows of these programs, with whatever switches."""
+        found = [
+            pd.DataFrame(document["rows"])
+            for program, document in self.documents.items()
+            if program.split("-")[0] in programs and (sweeps or not program.endswith("-sweep"))
+        ]
+        return pd.concat([frame for frame in found if len(frame)], ignore_index=True) if found else pd.DataFrame()
+
+
+def machines(results: Path) -> list[Machine]:
+    """All machines with result files, GPUs first.
+
+    Raises:
+        ValueError: a file has rows that no report may quote.
+    """
+    found = []
+    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
+        documents = {path.stem: quotable(path) for path in sorted(folder.glob("*.json"))}
+        if documents:
+            found.append(Machine(folder, documents))
+    return sorted(found, key=lambda machine: (not machine.is_gpu, machine.folder.name))
+
+
+def quotable(path: Path) -> dict[str, Any]:
+    """A result file whose rows name their commit, have enough samples, and no time without a passed check."""
+    document: dict[str, Any] = json.loads(path.read_text())
+    environment = document["environment"]
+    if environment["commit"] == UNKNOWN_COMMIT:
+        raise ValueError(f"{path}: measured outside a checkout; pass --commit (or set MEMVP_COMMIT) and measure again")
+    if environment.get("triton_interpreted"):
+        raise ValueError(
+            f"{path}: measured under Triton's interpreter, whose speed says nothing; unset TRITON_INTERPRET"
+        )
+    for row in document["rows"]:
+        name = f"{path}: {row['case']}, {row['variant']}"
+        if (row["status"] == "ok") != (row["median_ms"] is not None):
+            raise ValueError(f"{name}: a time goes with status ok, and with no other")
+        if row["status"] == "ok" and not row["error"] <= row["error_allowed"]:
+            raise ValueError(f"{name}: a time, but its error {row['error']} is over the allowed {row['error_allowed']}")
+        if row["status"] == "ok" and row["samples"] < FEWEST_SAMPLES:
+            raise ValueError(f"{name}: fewer than {FEWEST_SAMPLES} samples; measure without --quick")
+    return document
+
+
+def ours(rows: pd.DataFrame) -> pd.Series | None:
+    """Of a case's rows that of what a user runs: of a model MemVPModel, of an FFN the backend that "auto" takes."""
+    return next((rows[rows.variant == name].iloc[0] for name in OURS if (rows.variant == name).any()), None)
+
+
+def fastest(rows: pd.DataFrame, *variants: str) -> float | None:
+    """The median of the fastest of these variants."""
+    found = rows[rows.variant.isin(variants)].median_ms
+    return float(found.min()) if len(found) else None
+
+
+def timed_cases(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The timed rows of each case, in the order measured."""
+    timed = rows[rows.status == "ok"] if len(rows) else rows
+    return list(timed.groupby("case", sort=False)) if len(timed) else []
+
+
+def headline(machine: Machine) -> list[dict[str, Any]]:
+    """One line per case of the whole model: the prompt form, the official form and text only, each eager or compiled, whichever is
+    faster; ours; and the ratio."""
+    lines = []
+    for case, rows in timed_cases(machine.rows("latency", "training", sweeps=False)):
+        mine, prompt = ours(rows), fastest(rows, *BASELINES["prompt"])
+        if mine is None or mine.variant != OURS[0] or prompt is None:
+            continue
+        lines.append(
+            {
+                "case": case,
+                "prompt": prompt,
+                "official": fastest(rows, "official-eager", "official-compile"),
+                "ours": float(mine.median_ms),
+                "text": fastest(rows, *BASELINES["text"]),
+                "ratio": prompt / mine.median_ms,
+            }
+        )
+    return lines
+
+
+def losses(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Cases in which ours is slower than the prompt form, or than the best other form of the same memory."""
+    found = []
+    for case, group in timed_cases(rows):
+        mine = ours(group)
+        others = group[
+            ~group.variant.isin([*BASELINES["text"], *BASELINES["matmul"]]) & ~group.variant.map(plots.is_ours)
+        ]
+        if mine is None or mine.variant.startswith("text") or others.empty:
+            continue
+        best = others.loc[others.median_ms.idxmin()]
+        if best.median_ms < mine.median_ms:
+            times = {"ours": float(mine.median_ms), "its": float(best.median_ms)}
+            found.append({"case": case, **times, "faster": best.variant, "ratio": times["ours"] / times["its"]})
+    return found
 
 
 def report(found: Sequence[Machine]) -> str:
@@ -64,120 +203,125 @@ def report(found: Sequence[Machine]) -> str:
     parts = [
         "# Benchmarks: what was measured\n\n"
         "Generated by `python benchmarks/report.py` from the files under `benchmarks/results/`; do not edit. Times are medians "
-        "of at least 20 samples, interleaved among the variants of a case, in milliseconds; × is the other variant's time over this "
-        "one's, so under 1 the other one wins. A variant is timed only after its output was compared with float64. "
+        f"of at least {FEWEST_SAMPLES} samples, interleaved among the variants of a case, in milliseconds; × is the other variant's "
+        "time over this one's, so under 1 the other one wins. A variant is timed only after its output was compared with float64. "
         "Weights are random, inputs are photographs and English text."
     ]
     if not any(machine.is_gpu for machine in found):
         parts.append(
             "**No GPU results are committed yet.** Nothing below or elsewhere in this project claims a speed on a GPU; "
-            "`make gpu-report` on a machine with one measures it, and `make report` puts it here."
+            "`make gpu-report` on a machine with one measures it, and `python benchmarks/report.py` puts it here."
         )
     if not found:
         parts.append("No results are committed at all yet: `make report` measures this machine.")
-    parts += [section(machine) for machine in found]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts + [section(machine) for machine in found]) + "\n"
 
 
 def section(machine: Machine) -> str:
     """What one machine measured."""
-    parts = [f"## {machine.environment['device']}", _origins(machine)]
-    if machine.is_dirty:
+    parts = [f"## {machine.environment['device']}", origins(machine)]
+    if any(document["environment"]["commit"].endswith(DIRTY) for document in machine.documents.values()):
         parts.append(
             "**Measured with uncommitted changes** where the commit says -dirty: nobody else can measure that again."
         )
-    lines = digest.headline(machine)
+    lines = headline(machine)
     if lines:
-        parts += [
-            "### Whole model, against visual tokens in the prompt",
-            'Ours is the row `MemVPModel`: factored memory, `backend="auto"`, all of transformers\' forward around it. The others '
-            "are the faster of eager and torch.compile, on decoder layers without that.",
-            table.markdown(lines, _HEADLINE),
-        ]
-    beside = digest.paper_beside_ours(machine)
-    if beside:
-        columns = {"paper": "the paper's figure", "ratio": "paper", "case": "closest case here", "here": "here"}
-        parts += [
-            "### The paper's ratios beside these",
-            "The paper timed LLaMA-7B on its own GPUs, its own code and no FlashAttention; shapes and machine differ here.",
-            table.markdown(beside, columns),
-        ]
+        text = (
+            "Ours is `MemVPModel` with the defaults. All columns run the same transformers LlamaForCausalLM: with visual tokens in front "
+            "of the text, with the paper's two branches in each FFN, and on the text alone; each eager or with torch.compile, whichever is "
+            "faster."
+        )
+        parts += ["### Whole model, against visual tokens in the prompt", text, table(lines, _HEADLINE, style="pipe")]
     pictures = sorted((machine.folder / "plots").glob("*.png"))
     parts += [f"![{picture.stem}](results/{machine.folder.name}/plots/{picture.name})" for picture in pictures]
-    lost = digest.losses(machine.rows(*_PROGRAMS))
-    parts.append("### Where ours is not the fastest")
-    if lost:
-        columns = {
-            "case": "case",
-            "ours_ms": "ours, ms",
-            "faster": "faster",
-            "faster_ms": "its ms",
-            "ratio": "ours over it",
-        }
-        parts.append(table.markdown(lost, columns))
-    else:
-        parts.append("In no case measured.")
-    rows_of = {program: document["rows"] for program, document in machine.documents.items()}
-    if any(rows_of.values()):
-        parts.append(f"### All rows\n\n{_LEGEND}")
+    lost = losses(machine.rows(*_PROGRAMS))
+    columns = {"case": "case", "ours": "ours, ms", "faster": "faster", "its": "its ms", "ratio": "ours over it"}
+    parts += [
+        "### Where ours is not the fastest",
+        table(lost, columns, style="pipe") if lost else "In no case measured.",
+    ]
+    parts.append(f"### All rows\n\n{_LEGEND}")
     if not machine.is_gpu:
         parts.append(
-            "Host time per call is not told apart on a CPU, where a call ends when its work does; `make bench` measures the road to it."
+            "Host time per call is not told apart on a CPU, where a call ends when its work does; `make bench` measures it."
         )
-    for program in sorted(rows_of, key=lambda name: ([*_PROGRAMS].index(name.split("-")[0]), name)):
+    for program in sorted(machine.documents, key=lambda name: ([*_PROGRAMS].index(name.split("-")[0]), name)):
         kind, *switches = program.split("-")
         parts.append(f"#### {', '.join([_PROGRAMS[kind], *switches])}")
-        roofs = machine.documents[program]["environment"].get("roofs")
-        parts += [_case(case, rows, roofs) for case, rows in digest.by_case(rows_of[program]).items()]
+        rows = [Row(**row) for row in machine.documents[program]["rows"]]
+        parts += [case_table(case, list(group)) for case, group in itertools.groupby(rows, lambda row: row.case)]
     return "\n\n".join(parts)
 
 
-def _case(case: str, rows: Sequence[Any], roofs: Any) -> str:
-    """One case: what holds for all its rows above the table, what holds for one below it."""
-    methods = list(dict.fromkeys(row["timing"] for row in rows if row.get("timing")))
-    clocks = next((row for row in rows if row.get("sm_clock_mhz")), None)
-    said = [rows[0]["dtype"], *(methods if len(methods) == 1 else ())]
-    if clocks is not None:
-        said.append(f"{clocks['sm_clock_mhz']:.0f} MHz, {clocks['power_w']:.0f} W")
-    cells = _cells(rows, roofs)
-    columns = {key: heading for key, heading in _ROW.items() if any(cell.get(key) not in (None, "") for cell in cells)}
-    lines = [f"**{case}**, {', '.join(said)}", table.markdown(cells, columns)]
-    notes: dict[str, list[str]] = {}
+def case_table(case: str, rows: Sequence[Row]) -> str:
+    """One case: what holds for all its rows above the table, notes below it."""
+    shown = []
     for row in rows:
-        odd = row["timing"] if len(methods) > 1 and row.get("timing") not in (None, methods[0]) else None
-        for note in (odd, row.get("note") or None):
-            if note is not None and row["status"] == "ok":
-                notes.setdefault(note, []).append(row["variant"])
-    if len(methods) > 1:
-        lines[0] += f", {methods[0]} where not noted"
-    if notes:
-        every = len({row["variant"] for row in rows if row["status"] == "ok"})
-        lines.append(
-            "; ".join(f"{'all' if len(who) == every else ', '.join(who)}: {note}" for note, who in notes.items())
-        )
-    return "\n\n".join(lines)
+        spread = f"{number(row.p20_ms)} to {number(row.p80_ms)}" if row.p20_ms and row.p80_ms else None
+        shown.append({**cells(row), "spread": spread})
+    columns = {key: text for key, text in _ROW.items() if any(cell[key] not in (None, "") for cell in shown)}
+    timed = [row for row in rows if row.status == "ok"]
+    said = [rows[0].dtype, *dict.fromkeys(str(row.timing) for row in timed)]
+    said += dict.fromkeys(f"{row.sm_clock_mhz:.0f} MHz" for row in timed if row.sm_clock_mhz)
+    notes: dict[str, list[str]] = {}
+    for row in timed:
+        notes.setdefault(row.note, []).append(row.variant)
+    told = [f"{'all' if len(who) == len(timed) else ', '.join(who)}: {note}" for note, who in notes.items() if note]
+    return "\n\n".join(
+        [f"**{case}**, {', '.join(said)}", table(shown, columns, style="pipe"), *(["; ".join(told)] if told else [])]
+    )
+
+
+def origins(machine: Machine) -> str:
+    """When, at which commit and on what each program ran."""
+    lines = []
+    for program, document in machine.documents.items():
+        environment = document["environment"]
+        peaks = [number(environment["peaks"][name]) for name in ("matmul_tflops", "copy_gbs", "stream_gbs")]
+        line = {"program": program, "date": environment["date"], "commit": f"`{short(environment)}`"}
+        line["versions"] = versions(environment)
+        line["peaks"] = "{} TFLOP/s, copy {} GB/s, read {} GB/s".format(*peaks)
+        load = environment.get("load")
+        line["load"] = f"{load[0]:.1f} of {environment['cores']} cores" if load else None
+        lines.append(line)
+    columns = {key: key for key in lines[0]} | {"peaks": "peaks measured in the run", "load": "load before it"}
+    return table(
+        lines,
+        {key: text for key, text in columns.items() if any(line[key] is not None for line in lines)},
+        style="pipe",
+    )
+
+
+def versions(environment: dict[str, Any]) -> str:
+    names = {"torch": "torch", "triton": "Triton", "transformers": "transformers", "cuda": "CUDA", "driver": "driver"}
+    return ", ".join(f"{text} {environment[name]}" for name, text in names.items() if environment.get(name))
+
+
+def short(environment: dict[str, Any]) -> str:
+    commit = str(environment["commit"])
+    return commit[:12] + (DIRTY if commit.endswith(DIRTY) else "")
 
 
 def figures(found: Sequence[Machine]) -> str:
     """The README's block: the first GPU's headline, or the first machine's where no GPU has been measured."""
-    shown = next((machine for machine in found if digest.headline(machine)), None)
+    shown = next((machine for machine in found if headline(machine)), None)
     if shown is None:
         return f"{BEGIN}\nNothing has been measured yet: `make report`.\n{END}"
     measured = [shown.documents[name]["environment"] for name in ("latency", "training") if name in shown.documents]
-    environment, commits = measured[0], sorted({f"`{_commit(environment)}`" for environment in measured})
-    columns = {key: heading for key, heading in _HEADLINE.items() if key != "official_ms"}
-    text = (
-        f"Measured on {environment['device']} ({_versions(environment)}, commit {', '.join(commits)}), whole model, "
-        f"{_preset(shown)} shape, random weights, medians in ms:"
-    )
-    note = "" if shown.is_gpu else "\n\nNo GPU has been measured yet, and nothing here claims a speed on one."
-    picture = shown.folder / "plots" / "speedup-visual-tokens.png"
-    image = (
-        f"\n\n![speed-up over visual tokens in the prompt](benchmarks/results/{shown.folder.name}/plots/{picture.name})"
-    )
-    link = "\n\nAll rows, losing ones included: [benchmarks/REPORT.md](benchmarks/REPORT.md)."
-    body = table.markdown(digest.headline(shown), columns)
-    return f"{BEGIN}\n{text}\n\n{body}{note}{image if picture.exists() else ''}{link}\n{END}"
+    commits = ", ".join(sorted({f"`{short(environment)}`" for environment in measured}))
+    presets = " and ".join(shown.rows("latency", "training").preset.unique())
+    parts = [
+        f"Measured on {measured[0]['device']} ({versions(measured[0])}, commit {commits}), whole model, {presets} shape, random "
+        "weights, medians in ms:",
+        table(headline(shown), _HEADLINE, style="pipe"),
+    ]
+    if not shown.is_gpu:
+        parts.append("No GPU has been measured yet, and nothing here claims a speed on one.")
+    picture = f"benchmarks/results/{shown.folder.name}/plots/latency-sweep.png"
+    if (shown.folder / "plots" / "latency-sweep.png").exists():
+        parts.append(f"![speedup over visual tokens in the prompt]({picture})")
+    parts.append("All rows, losing ones included: [benchmarks/REPORT.md](benchmarks/REPORT.md).")
+    return "\n".join([BEGIN, "\n\n".join(parts), END])
 
 
 def with_figures(readme: str, block: str) -> str:
@@ -195,106 +339,52 @@ def with_figures(readme: str, block: str) -> str:
 def draw(machine: Machine) -> None:
     """All pictures of one machine."""
     folder = machine.folder / "plots"
-    for program in ("latency", "training"):
-        if program in machine.documents:
-            plots.plot_speedups([machine.documents[program]], folder / f"{program}.png")
-    documents = [machine.documents[program] for program in ("latency", "training") if program in machine.documents]
-    if documents:
-        plots.plot_memory(documents[:1], folder / "memory-per-image.png")
-    # Where there was no time for the sweep, what the others have of it.
-    swept = [machine.documents["sweep"]] if "sweep" in machine.documents else documents
-    if swept:
-        path = folder / "speedup-visual-tokens.png"
-        plots.plot_sweep(swept, path, against="visual_tokens", label="visual tokens of the image")
-        path = folder / "speedup-text-length.png"
-        plots.plot_sweep(swept, path, against="text_length", label="text tokens")
-    floors = [
-        document for program, document in machine.documents.items() if program in ("latency", "kernels", "decode")
-    ]
-    if floors:
-        plots.plot_floor(floors, folder / "percent-of-floor.png")
-
-
-def _origins(machine: Machine) -> str:
-    lines = []
     for program, document in machine.documents.items():
-        environment = document["environment"]
-        clocks = environment.get("clocks") or {}
-        lines.append(
-            {
-                "program": program,
-                "date": environment["date"],
-                "commit": f"`{_commit(environment)}`",
-                "versions": _versions(environment),
-                "roofs": _roofs(environment.get("roofs") or {}),
-                "clock": f"{clocks['sm_clock_mhz']:.0f} MHz, {clocks['power_w']:.0f} W" if clocks else None,
-            }
-        )
-    columns = {key: key for key in ("program", "date", "commit", "versions", "roofs", "clock")}
-    columns["roofs"] = "roofs measured in the run"
-    return table.markdown(lines, columns)
+        plots.plot_program(document, folder / f"{program}.png")
 
 
-def _preset(machine: Machine) -> str:
-    found = {row["preset"]: None for row in machine.rows("latency", "training")}
-    return " and ".join(found)
-
-
-def _versions(environment: Any) -> str:
-    names = {"torch": "torch", "triton": "Triton", "transformers": "transformers", "cuda": "CUDA", "driver": "driver"}
-    return ", ".join(f"{text} {environment[name]}" for name, text in names.items() if environment.get(name))
-
-
-def _commit(environment: Any) -> str:
-    commit = str(environment["commit"])
-    return commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
-
-
-def _roofs(roofs: Any) -> str | None:
-    if not roofs:
-        return None
-    figures_ = (table.number(roofs[name]) for name in ("matmul_tflops", "copy_gbs", "stream_gbs"))
-    return "{} TFLOP/s, copy {} GB/s, read {} GB/s".format(*figures_)
-
-
-def _cells(rows: Sequence[Any], roofs: Any) -> list[dict[str, Any]]:
-    cells = []
-    for row in rows:
-        image = (row.get("memory_per_image_bytes") or 0) + (row.get("cache_per_image_bytes") or 0)
-        peak = row.get("peak_memory_bytes")
-        timed = row["status"] == "ok"
-        cells.append(
-            {
-                **row,
-                "spread": f"{table.number(row['p20_ms'])} to {table.number(row['p80_ms'])}" if timed else None,
-                "rate": _rate(row, roofs) if timed and roofs else None,
-                "peak_mb": None if peak is None else peak / 1e6,
-                "image_mb": image / 1e6 if image else None,
-                "verdict": "" if timed else f"{row['status']}: {row['reason']}",
-            }
-        )
-    return cells
-
-
-def _rate(row: Any, roofs: Any) -> str | None:
-    """By the roof that is nearer."""
-    if not row.get("tflops") or not row.get("gbs"):
-        return None
-    arithmetic = row["tflops"] / roofs["matmul_tflops"]
-    memory = row["gbs"] / max(roofs["copy_gbs"], roofs["stream_gbs"])
-    figure, unit = (row["tflops"], "TFLOP/s") if arithmetic >= memory else (row["gbs"], "GB/s")
-    return f"{table.number(figure)} {unit}"
+def measure(results: Path, device: torch.device, programs: Sequence[str]) -> int:
+    """Runs the programs one after the other into results/<machine>; 1 when one of them failed."""
+    commit = commit_of()
+    if commit == UNKNOWN_COMMIT:
+        sys.exit("this tree has no git, and rows must name their commit: set MEMVP_COMMIT to what it is a copy of")
+    if commit.endswith(DIRTY):
+        print(f"UNCOMMITTED CHANGES: rows will name {commit}, which is not what is measured", file=sys.stderr)
+    folder = results / slug(device_name(device))
+    status = 0
+    for program in programs:
+        name, *switches = program.split()
+        stem = "-".join([name, *(switch.removeprefix("--") for switch in switches)])
+        command = [sys.executable, str(HERE / f"{name}.py"), *switches, "--device", str(device)]
+        command += [] if device.type == "cuda" else MEASURE[program]
+        command += ["--json", str(folder / f"{stem}.json"), "--plot", "none"]
+        print("+", " ".join(command), flush=True)
+        begun = time.monotonic()
+        status |= subprocess.run(command).returncode
+        print(f"{program}: {time.monotonic() - begun:.0f} s", flush=True)
+    return int(status != 0)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Writes, or with --check compares; 1 when they differ."""
+    """Measures where asked, then writes, or with --check compares; 1 when a program failed or a file is out of date."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of <machine>/<program>.json")
-    parser.add_argument("--report", type=Path, default=HERE / "REPORT.md")
-    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
+    default = "(default: benchmarks/results, benchmarks/REPORT.md, README.md)"
+    parser.add_argument(
+        "--results", type=Path, default=HERE / "results", help=f"folder of <machine>/<program>.json {default}"
+    )
+    parser.add_argument("--report", type=Path, default=HERE / "REPORT.md", help="file to write")
+    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md", help="file whose figures to write")
     parser.add_argument("--check", action="store_true", help="write nothing; fail when a file is out of date")
+    names = f"measure this machine first, all programs or these of {', '.join(MEASURE)}"
+    parser.add_argument("--measure", nargs="*", choices=[*MEASURE, []], metavar="PROGRAM", help=names)
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to measure (default: a GPU if any)"
+    )
     options = parser.parse_args(arguments)
-    found = digest.machines(options.results)
+    status = 0
+    if options.measure is not None:
+        status = measure(options.results, torch.device(options.device), options.measure or list(MEASURE))
+    found = machines(options.results)
     if not options.check:
         for machine in found:
             draw(machine)
@@ -308,7 +398,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             path.write_text(wanted[path])
             print(f"wrote {path}")
-    return int(options.check and bool(stale))
+    return int(status or (options.check and bool(stale)))
 
 
 if __name__ == "__main__":

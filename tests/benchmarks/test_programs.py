@@ -1,97 +1,115 @@
-"""Each program once, whole, with the smallest preset: its table, its file, its exit status."""
+"""Each program once, whole, with the smallest preset: its table, its file, its exit status, its options."""
 
 from __future__ import annotations
 
-import gc
 import importlib.util
+import json
 import os
 import subprocess
 import sys
-import weakref
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import decode
 import kernels
 import latency
 import pytest
-import record
-import sweep
+import torch
 import training
-from harness import commit as commits
-from harness import operator_case
-from harness.cli import Setting, common_parser, settle
-from harness.results import load
+from options import Setting, parser, settle
 
 from tests.benchmarks.conftest import BENCHMARKS
 
 VARIANTS = {
-    "prompt", "text", "official-eager", "formed-eager", "factored-eager", "concatenated", "liger", "plain-torch", "factored-torch",
-}  # fmt: skip
+    "prompt",
+    "text",
+    "official-eager",
+    "plain-eager",
+    "factored-eager",
+    "concatenated",
+    "liger",
+    "plain-torch",
+    "factored-torch",
+}
+FIELDS = {"case", "variant", "median_ms", "p20_ms", "p80_ms", "speedup_vs_prompt"}
 
 
 def options(folder: Path, *more: str, samples: int = 2) -> list[str]:
-    files = ["--json", str(folder / "rows.json"), "--plot", str(folder / "picture.png")]
-    return ["--device", "cpu", "--quick", "--quiet", "--samples", str(samples), *files, *more]
+    return ["--device", "cpu", "--quick", "--quiet", "--samples", str(samples), "--out", str(folder), *more]
 
 
-def statuses(path: Path) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {}
-    for row in load(path)["rows"]:
-        found.setdefault(row["variant"], set()).add(row["status"])
-    return found
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    document = json.loads(path.read_text())
+    assert {"commit", "device", "torch", "peaks", "date"} <= set(document["environment"])
+    assert all(set(row) >= FIELDS for row in document["rows"])
+    return list(document["rows"])
+
+
+def statuses(rows: list[dict[str, Any]]) -> dict[str, set[str]]:
+    return {row["variant"]: {other["status"] for other in rows if other["variant"] == row["variant"]} for row in rows}
 
 
 def test_latency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert latency.main(options(tmp_path)) == 0
-    found = statuses(tmp_path / "rows.json")
+    rows = rows_of(tmp_path / "latency.json")
+    found = statuses(rows)
     assert set(found) == {*VARIANTS, "MemVPModel"}
     assert {name for name, status in found.items() if status != {"ok"}} == {"liger"}
-    rows = load(tmp_path / "rows.json")["rows"]
-    assert {row["phase"] for row in rows if row["variant"] == "MemVPModel"} == {"prefill", "decode"}
-    assert all(row["first_call_s"] > 0 for row in rows if row["status"] == "ok")
-    assert {(row["level"], row["phase"]) for row in rows} == {
-        (a, b) for a in ("ffn", "model") for b in ("prefill", "decode")
-    }
-    assert all(
-        row["cache_per_image_bytes"] > 0 for row in rows if row["variant"] == "prompt" and row["level"] == "model"
-    )
-    assert all(row["speedup_vs_prompt"] == 1 for row in rows if row["variant"] == "prompt")  # nothing is compiled here
-    assert all(row["peak_memory_bytes"] > 0 and row["floor_ms"] > 0 for row in rows if row["status"] == "ok")
+    assert {(r["level"], r["phase"]) for r in rows} == {(a, b) for a in ("ffn", "model") for b in ("prefill", "decode")}
+    assert {r["phase"] for r in rows if r["variant"] == "MemVPModel"} == {"prefill", "decode"}
+    assert all(r["cache_per_image_bytes"] > 0 for r in rows if r["variant"] == "prompt" and r["level"] == "model")
+    assert all(r["speedup_vs_prompt"] == 1 for r in rows if r["variant"] == "prompt")
+    for row in rows:
+        if row["status"] == "ok":
+            assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+            assert min(row["first_call_s"], row["peak_memory_bytes"], row["roofline_ms"], row["tflops"]) > 0
+            assert row["error"] <= row["error_allowed"]
     printed = capsys.readouterr().out
     assert "model, first token 2×8, image 16" in printed
     assert "× prompt" in printed
-    assert (tmp_path / "picture.png").stat().st_size > 1000
+    assert (tmp_path / "latency.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("switches", [(), ("--checkpointing", "--recompute", "--dtype", "bfloat16")])
 def test_training(tmp_path: Path, switches: tuple[str, ...]) -> None:
     assert training.main(options(tmp_path, *switches)) == 0
-    found = statuses(tmp_path / "rows.json")
+    (path,) = tmp_path.glob("*.json")  # a file of its own for each set of switches
+    assert path.stem == ("training-checkpointing-recompute" if switches else "training")
+    rows = rows_of(path)
+    found = statuses(rows)
     assert set(found) == {*VARIANTS, "MemVPModel"}
     assert {name for name, status in found.items() if status != {"ok"}} == {"liger"}
-    cases = {row["case"] for row in load(tmp_path / "rows.json")["rows"]}
+    cases = {row["case"] for row in rows}
     assert any(case.startswith("ffn") for case in cases) is not bool(switches)  # checkpointing wraps layers
     assert all(("checkpointing, recompute" in case) is bool(switches) for case in cases)
 
 
-def test_sweep(tmp_path: Path) -> None:
+def test_checkpointing_is_less_memory(tmp_path: Path) -> None:
+    peaks: list[dict[str, int]] = []
+    for name, switches in (("without", ()), ("with", ("--checkpointing",))):
+        sizes = ("--layers", "2", "--text-length", "256", "--variants", "factored-torch", "MemVPModel")
+        assert training.main(options(tmp_path / name, *sizes, *switches, samples=1)) == 0
+        (path,) = (tmp_path / name).glob("*.json")
+        peaks.append({r["variant"]: r["peak_memory_bytes"] for r in rows_of(path) if r["level"] == "model"})
+    assert all(peaks[1][variant] < peak for variant, peak in peaks[0].items())
+
+
+@pytest.mark.parametrize("program", [latency, training])
+def test_a_sweep_varies_one_size_at_a_time(program: Any, tmp_path: Path) -> None:
     sizes = ("--text-length", "8", "4", "--visual-tokens", "16", "8", "--layers", "1")
-    assert sweep.main(options(tmp_path, *sizes)) == 0
-    rows = load(tmp_path / "rows.json")["rows"]
-    assert {row["status"] for row in rows} == {"ok"}
-    assert {row["variant"] for row in rows} == {
-        "prompt", "text", "official-eager", "factored-torch", "MemVPModel",
-    }  # fmt: skip
-    for phase in ("prefill", "decode", "training"):
-        found = {(row["text_length"], row["visual_tokens"]) for row in rows if row["phase"] == phase}
-        assert found == {(8, 16), (4, 16), (8, 8)}  # one size at a time
-    assert (tmp_path / "picture.png").stat().st_size > 1000
+    assert program.main(options(tmp_path, "--sweep", *sizes)) == 0
+    rows = rows_of(tmp_path / f"{program.__name__}-sweep.json")
+    assert set(statuses(rows)) == {"prompt", "text", "official-eager", "factored-torch", "MemVPModel"}
+    assert {(row["text_length"], row["visual_tokens"]) for row in rows} == {(8, 16), (4, 16), (8, 8)}
+    assert {row["level"] for row in rows} == {"model"}
+    assert all(row["case"].startswith("1 layers, ") for row in rows)
+    assert (tmp_path / f"{program.__name__}-sweep.png").stat().st_size > 1000
 
 
 def test_a_quantized_base(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     assert training.main(options(tmp_path, "--quantized", "--preset", "tiny", "--layers", "1", samples=1)) == 0
-    rows = {row["variant"]: row for row in load(tmp_path / "rows.json")["rows"]}
+    rows = {row["variant"]: row for row in rows_of(tmp_path / "training-quantized.json")}
     assert {name: row["status"] for name, row in rows.items()} == {"MemVPModel": "ok", "MemVPModel-nf4": "ok"}
     assert rows["MemVPModel-nf4"]["peak_memory_bytes"] < rows["MemVPModel"]["peak_memory_bytes"]
 
@@ -100,155 +118,131 @@ def test_without_bitsandbytes_its_row_says_so(tmp_path: Path, monkeypatch: pytes
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
     assert training.main(options(tmp_path, "--quantized", samples=1)) == 0
-    rows = {row["variant"]: row["reason"] for row in load(tmp_path / "rows.json")["rows"]}
+    rows = {row["variant"]: row["reason"] for row in rows_of(tmp_path / "training-quantized.json")}
     assert rows == {"MemVPModel": "", "MemVPModel-nf4": "bitsandbytes is not installed"}
 
 
-def test_switches_do_not_overwrite_the_plain_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    files: list[tuple[str, str]] = []
-
-    def run(program: str, setting: Setting, jobs: object) -> NoReturn:
-        files.append((program, str(setting.json)))
-        raise InterruptedError
-
-    monkeypatch.setattr(training, "run", run)
-    for switches in ((), ("--checkpointing",), ("--checkpointing", "--recompute"), ("--quantized",)):
-        with pytest.raises(InterruptedError):
-            training.main(["--device", "cpu", "--quick", *switches])
-    assert files == [
-        (name, f"out/{name}.json")
-        for name in ("training", "training-checkpointing", "training-checkpointing-recompute", "training-quantized")
-    ]
-
-
-def test_an_operator_case_dies_with_its_turn() -> None:
-    """On a GPU every case that stays alive keeps its gigabytes."""
-    parsed = common_parser("", program="kernels").parse_args(["--device", "cpu", "--quick"])
-    setting = settle(parsed, cpu=kernels.CPU, cuda=kernels.CUDA)
-    made: list[weakref.ref[object]] = []
-
-    class Problem(operator_case._Problem):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            made.append(weakref.ref(self))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operator_case, "_Problem", Problem)
-        found = operator_case.backward_candidates(setting, sequences=2, text_length=4, visual_tokens=8)
-    candidate = next(candidate for candidate in found if candidate.name == "factored-torch")
-    outputs, run, _ = candidate.build()
-    candidate.truth()
-    del found, candidate, outputs, run
-    gc.collect()
-    assert [reference() for reference in made] == [None]
-
-
-def test_checkpointing_is_less_memory(tmp_path: Path) -> None:
-    peaks = []
-    for name, switches in (("without", ()), ("with", ("--checkpointing",))):
-        folder = tmp_path / name
-        sizes = ("--layers", "2", "--text-length", "256", "--variants", "factored-torch")
-        assert training.main(options(folder, *sizes, *switches, samples=1)) == 0
-        rows = load(folder / "rows.json")["rows"]
-        peaks += [
-            row["peak_memory_bytes"] for row in rows if row["variant"] == "factored-torch" and row["level"] == "model"
-        ]
-    assert peaks[1] < peaks[0]
+def test_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert decode.main(options(tmp_path)) == 0
+    rows = rows_of(tmp_path / "decode.json")
+    text, memory = (
+        {"text", "text-torch"},
+        {"text", "official-eager", "plain-eager", "factored-joined", "factored-torch"},
+    )
+    cases = {row["case"]: {r["variant"] for r in rows if r["case"] == row["case"]} for row in rows}
+    names = ("an image each", "no image", "one image for all")
+    assert cases == {f"decode, 2 tokens, {name}": own for name, own in zip(names, (memory, text, memory), strict=True)}
+    assert {row["status"] for row in rows} == {"ok"}
+    assert all(row["gbs"] > 0 and row["speedup_vs_text"] > 0 for row in rows)
+    printed = capsys.readouterr().out
+    assert "% of read" in printed
+    assert "median µs" in printed
 
 
 def test_kernels(tmp_path: Path) -> None:
     assert kernels.main(options(tmp_path)) == 0
-    found = statuses(tmp_path / "rows.json")
-    assert found["matmul"] == {"ok"}
+    rows = rows_of(tmp_path / "kernels.json")
+    found = statuses(rows)
+    assert found["matmul"] == found["factored-torch"] == {"ok"}
     assert found["triton"] <= {"skipped", "ok"}  # "ok" where the interpreter runs them
-    assert found["factored-torch"] == {"ok"}
-    cases = {row["case"].split(" 2×")[0] for row in load(tmp_path / "rows.json")["rows"]}
-    assert cases == {
-        "training forward",
-        "training backward",
-        *(f"kernel {name}" for name in ("hidden", "output", "dhidden", "dinput", "dmemory", "core", "dcore")),
-    }
+    of_kernels = [f"kernel {name}" for name in ("hidden", "output", "dhidden", "dinput", "dmemory", "core", "dcore")]
+    assert {row["phase"] for row in rows} == {"training forward", "training backward", *of_kernels}
 
 
 def test_host_overhead() -> None:
     """`make bench` itself takes its time; that its functions run is a matter of seconds."""
     pytest.importorskip("pytest_benchmark")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-disable"]
     # As `make bench` has it: kernels are compiled, not interpreted, though none is launched.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [*command, str(BENCHMARKS / "host_overhead.py")],
-        cwd=BENCHMARKS.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--benchmark-disable",
+        "benchmarks/host_overhead.py",
+    ]
+    done = subprocess.run(command, cwd=BENCHMARKS.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_a_time_limit_leaves_cases_out_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert latency.main(options(tmp_path, "--seconds", "0", samples=1)) == 0
     printed = capsys.readouterr().out
-    assert "not begun, because --seconds 0 were over:\n  model, first token 2×8, image 16\n" in printed
+    assert "not begun, because --seconds were over:\n  model, first token 2×8, image 16\n" in printed
 
 
 def test_only_the_variants_asked_for(tmp_path: Path) -> None:
-    assert latency.main(options(tmp_path, "--variants", "plain-torch", samples=1)) == 0
-    assert set(statuses(tmp_path / "rows.json")) == {"prompt", "plain-torch"}
+    files = ("--json", str(tmp_path / "rows.json"), "--plot", "none")
+    assert latency.main(options(tmp_path, "--variants", "plain-torch", *files, samples=1)) == 0
+    assert set(statuses(rows_of(tmp_path / "rows.json"))) == {"prompt", "plain-torch"}
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
 
 
-def test_a_gpu_that_is_not_there_is_named(tmp_path: Path) -> None:
-    import torch
-
+def test_a_gpu_that_is_not_there_is_named() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
     with pytest.raises(SystemExit, match="PyTorch sees none"):
-        latency.main(["--device", "cuda", "--json", str(tmp_path / "rows.json")])
+        latency.main(["--device", "cuda"])
 
 
-def test_without_transformers_the_ffn_is_still_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert latency.main(options(tmp_path, "--variants", "plain-torch", samples=1)) == 0
-    rows = load(tmp_path / "rows.json")["rows"]
+def test_latency_alone_needs_neither_triton_nor_transformers_nor_what_draws(tmp_path: Path) -> None:
+    """Python, torch and numpy are enough for the FFN; the model's rows say what is missing."""
+    absent = ("triton", "transformers", "matplotlib", "tabulate", "tqdm", "pandas", "sklearn")
+    run = "import latency; sys.exit(latency.main(sys.argv[1:]))"
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); {run}"
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}
+    command = [sys.executable, "-c", code, *options(tmp_path, "--variants", "plain-torch", samples=1)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "plain-torch" in done.stdout
+    rows = rows_of(tmp_path / "latency.json")
     assert {(row["level"], row["status"]) for row in rows} == {("model", "skipped"), ("ffn", "ok")}
     assert all("transformers" in row["reason"] for row in rows if row["level"] == "model")
 
 
-def test_harness_imports_without_transformers() -> None:
-    names = " ".join(
-        f"harness.{path.stem}," for path in sorted((BENCHMARKS / "harness").glob("*.py")) if path.stem != "__init__"
-    )
-    code = f"import sys; sys.modules['transformers'] = None; import {names} latency, training, kernels"
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}
-    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def setting(*more: str) -> Setting:
+    parsed = parser("x", program="latency", sweep=True).parse_args(["--device", "cpu", *more])
+    return settle(parsed, cpu=latency.CPU, cuda=latency.CUDA)
 
 
-def test_the_record_runs_every_program_and_then_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    commands: list[list[str]] = []
-
-    def pretend(command: list[str]) -> subprocess.CompletedProcess[str]:
-        commands.append(command)
-        return subprocess.CompletedProcess(command, returncode=int("kernels.py" in command[1]))
-
-    monkeypatch.setattr(record.subprocess, "run", pretend)
-    monkeypatch.setattr(record, "commit_for_the_record", lambda: "a" * 40)
-    monkeypatch.setattr(record, "device_name", lambda device: "Some CPU")
-    assert record.main(["--device", "cpu"]) == 1  # one of them failed; the others and the report ran all the same
-    programs = ["latency", "training", "sweep", "kernels", "decode"]
-    assert [Path(command[1]).stem for command in commands] == [*programs, "report"]
-    for command in commands[:-1]:
-        place = Path(command[command.index("--json") + 1])
-        assert place.parent.parent == BENCHMARKS / "results"
-        assert place.stem == Path(command[1]).stem
-        parser = common_parser("x", program=place.stem)
-        setting = settle(parser.parse_args(command[2:]), cpu=latency.CPU, cuda=latency.CUDA)
-        assert setting.samples >= 20  # or the report would refuse them
-        assert setting.seconds is None  # nothing is left out
+def test_what_a_cpu_run_falls_back_to() -> None:
+    found = setting()
+    assert (found.preset_name, found.dtype, found.layers, found.samples) == ("tiny", torch.float32, 4, 20)
+    assert not found.compiled
+    assert found.seconds == 60  # and so within 90 on slow machines, too
+    assert str(found.json) == "out/latency.json"
+    for asked in (("--quick",), ("--preset", "tiny"), ("--batch", "2"), ("--layers", "1"), ("--sweep",)):
+        assert setting(*asked).seconds is None
+    assert setting("--sweep").layers == 2
+    assert setting("--json", "none", "--plot", "none").json is None
 
 
-def test_the_record_needs_a_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commits, "first_line", lambda command: None)
-    monkeypatch.delenv("MEMVP_COMMIT", raising=False)
-    with pytest.raises(SystemExit, match="MEMVP_COMMIT"):
-        record.main(["--device", "cpu"])
+def test_sizes_begin_with_the_first_of_each_and_change_one_at_a_time() -> None:
+    lists = ("--batch", "4", "1", "--text-length", "64", "16", "--visual-tokens", "256", "64")
+    found = setting(*lists).sizes()
+    assert len(found) == 8
+    assert found[0] == (4, 64, 256)
+    assert set(found[1:4]) == {(1, 64, 256), (4, 16, 256), (4, 64, 64)}
+    compiled = setting(*lists, "--compile")
+    assert compiled.at(found[0], level="model").compiled
+    assert not compiled.at(found[0], level="ffn").compiled
+    assert not any(compiled.at(size, level="model").compiled for size in found[1:])
+
+
+@pytest.mark.parametrize("wrong", [("--batch", "0"), ("--preset", "llama-8b"), ("--compile", "--no-compile")])
+def test_nonsense_is_refused(wrong: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit):
+        setting(*wrong)
+
+
+@pytest.mark.parametrize("program", [latency, training, decode, kernels])
+def test_help_says_the_real_defaults(program: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        program.main(["--help"])
+    printed = capsys.readouterr().out
+    assert "None" not in printed
+    for line in ("--json", "--commit", "--out", "--seconds", "--continue"):
+        assert line in printed

@@ -1,8 +1,7 @@
-"""docs/distributed.md: its formulas against what a small model holds and sends on gloo processes, and its tables against the formulas."""
+"""The formulas of bytes held and sent, against what a small model holds and sends on gloo processes."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.scale import counts as paper
+from tests.scale.counts import Preset
 from tests.scale.processes import Group
 from tests.scale.tiny import CONFIG, batch, language_model, memvp_model, saved_base
 from tests.scale.traffic import Traffic
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import scaling  # noqa: E402
-from harness import distributed as paper  # noqa: E402
-from harness.presets import Preset  # noqa: E402
 
 SAMPLES, LENGTH = 4, 5
 FLOAT32 = 4
@@ -247,14 +241,3 @@ def test_flops_that_the_split_by_slots_repeats(ranks: int) -> None:
     of_a_rank = _memory_flops(_SPLIT.slots // ranks, _SPLIT.rank, _SPLIT.width, rows)
     whole = _memory_flops(_SPLIT.slots, _SPLIT.rank, _SPLIT.width, rows)
     assert ranks * of_a_rank - whole == (ranks - 1) * paper.repeated_flops(_SPLIT) * rows
-
-
-def test_the_document_is_what_the_program_writes() -> None:
-    document = (ROOT / "docs" / "distributed.md").read_text()
-    made = scaling.written(document, scaling.tables(gpu_memory=80.0, sequences=4, length=512))
-    assert document == made, "run: python benchmarks/scaling.py --write docs/distributed.md"
-
-
-def test_a_document_without_a_table_s_marker_is_refused() -> None:
-    with pytest.raises(ValueError, match="each needs the other"):
-        scaling.written("<!-- table: nothing -->\n<!-- end -->", {})

@@ -1,0 +1,176 @@
+"""The library's road: the shared products by torch.mm, our passes and the memory's kernels around them, held to the same rules as the fused kernels."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from memvp_kernels import fused_ffn, philox
+from memvp_kernels.backends import triton as backend
+from memvp_kernels.backends.triton import gemm as steps
+from memvp_kernels.backends.triton import gemm_cublas as library
+from memvp_kernels.backends.triton.heuristics import cost_model as roads
+from memvp_kernels.backends.triton.heuristics import tiles
+from memvp_kernels.backends.triton.kernels import pointwise
+from memvp_kernels.backends.triton.kernels.output import output_forward
+from tests import cases, tolerance
+from tests.triton.test_backward_needs import (
+    DEVICE,
+    FORMS,
+    arguments,
+    assert_equal,
+    dy,
+    judge,
+    problem,
+    problem_of,
+    trainable,
+)
+
+run = functools.partial(fused_ffn, backend="triton")
+
+
+@pytest.fixture(autouse=True)
+def library_road(fused_road: None) -> Iterator[None]:
+    with steps.forced("library"):
+        yield
+
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+def build(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    return {n: t.to(DEVICE) if isinstance(t, Tensor) else t for n, t in cases.build(name, dtype).items()}
+
+
+@pytest.mark.parametrize(("name", "dtype"), list(zip(cases.names(), itertools.cycle(DTYPES), strict=False)), ids=str)
+def test_case(name: str, dtype: torch.dtype) -> None:
+    tolerance.check(run, build(name, dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cases.names())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_case_in_every_dtype(name: str, dtype: torch.dtype) -> None:
+    tolerance.check(run, build(name, dtype))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_layouts(form: str) -> None:
+    layouts = dict(cases.strided(build(f"one_each-{form}", torch.bfloat16)))
+    for which in ("x_transposed", "gate_every_second", "key_position_transposed"):
+        tolerance.check(run, layouts[which])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_dropout_is_the_same_philox(form: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = dict(build(f"index-{form}", torch.bfloat16), dropout_p=0.4, recompute=recompute)
+    seed = torch.tensor([0x1234_5678_9ABC_DEF], device=DEVICE)
+    monkeypatch.setattr("memvp_kernels.autograd.draw_seed", lambda device: seed)
+    rows, slots = a["x"].shape[0] * a["x"].shape[1], a["visual_key"].shape[1]
+    tolerance.check(run, a, keep=philox.keep_mask(seed, rows, slots, 0.4))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("alone", [False, True], ids=["with_ffn", "alone"])
+def test_saved_or_formed_again_the_same_bits_every_time(form: str, alone: bool) -> None:
+    p = problem(form, alone=alone, dropout_p=0.3)
+    y, pre, scores = backend.forward(p, save_hidden=not alone, save_scores=True)
+    kept = [t.clone() for t in (pre, scores) if t is not None]
+    first = backend.backward(p, dy(p), pre, scores, trainable(p))
+    assert all(torch.equal(a, b) for a, b in zip(kept, (t for t in (pre, scores) if t is not None), strict=True))
+    assert_equal(backend.backward(p, dy(p), pre, scores, trainable(p)), first, trainable(p))
+    assert_equal(backend.backward(p, dy(p), None, None, trainable(p)), first, trainable(p))
+    # Without the gradient of value, dpre takes the place of the pre-activations formed again.
+    needs = trainable(p) - {"value"}
+    assert_equal(backend.backward(p, dy(p), None, None, needs), first, needs)
+    assert torch.equal(backend.forward(p, save_hidden=False, save_scores=False)[0], y)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_either_road_takes_up_what_the_other_kept(form: str) -> None:
+    """Forward and backward choose each for itself: both keep the same numbers, biases included, up to their own rounding."""
+    a = arguments(form, torch.float32)
+    p = problem_of(a)
+    kept = backend.forward(p, save_hidden=True, save_scores=True)
+    with steps.forced("fused"):
+        expected = backend.forward(p, save_hidden=True, save_scores=True)
+        judge(backend.backward(p, dy(p), kept[1], kept[2], trainable(p)), a, dy(p))
+    for found, wanted in zip(kept, expected, strict=True):
+        assert found is not None
+        torch.testing.assert_close(found, wanted)
+    judge(backend.backward(p, dy(p), expected[1], expected[2], trainable(p)), a, dy(p))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("branches", [1, 2])
+def test_the_passes_work_in_place(activation: str, branches: int) -> None:
+    pre = torch.randn(branches, 13, 101, device=DEVICE).bfloat16()
+    dhidden = torch.randn(13, 101, device=DEVICE).bfloat16()
+    apart = torch.empty_like(pre)
+    pointwise.form_dpre(dhidden, pre, apart, activation)
+    hidden = pointwise.form_hidden(pre, activation)
+
+    together = torch.empty_like(pre)
+    together[-1] = dhidden
+    pointwise.form_dpre(together[-1], pre, together, activation)
+    assert torch.equal(together, apart)
+    over = pre.clone()
+    pointwise.form_dpre(dhidden, over, over, activation)
+    assert torch.equal(over, apart)
+    over = pre.clone()
+    assert pointwise.form_hidden(over, activation, into=over[0]).data_ptr() == over.data_ptr()
+    assert torch.equal(over[0], hidden)
+    assert torch.equal(over[1:], pre[1:])
+
+
+def test_nothing_but_what_is_asked_for_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """hidden takes gate's place where nobody keeps the pre-activations, and dpre the place of those formed again."""
+    p = problem("plain")
+    assert p.key is not None
+    ffn = (p.x, p.key, p.gate, p.key_bias, p.gate_bias, "silu", None, p.segments, None)
+    made = library.hidden(*ffn, save_hidden=False, save_scores=False)
+    assert made.pre is None
+    assert made.hidden is not None
+    assert made.hidden.untyped_storage().nbytes() == 2 * p.rows * p.pairs * 2
+    made = library.hidden(*ffn, save_hidden=True, save_scores=False, need_hidden=False)
+    assert made.hidden is None
+    assert made.pre is not None
+    gradients = library.dhidden(
+        dy(p), p.value, made.pre, "silu", None, 0, None, p.segments, None, need_visual=False, overwrite=True
+    )
+    assert gradients.dpre is made.pre
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_memory_per_sequence_is_added_in_place(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "output_tile", lambda *_: tiles.Tile(32, 32, 16, 4, 2, splits=splits))
+    p = problem("plain")
+    assert p.value is not None
+    assert p.visual_value is not None
+    memory = p.visual_value.contiguous()
+    hidden, visual = torch.randn(45, 72).to(p.x), torch.randn(45, 17).to(p.x)
+    y = hidden @ p.value
+    apart = output_forward(None, None, None, visual, memory, p.segments, y.clone(), p.x)
+    assert not torch.equal(apart, y)
+    assert library._add_memory(y, visual, memory, p.segments).data_ptr() == y.data_ptr()
+    assert torch.equal(y, apart)
+    assert torch.equal(library.output(hidden, p.value, None, visual, memory, p.segments, None, p.x), apart)
+
+
+def test_which_steps_the_choice_gives() -> None:
+    """Unforced: IEEE float32 by the library, whose products block registers where `tl.dot` can't; a tiny problem in 16 bits fused."""
+    with steps.forced(None):
+        large: dict[str, Any] = {"rows": 8192, "width": 4096, "pairs": 11008}
+        chip = tiles.chip_of(90)
+        wide = steps.shape_of(problem(dtype=torch.float32))._replace(**large, precision="ieee")
+        assert set(roads.choice(chip, wide)) == {"library"}
+        fused = steps.steps_of(problem())
+        assert all(getattr(fused, step) is getattr(steps.Fused, step) for step in roads.STEPS)
+    assert steps.steps_of(problem()).hidden is library.hidden
