@@ -4,26 +4,28 @@
     python examples/digits.py --quick      # under 2 minutes
 
 The language model is taught arithmetic from text, and frozen. Then two ways to show it an image train for the same number
-of steps, on the same images and questions, with the same optimiser: MemVP, and the same projector putting visual tokens
+of steps, on the same images and questions, with the same optimizer: MemVP, and the same projector putting visual tokens
 into the prompt. Both answer every kind of question about 360 images that neither has seen. The figures are printed and
 written as JSON; curves, a page of images with answers, and what the memory adds in each layer are written as PNG.
 
-The exit code is 1 when MemVP misses its bars.
+The exit code is 1 when MemVP misses a requirement.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from digit_questions import images, language_model, questions, record, report
-from digit_questions.contestants import Contestant, InMemory, InPrompt
-from digit_questions.race import Run, held_out_questions, race, reply
+from digit_questions import images, language_model, questions, results
+from digit_questions.methods import InMemory, InPrompt, Method
+from digit_questions.training import Run, held_out_questions, reply, train
+from tabulate import tabulate
 
 LEARNING_RATE = 5e-3
 
@@ -33,7 +35,7 @@ class Plan(NamedTuple):
 
     Attributes:
         text_steps: of the language model.
-        image_steps: of each contestant.
+        image_steps: of each method.
         looks: how often to look at held-out images on the way.
         accuracy: over all questions about held-out images.
         above_blind: how much more than when the image is withheld, which is what guessing gets.
@@ -57,9 +59,9 @@ QUICK = Plan(300, 400, looks=4, accuracy=0.40, above_blind=0.15, behind=None, st
 def main() -> int:
     """Run it all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few hundred steps and bars to match")
+    parser.add_argument("--quick", action="store_true", help="a few hundred steps, with lower requirements")
     parser.add_argument(
-        "--out", type=Path, default=Path("out/digits"), help="folder for the PNGs (default: out/digits)"
+        "--out", type=Path, default=Path("out/digits"), help="folder of the files (default: out/digits)"
     )
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else FULL
@@ -71,85 +73,41 @@ def main() -> int:
     known, held_out = images.load()
     base = language_model.build(words)
     language_model.teach_arithmetic(base, words, steps=plan.text_steps)
-    told = _accuracy_from_text(base, words, held_out)
 
-    shape = {"tokens": known.features.shape[1], "vision_dim": known.features.shape[2]}
-    memory = InMemory(copy.deepcopy(base).eval(), **shape)
-    prompt = InPrompt(copy.deepcopy(base).eval(), words, **shape)
-    contestants: list[Contestant] = [memory, prompt]
-    runs = race(
-        contestants, words, known, held_out, steps=plan.image_steps, learning_rate=LEARNING_RATE, looks=plan.looks
-    )
+    memory, prompt = InMemory(copy.deepcopy(base).eval()), InPrompt(copy.deepcopy(base).eval(), words)
+    methods: list[Method] = [memory, prompt]
+    runs = train(methods, words, known, held_out, steps=plan.image_steps, learning_rate=LEARNING_RATE, looks=plan.looks)
 
     scores, answers = [], []
-    for contestant in contestants:
-        asked, rows = held_out_questions(held_out, contestant.shown)
-        answers.append(reply(contestant, words, held_out, asked, rows))
-        scores.append(report.score(asked, answers[-1]))
+    for method in methods:
+        asked, rows = held_out_questions(held_out, method.shown)
+        answers.append(reply(method, words, held_out, asked, rows))
+        scores.append(results.score(asked, answers[-1]))
     asked, rows = held_out_questions(held_out, memory.shown)
-    blind = report.score(asked, reply(memory, words, held_out, asked, rows, blind=True))
+    blind = results.score(asked, reply(memory, words, held_out, asked, rows, blind=True))
 
-    names = [run.name for run in runs]
-    print(f"\nright answers about {len(held_out)} held-out images, per cent\n")
-    print(_accuracy_table([*names, "MemVP, image withheld", "the digit told in text"], [*scores, blind, told]))
-    print("\ntraining\n")
-    print(_cost_table(contestants, runs))
-
-    report.draw_curves(runs, arguments.out / "curves.png")
-    report.draw_answers(held_out, asked, answers[0], rows, arguments.out / "answers.png")
+    results.draw_curves(runs, arguments.out / "curves.png")
+    results.draw_answers(held_out, asked, answers[0], rows, arguments.out / "answers.png")
     prompts = questions.batch(words, asked[:1], answered=False)
     explained = memory.model.explain_memory(
         prompts.input_ids, prompts.attention_mask, image_features=held_out.features[:1]
     )
     explained.plot(1 - held_out.pixels[0], path=arguments.out / "memory.png")
-    seconds = time.perf_counter() - started
-    record.write(record.make(contestants, runs, scores, blind, seconds=seconds), arguments.out / "digits.json")
-    print(f"\n{explained}\n\ndigits.json, curves.png, answers.png and memory.png are in {arguments.out}/")
+    made = results.record(methods, runs, scores, blind, seconds=time.perf_counter() - started)
+    (arguments.out / "digits.json").write_text(json.dumps(made, indent=2) + "\n")
 
-    met = _bars(plan, scores, blind, runs)
-    print(f"{seconds:.0f} s in all, on {torch.get_num_threads()} threads")
-    return 0 if met else 1
-
-
-def _accuracy_from_text(
-    base: torch.nn.Module, words: questions.Vocabulary, held_out: images.Images
-) -> dict[str, float]:
-    """What the language model itself can do, told the digit: nothing that shows it an image can be expected to do better."""
-    asked, _ = held_out_questions(held_out, "{}")
-    told = [q._replace(prompt=q.prompt.format(questions.spelled(d))) for q, d in _with_digits(asked, held_out)]
-    prompts = questions.batch(words, told, answered=False)
-    out = base.eval().generate(  # type: ignore[operator]
-        input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, max_new_tokens=2, do_sample=False
-    )
-    return report.score(told, [words.decode(ids) for ids in out[:, prompts.input_ids.shape[1] :].tolist()])
+    by_kind = [[row["name"], *(f"{100 * row['right'][kind]:.1f}" for kind in questions.KINDS)] for row in made["rows"]]
+    print(f"\n{len(held_out)} held-out images; {results.markdown(made)}")
+    print(f"\nright answers by kind of question, %\n\n{tabulate(by_kind, ['', *questions.KINDS])}")
+    print(f"\n{explained}\n\ndigits.json, curves.png, answers.png and memory.png are in {arguments.out}/\n")
+    return 0 if meets(plan, scores, blind, runs) else 1
 
 
-def _with_digits(asked: list[questions.Question], held_out: images.Images) -> list[tuple[questions.Question, int]]:
-    per_image = len(questions.KINDS)
-    return [(question, held_out.digits[number // per_image]) for number, question in enumerate(asked)]
-
-
-def _accuracy_table(names: list[str], scores: list[dict[str, float]]) -> str:
-    columns = ["all", *questions.KINDS]
-    return report.aligned(
-        [["", *columns]]
-        + [[name, *(f"{100 * score[c]:.1f}" for c in columns)] for name, score in zip(names, scores, strict=True)]
-    )
-
-
-def _cost_table(contestants: list[Contestant], runs: list[Run]) -> str:
-    rows = [["", "steps", "ms per step", "text tokens/s", "trainable parameters"]]
-    for contestant, run in zip(contestants, runs, strict=True):
-        trainable = sum(parameter.numel() for parameter in contestant.trained())
-        step, speed = f"{1e3 * run.step_time:.1f}", f"{run.tokens_per_second:,.0f}"
-        rows.append([run.name, f"{len(run.seconds):,}", step, speed, f"{trainable:,}"])
-    return report.aligned(rows)
-
-
-def _bars(plan: Plan, scores: list[dict[str, float]], blind: dict[str, float], runs: list[Run]) -> bool:
+def meets(plan: Plan, scores: list[dict[str, float]], blind: dict[str, float], runs: list[Run]) -> bool:
+    """Print each requirement and whether it is met."""
     memory, prompt, guess = scores[0]["all"], scores[1]["all"], blind["all"]
     ratio = runs[0].step_time / runs[1].step_time
-    bars = [
+    wanted = [
         (f"MemVP {memory:.1%}, wanted at least {plan.accuracy:.0%}", memory >= plan.accuracy),
         (
             f"without the image {guess:.1%}, wanted at least {100 * plan.above_blind:.0f} points less",
@@ -159,11 +117,10 @@ def _bars(plan: Plan, scores: list[dict[str, float]], blind: dict[str, float], r
     ]
     if plan.behind is not None:
         text = f"prompt {prompt:.1%}, wanted at most {100 * plan.behind:.0f} points above MemVP"
-        bars.append((text, memory >= prompt - plan.behind))
-    print()
-    for text, met in bars:
+        wanted.append((text, memory >= prompt - plan.behind))
+    for text, met in wanted:
         print(f"{'met   ' if met else 'MISSED'}  {text}")
-    return all(met for _, met in bars)
+    return all(met for _, met in wanted)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 LLAMA and CLIP are transformers models: folders, or names on the hub (openai/clip-vit-large-patch14 is the paper's CLIP).
 ``data`` has the official layout: problems.json, pid_splits.json, captions.json, images/<split>/<id>/image.png. Several
 GPUs: put ``torchrun --nproc_per_node 8`` or ``accelerate launch`` in the place of ``python``; the paper's batch of 32 is
-8 processes of ``--rows 4``. Stopped runs go on when called again. ``--adapter`` also takes an official ``.pth``.
+8 processes of ``--rows 4``. A stopped run continues when called again. ``--adapter`` also takes an official ``.pth``.
 
 The recipe is the paper's: AdamW (0.9, 0.95), learning rate 9e-3 * batch / 256, weight decay 0.02 but for biases, 2 epochs
 of warm-up and 18 of a cosine, loss on the answer alone, prompt QCM-A. Image captions are in the prompt or not, alike in
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from science_questions import data, evaluation, score, setup, training
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -32,24 +32,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and do it."""
     given = _parser().parse_args(arguments)
     parts = setup.Parts(given.language_model, given.vision_model, DTYPES[given.dtype], given.limit)
-    accelerator = Accelerator(cpu=given.cpu)
     if given.command == "train":
-        _train(given, parts, accelerator)
+        _train(given, parts)
     else:
-        _evaluate(given, parts, accelerator)
+        _evaluate(given, parts, Accelerator(cpu=given.cpu))
     return 0
 
 
-def _train(given: argparse.Namespace, parts: setup.Parts, accelerator: Accelerator) -> None:
+def _train(given: argparse.Namespace, parts: setup.Parts) -> None:
     problems = data.load_split(given.data, given.split, captions=given.captions)
-    setup.agree_on_settings(accelerator, given.out, captions=given.captions, num_slots=given.slots)
+    state = PartialState(cpu=given.cpu)
+    setup.agree_on_settings(state, given.out, captions=given.captions, num_slots=given.slots)
     torch.manual_seed(given.seed)
     model, reader = setup.new_adapter(parts, num_slots=given.slots, dropout=given.dropout)
-    if accelerator.is_main_process:
+    if state.is_main_process:
         model.print_trainable_parameters()
     recipe = training.Recipe(given.epochs, given.warmup, given.rows, given.accumulate, given.seed, given.workers)
     training.train(
-        accelerator, model.to(accelerator.device), reader, problems, recipe, given.out, until=given.stop_after
+        model, reader, problems, recipe, given.out, processes=state.num_processes, cpu=given.cpu, until=given.stop_after
     )
 
 

@@ -45,17 +45,17 @@ def teach_arithmetic(
         The loss of each step.
     """
     rng = random.Random(seed)
-    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=1e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps, pct_start=0.1)
     losses: list[float] = []
     bar = tqdm(range(steps), desc="arithmetic, from text", unit="step", mininterval=1)
     for _ in bar:
         digits = [rng.randrange(10) for _ in range(rows)]
         questions = batch(vocabulary, [ask(rng, digit, spelled(digit)) for digit in digits])
         loss = model(**questions._asdict()).loss
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         losses.append(loss.item())
         bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)

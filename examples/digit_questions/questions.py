@@ -12,26 +12,9 @@ from torch import Tensor
 __all__ = ["IMAGE", "KINDS", "Batch", "Question", "Vocabulary", "ask", "batch", "spelled"]
 
 NUMBERS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-]
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
+    "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+]  # fmt: skip
 PAD, END, IMAGE = "<pad>", "<end>", "<image>"
 
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from science_questions.data import Problem, read_image
 from science_questions.prompts import Tokens, pad_token, question_tokens, training_tokens
 
-__all__ = ["Reader", "question_batches", "training_batches"]
+__all__ = ["Reader", "TrainingRows", "question_batches"]
+
+Row = tuple[Tokens, "Tensor | None"]
 
 
 class Reader(NamedTuple):
-    """What turns a problem into a row.
+    """What turns problems into tensors.
 
     Attributes:
         tokenizer: of the language model.
@@ -30,8 +31,24 @@ class Reader(NamedTuple):
     limit: int
     image_size: int
 
+    def pixels(self, problem: Problem) -> Tensor | None:
+        """Of its image, if it has one."""
+        return None if problem.image is None else read_image(problem.image, self.image_size)
 
-class _Rows(Dataset):  # type: ignore[type-arg]
+    def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """input_ids, attention_mask, labels (-100 but on the answer), and pixel_values: an entry per row, None without an image."""
+        length = max(len(tokens.ids) for tokens, _ in rows)
+        ids = torch.full((len(rows), length), pad_token(self.tokenizer))
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for row, (tokens, _) in enumerate(rows):
+            end = len(tokens.ids)
+            ids[row, :end] = torch.tensor(tokens.ids)
+            mask[row, :end] = 1
+            labels[row, tokens.prompt : end] = ids[row, tokens.prompt : end]
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": [p for _, p in rows]}
+
+
+class TrainingRows(Dataset):  # type: ignore[type-arg]
     """Tokens and pixels of each problem, read when asked for."""
 
     def __init__(self, reader: Reader, problems: Sequence[Problem]) -> None:
@@ -40,39 +57,9 @@ class _Rows(Dataset):  # type: ignore[type-arg]
     def __len__(self) -> int:
         return len(self.problems)
 
-    def __getitem__(self, row: int) -> tuple[Tokens, Tensor | None]:
+    def __getitem__(self, row: int) -> Row:
         problem = self.problems[row]
-        return training_tokens(self.reader.tokenizer, problem, self.reader.limit), _pixels(self.reader, problem)
-
-
-def training_batches(
-    reader: Reader, problems: Sequence[Problem], *, rows: int, rank: int, world: int, workers: int, seed: int
-) -> tuple[DataLoader[Any], DistributedSampler[Any]]:
-    """This process's share of an epoch; call the sampler's ``set_epoch`` before each.
-
-    A batch has input_ids, attention_mask, labels (-100 but on the answer) and pixel_values, one entry per row, None where a
-    problem has no image.
-    """
-    data = _Rows(reader, problems)
-    collate = functools.partial(_collate, pad=pad_token(reader.tokenizer))
-    sampler: DistributedSampler[Any] = DistributedSampler(data, num_replicas=world, rank=rank, shuffle=True, seed=seed)
-
-    loader = DataLoader(
-        data, batch_size=rows, sampler=sampler, collate_fn=collate, num_workers=workers, drop_last=len(sampler) >= rows
-    )
-    return loader, sampler
-
-
-def _collate(items: list[tuple[Tokens, Tensor | None]], *, pad: int) -> dict[str, Any]:
-    length = max(len(tokens.ids) for tokens, _ in items)
-    ids = torch.full((len(items), length), pad)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for row, (tokens, _) in enumerate(items):
-        end = len(tokens.ids)
-        ids[row, :end] = torch.tensor(tokens.ids)
-        mask[row, :end] = 1
-        labels[row, tokens.prompt : end] = ids[row, tokens.prompt : end]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": [p for _, p in items]}
+        return training_tokens(self.reader.tokenizer, problem, self.reader.limit), self.reader.pixels(problem)
 
 
 def question_batches(
@@ -82,16 +69,8 @@ def question_batches(
     pad = pad_token(reader.tokenizer)
     for start in range(0, len(problems), rows):
         part = problems[start : start + rows]
-        prompts = [question_tokens(reader.tokenizer, problem, reader.limit) for problem in part]
-        length = max(map(len, prompts))
-        ids = torch.full((len(part), length), pad)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, length - len(prompt) :] = torch.tensor(prompt)
-            mask[row, length - len(prompt) :] = 1
-        pixels = [_pixels(reader, problem) for problem in part]
-        yield part, {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
-
-
-def _pixels(reader: Reader, problem: Problem) -> Tensor | None:
-    return None if problem.image is None else read_image(problem.image, reader.image_size)
+        prompts = [torch.tensor(question_tokens(reader.tokenizer, problem, reader.limit)) for problem in part]
+        ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left")
+        ones = [torch.ones_like(prompt) for prompt in prompts]
+        mask = torch.nn.utils.rnn.pad_sequence(ones, batch_first=True, padding_side="left")
+        yield part, {"input_ids": ids, "attention_mask": mask, "pixel_values": [reader.pixels(p) for p in part]}

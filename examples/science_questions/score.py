@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from tabulate import tabulate
+
 from science_questions.data import Problem
 
 __all__ = ["CATEGORIES", "scores", "table"]
@@ -47,8 +49,5 @@ def scores(problems: Sequence[Problem], predictions: Mapping[str, int]) -> dict[
 
 
 def table(result: Mapping[str, float | None]) -> str:
-    """Two aligned lines: names and figures."""
-    cells = {name: "-" if value is None else f"{value:.2f}" for name, value in result.items()}
-    widths = {name: max(len(name), len(cell)) for name, cell in cells.items()}
-    head = "  ".join(name.rjust(widths[name]) for name in cells)
-    return head + "\n" + "  ".join(cell.rjust(widths[name]) for name, cell in cells.items())
+    """Names and figures."""
+    return tabulate([list(result.values())], list(result), floatfmt=".2f", missingval="-")

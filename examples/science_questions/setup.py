@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 
@@ -63,7 +63,7 @@ def adapter_of(parts: Parts, adapter: Path) -> tuple[MemVPModel, Reader, dict[st
     return model, reader, {"captions": report.settings.get("use_caption"), "report": str(report)}
 
 
-def agree_on_settings(accelerator: Accelerator, folder: Path, **settings: Any) -> None:
+def agree_on_settings(state: PartialState, folder: Path, **settings: Any) -> None:
     """Note what evaluation has to do alike; a run that goes on must not change it.
 
     The main process alone sees the folder, and its verdict is every process's: one that raised alone would leave the others
@@ -72,7 +72,7 @@ def agree_on_settings(accelerator: Accelerator, folder: Path, **settings: Any) -
     Raises:
         ValueError: the folder has other settings.
     """
-    verdict: list[str | None] = [_note(folder, settings) if accelerator.is_main_process else None]
+    verdict: list[str | None] = [_note(folder, settings) if state.is_main_process else None]
     broadcast_object_list(verdict)
     if verdict[0] is not None:
         raise ValueError(verdict[0])

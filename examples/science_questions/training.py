@@ -1,26 +1,22 @@
-"""The training loop: one process or many, an epoch at a time, and on again from the last one that was finished."""
+"""The paper's training recipe, by transformers' Trainer: one process or many, and on again from the last epoch that was finished."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from tqdm import tqdm
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from memvp_kernels import MemVPModel
-from science_questions.batches import Reader, training_batches
+from memvp_kernels.models.trainer import MemVPTrainer
+from science_questions.batches import Reader, TrainingRows
 from science_questions.data import Problem
-from science_questions.recipe import learning_rate, optimiser, peak_learning_rate
 
 __all__ = ["Recipe", "train"]
-
-STATE = "last.pt"
 
 
 @dataclass(frozen=True)
@@ -43,91 +39,76 @@ class Recipe:
     seed: int = 0
     workers: int = 4
 
+    def arguments(self, folder: Path, problems: int, processes: int, *, cpu: bool) -> TrainingArguments:
+        """As Trainer takes them: learning rate 9e-3 · batch / 256, linear warm-up, cosine, no decay of biases, no clipping."""
+        batches = problems // processes // self.rows
+        return TrainingArguments(
+            output_dir=str(folder),
+            use_cpu=cpu,
+            num_train_epochs=self.epochs,
+            warmup_steps=self.warmup * math.ceil(batches / self.accumulate),
+            lr_scheduler_type="cosine",
+            learning_rate=9e-3 * self.rows * self.accumulate * processes / 256,
+            adam_beta2=0.95,
+            weight_decay=0.02,
+            max_grad_norm=0.0,
+            per_device_train_batch_size=self.rows,
+            gradient_accumulation_steps=self.accumulate,
+            dataloader_drop_last=True,
+            dataloader_num_workers=self.workers,
+            dataloader_pin_memory=not cpu,
+            seed=self.seed,
+            logging_strategy="epoch",
+            save_strategy="epoch",
+            save_total_limit=1,
+            report_to=[],
+        )
+
+
+class _StopAfter(TrainerCallback):
+    """Stops when an epoch is over; the learning rate still is that of all of them."""
+
+    def __init__(self, epoch: int | None) -> None:
+        self.epoch = epoch
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.epoch is not None and state.epoch >= self.epoch:
+            control.should_training_stop = True
+
 
 def train(
-    accelerator: Accelerator,
     model: MemVPModel,
     reader: Reader,
     problems: Sequence[Problem],
     recipe: Recipe,
     folder: Path,
     *,
+    processes: int = 1,
+    cpu: bool = False,
     until: int | None = None,
 ) -> list[float]:
-    """Train, and leave the adapter and the optimiser's state in ``folder`` after every epoch.
-
-    A folder with such a state goes on from there, to the same bits as without the interruption.
+    """Train, and leave the adapter in ``folder``; a folder with a checkpoint goes on from there.
 
     Args:
-        accelerator: one process, or those that torchrun or accelerate launched.
-        model: on the accelerator's device.
+        model: untrained, or anything where the folder has a checkpoint.
         reader: makes rows of problems.
         problems: the training split.
         recipe: how.
-        folder: of the adapter, ``last.pt`` and ``log.jsonl``.
-        until: stop after this epoch; the learning rate still is that of all of them.
+        folder: of the adapter, and of the last epoch's checkpoint.
+        processes: that train together.
+        cpu: train there, whatever there is.
+        until: stop after this epoch.
 
     Returns:
-        The mean loss of each epoch run, over all processes' steps.
+        The mean loss of each epoch.
     """
-    world, rank = accelerator.num_processes, accelerator.process_index
-    loader, sampler = training_batches(
-        reader, problems, rows=recipe.rows, rank=rank, world=world, workers=recipe.workers, seed=recipe.seed
+    trainer = MemVPTrainer(
+        model,
+        recipe.arguments(folder, len(problems), processes, cpu=cpu),
+        train_dataset=TrainingRows(reader, problems),
+        data_collator=reader.collate,
+        callbacks=[_StopAfter(until)],
     )
-    peak = peak_learning_rate(recipe.rows * recipe.accumulate * world)
-    adam = optimiser(model)
-    first = _resume(folder, model, adam)
-    wrapped = accelerator.prepare_model(model)
-    losses: list[float] = []
-    for epoch in range(first, recipe.epochs if until is None else min(until, recipe.epochs)):
-        sampler.set_epoch(epoch)
-        torch.manual_seed(recipe.seed + epoch * world + rank)  # so that dropout is the same after an interruption
-        wrapped.train()
-        total = 0.0
-        bar = tqdm(loader, desc=f"epoch {epoch + 1}/{recipe.epochs}", disable=rank != 0, mininterval=1)
-        for step, batch in enumerate(bar):
-            if step % recipe.accumulate == 0:
-                rate = learning_rate(epoch + step / len(loader), peak=peak, epochs=recipe.epochs, warmup=recipe.warmup)
-                for group in adam.param_groups:
-                    group["lr"] = rate
-            last = (step + 1) % recipe.accumulate == 0 or step + 1 == len(loader)
-            with nullcontext() if last else accelerator.no_sync(wrapped):
-                loss = wrapped(**_on(batch, accelerator.device)).loss
-                (loss / recipe.accumulate).backward()
-            if last:
-                adam.step()
-                adam.zero_grad()
-            total += loss.item()
-            bar.set_postfix(loss=f"{total / (step + 1):.4f}", lr=f"{rate:.2e}", refresh=False)
-        mean = torch.tensor(total / len(loader), device=accelerator.device)
-        losses.append(float(accelerator.reduce(mean, "mean")))
-        if accelerator.is_main_process:
-            _save(folder, model, adam, epoch, losses[-1])
-        accelerator.wait_for_everyone()
-    return losses
-
-
-def _on(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    moved: dict[str, Any] = {k: v.to(device) for k, v in batch.items() if k != "pixel_values"}
-    moved["pixel_values"] = [None if image is None else image.to(device) for image in batch["pixel_values"]]
-    return moved
-
-
-def _resume(folder: Path, model: MemVPModel, adam: torch.optim.Optimizer) -> int:
-    """The epoch to go on with."""
-    if not (folder / STATE).is_file():
-        return 0
-    state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    model.load_adapter_state_dict(state["adapter"])
-    adam.load_state_dict(state["optimizer"])
-    return int(state["epoch"]) + 1
-
-
-def _save(folder: Path, model: MemVPModel, adam: torch.optim.Optimizer, epoch: int, loss: float) -> None:
-    """The state under another name first: an interruption while writing costs this epoch and not all of them."""
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
     model.save_pretrained(folder)
-    state = {"adapter": model.adapter_state_dict(), "optimizer": adam.state_dict(), "epoch": epoch}
-    torch.save(state, folder / f"{STATE}.new")
-    (folder / f"{STATE}.new").replace(folder / STATE)
-    with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
-        log.write(json.dumps({"epoch": epoch, "loss": loss}) + "\n")
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -59,12 +60,21 @@ class ActivationCheckpointing:
         self.activation_checkpointing_disable()
 
     def _refuse_reentrant_checkpointing(self) -> None:
+        """And take the other kind where that was left to PyTorch: ``gradient_checkpointing_enable({})``, PEFT's k-bit training."""
         if not (self.training and torch.is_grad_enabled()):
             return
-        layer = next((m for m in self.language_model.modules() if hasattr(m, "gradient_checkpointing")), None)
-        keywords = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
-        if getattr(layer, "gradient_checkpointing", False) and keywords.get("use_reentrant"):
+        modules = self.language_model.modules()
+        first = next((m for m in modules if hasattr(m, "gradient_checkpointing")), None)
+        if not getattr(first, "gradient_checkpointing", False):
+            return
+        kind = getattr(getattr(first, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant")
+        if kind:
             raise RuntimeError(_REENTRANT)
+        if kind is None and not torch.compiler.is_compiling():
+            for module in self.language_model.modules():
+                function = getattr(module, "_gradient_checkpointing_func", None)
+                if isinstance(function, functools.partial):
+                    module._gradient_checkpointing_func = functools.partial(function, use_reentrant=False)
 
     def _refuse_generation_in_training(self) -> None:
         if any(getattr(m, "gradient_checkpointing", False) and m.training for m in self.language_model.modules()):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from memvp_kernels.checks import autocast_dtype
 from memvp_kernels.models.memory.images import ImageFeatures, Pixels, encode_pixels, pad_features
 from memvp_kernels.models.memory.vision_tower import blank, encode
-from memvp_kernels.models.memory.visual_memory import Memory, VisualMemory
+from memvp_kernels.models.memory.visual_memory import Memory, Readers, VisualMemory
 from memvp_kernels.models.parallel.tensor_parallel import shard_slots, tensor_mesh
 from memvp_kernels.models.patching.attach import hidden_dtype
 from memvp_kernels.problem import narrow
@@ -110,7 +110,7 @@ class MemorySource(NamedTuple):
         dtype = hidden_dtype(self.language_model)
         if not torch.is_grad_enabled():  # under grad the sums stay wide
             memory = memory.to(dtype)
-        memory = memory._replace(**options)
+        memory = memory._replace(readers=Readers(), **options)
         mesh, dtype = tensor_mesh(self.language_model), autocast_dtype(memory.core.device) or dtype
         # all once, outside the layers: what crosses the network backward then does so once per step
         if mesh is not None:
@@ -135,9 +135,9 @@ def samples_of(inputs: dict[str, Any]) -> int:
     for name in ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "labels", "attention_mask"):
         tensor = inputs.get(name)
         if tensor is not None:
-            return int(tensor.shape[0])
+            return tensor.shape[0]  # no int(): torch.export would fix the batch
     encoded = inputs.get("encoder_outputs")
-    return 1 if encoded is None else int(encoded[0].shape[0])
+    return 1 if encoded is None else encoded[0].shape[0]
 
 
 def _check_index(index: object, samples: int) -> None:
@@ -147,5 +147,5 @@ def _check_index(index: object, samples: int) -> None:
         raise TypeError(f"visual_index: {wanted}, got {type(index).__name__}; torch.as_tensor makes a tensor of it")
     if index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"visual_index: {wanted}, got {index.dtype}; cast it with .int()")
-    if tuple(index.shape) != (samples,):
+    if index.dim() != 1 or index.shape[0] != samples:
         raise ValueError(f"visual_index: {wanted}, got {tuple(index.shape)}; -1 stands for no image")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
 from memvp_kernels.models.activation_checkpointing import ActivationCheckpointing
 from memvp_kernels.models.attribution import MemoryAttribution, MemoryRecorder
@@ -20,20 +20,18 @@ from memvp_kernels.models.io import adapter as files
 from memvp_kernels.models.io.official_checkpoint import CheckpointReport, load_official_checkpoint
 from memvp_kernels.models.memory.images import ImageFeatures, Pixels
 from memvp_kernels.models.memory.projector import Projector
-from memvp_kernels.models.memory.visual_memory import Memory, Observer, VisualMemory
+from memvp_kernels.models.memory.visual_memory import Memory, VisualMemory
 from memvp_kernels.models.parallel.data_loading import refuse_cut_images
 from memvp_kernels.models.parallel.fsdp import like_forward
-from memvp_kernels.models.patching.attach import Attachment, attach, detach, hidden_dtype, memory_ffns
+from memvp_kernels.models.patching.attach import Attachment, attach, check_all_read, detach, hidden_dtype, memory_ffns
 from memvp_kernels.models.patching.mixins import MemoryFFN
 from memvp_kernels.models.patching.vision_adapters import VisionTower
+from memvp_kernels.models.scopes import Scopes
 
 __all__ = ["MemVPModel"]
 
 
-_observed: ContextVar[tuple[nn.Module, Observer] | None] = ContextVar("memvp_observer", default=None)
-
-
-class MemVPModel(LanguageModelInterface, ActivationCheckpointing, nn.Module):
+class MemVPModel(LanguageModelInterface, ActivationCheckpointing, Scopes, nn.Module):
     """Memory-space visual prompting on a language model (Jie et al., ICML 2024, arXiv 2405.05615).
 
     Acts on this instance alone: its layers and FFNs are patched in place, parameter names and state_dict keys stay,
@@ -61,7 +59,7 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, nn.Module):
         memvp_config: ``config``.
 
     Raises:
-        TypeError: ``config`` is not a MemVPConfig, or ``vision_model`` not a CLIP vision model.
+        TypeError: ``language_model`` is no module, ``config`` not a MemVPConfig, or ``vision_model`` not a CLIP vision model.
         ValueError: a language model that is not supported, or already has memory; see :func:`~.attach.attach`.
     """
 
@@ -171,11 +169,8 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, nn.Module):
         }
         inputs.update({name: tensor for name, tensor in given.items() if tensor is not None})
         items = inputs.pop("num_items_in_batch", None) if self.config.is_encoder_decoder else None
-        memory, index = self._read(inputs, Images(image_features, pixel_values, visual_core, visual_index))
-        try:
-            output = self.language_model(**inputs, visual_memory=memory, memory_index=index)
-        finally:
-            memory.close()
+        images = Images(image_features, pixel_values, visual_core, visual_index)
+        output = self._run(self.language_model, inputs, images)
         return output if items is None or labels is None else loss_per_item(output, labels, items)
 
     @like_forward
@@ -183,7 +178,7 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, nn.Module):
     def generate(
         self,
         inputs: Tensor | None = None,
-        *,
+        *args: Any,
         image_features: ImageFeatures | None = None,
         pixel_values: Pixels | None = None,
         visual_core: Tensor | None = None,
@@ -195,7 +190,7 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, nn.Module):
         Args:
             inputs: (B, T) token ids; also as ``input_ids=``.
             image_features, pixel_values, visual_core, visual_index: as in :meth:`forward`.
-            **kwargs: generate()'s own.
+            *args, **kwargs: generate()'s own, the second of which is a GenerationConfig.
 
         Returns:
             What generate() returns.
@@ -204,12 +199,11 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, nn.Module):
             RuntimeError: in training mode with activation checkpointing on.
         """
         self._refuse_generation_in_training()
-        if inputs is not None:
-            kwargs["inputs"] = inputs
-        memory, index = self._read(kwargs, Images(image_features, pixel_values, visual_core, visual_index))
-        if index is not None:  # a tensor: generate() repeats those for beams, and makes one where there is none yet
-            kwargs["memory_index"] = index
-        return self.language_model.generate(**kwargs, visual_memory=memory)
+        # by name, since PEFT's wrappers of some models take no others
+        names = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
+        kwargs.update({n: value for n, value in zip(names, (inputs, *args), strict=False) if value is not None})
+        images = Images(image_features, pixel_values, visual_core, visual_index)
+        return self._run(self.language_model.generate, kwargs, images)
 
     @like_forward
     def encode_images(
@@ -337,30 +331,31 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, nn.Module):
                 module.training = True
         return recorder.result()
 
-    @contextmanager
-    def observing(self, observer: Observer) -> Iterator[None]:
-        """Within it, in this thread, ``observer(layer, x, y)`` is called by every FFN with memory.
-
-        With the FFN's position among those, its input and its output.
-        """
-        token = _observed.set((self, observer))
-        try:
-            yield
-        finally:
-            _observed.reset(token)
-
     def adapter(self) -> files.Adapter:
         """The memory and the vision model, as files see them."""
         return files.Adapter(self._visual_memory(), self._tower)
+
+    def _run(self, call: Callable[..., Any], inputs: dict[str, Any], images: Images) -> Any:
+        """``call(**inputs)``, a forward or a generation, whose layers read the images."""
+        if self._is_disabled():
+            return call(**inputs)
+        memory, index = self._read(inputs, images)
+        if index is not None:  # generate() repeats it for beams, and makes one where there is none yet
+            inputs["memory_index"] = index
+        try:
+            output = call(**inputs, visual_memory=memory)
+        finally:
+            memory.close()
+        assert self._attachment is not None
+        check_all_read(self.language_model, memory, len(self._attachment.layers))
+        return output
 
     def _read(self, inputs: dict[str, Any], images: Images) -> tuple[Memory, Tensor | None]:
         """The memory of a batch, and the row that each of its samples reads."""
         if self._attachment is None:
             raise RuntimeError("this MemVPModel was unloaded; wrap its language_model again, or call that")
         refuse_cut_images(self, **images._asdict())
-        observed = None if torch.compiler.is_compiling() else _observed.get()
-        observer = observed[1] if observed is not None and observed[0] is self else None
-        options = {"backend": self.backend, "recompute": self.recompute, "observer": observer}
+        options = {"backend": self.backend, "recompute": self.recompute, "observer": self._observer()}
         return self._source().read(samples_of(inputs), images, **options)
 
     def _source(self) -> MemorySource:

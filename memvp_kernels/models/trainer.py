@@ -42,13 +42,15 @@ class MemVPTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Without ``state_dict`` every process must come here, with it (FSDP has gathered it) the writing one suffices."""
         model: MemVPModel = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        parameters = dict(model.named_parameters())
+        trainable = {name for name, parameter in parameters.items() if parameter.requires_grad}
         if state_dict is None:
-            state_dict = {name: full_tensor(parameter.detach()) for name, parameter in trainable.items()}
-        state = {name: tensor for name, tensor in state_dict.items() if name in trainable}
-        super()._save(output_dir, state)
+            kept = {name: p for name, p in parameters.items() if name in trainable or name.startswith("memory.")}
+            state_dict = {name: full_tensor(parameter.detach()) for name, parameter in kept.items()}
+        super()._save(output_dir, {name: tensor for name, tensor in state_dict.items() if name in trainable})
         if self.args.should_save:
-            files.write(output_dir or str(self.args.output_dir), model.adapter(), _adapter(state))
+            adapter = model.adapter()
+            files.write(output_dir or str(self.args.output_dir), adapter, adapter.part_of(state_dict))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """What is frozen is missing from a checkpoint; anything else that does not fit is an error."""
@@ -59,10 +61,3 @@ class MemVPTrainer(Trainer):
             raise ValueError(
                 f"the checkpoint does not fit this model: missing {missing}, unexpected {load_result.unexpected_keys}"
             )
-
-
-def _adapter(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The memory's and the vision model's part, by the names that :meth:`MemVPModel.adapter_state_dict` gives them."""
-    memory = {name.removeprefix("memory."): t for name, t in state.items() if name.startswith("memory.")}
-    rest = {name: t for name, t in state.items() if name.startswith("vision_model.")}
-    return {name.removeprefix("module."): t for name, t in memory.items()} | rest

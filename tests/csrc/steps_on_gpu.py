@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from memvp_kernels import fused_ffn
-from memvp_kernels.backends.cuda import gemm as wgmma
-from memvp_kernels.backends.triton import gemm as steps
+from memvp_kernels.backends.cuda import extension
 from tests import cases, tolerance
 from tests.gpu import assert_same, captured
 
@@ -23,7 +22,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 #: (S, T, d, F, M, r): tails of every tile; more tiles than a GPU has multiprocessors, and more row tiles than are taken side by side.
 SIZES = ((1, 1, 72, 264, 24, 8), (3, 100, 320, 384, 136, 24), (8, 300, 1024, 2816, 64, 64))
 
-run = functools.partial(fused_ffn, backend="triton")
+run = functools.partial(fused_ffn, backend="cuda")
 
 
 def arguments(
@@ -69,16 +68,15 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def main() -> int:
-    reason = wgmma.missing(cases.DEVICE)
+    reason = extension.steps_status()
     if reason is not None:
         print(reason)
         return MISSING
     torch.manual_seed(0)
-    with steps.forced("wgmma"):
-        for what, check in checks():
-            print(what, flush=True)
-            check()
-            torch.cuda.synchronize()
+    for what, check in checks():
+        print(what, flush=True)
+        check()
+        torch.cuda.synchronize()
     return 0
 
 

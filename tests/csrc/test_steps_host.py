@@ -162,16 +162,6 @@ def test_which_form_a_step_takes(library: StepsLibrary) -> None:
         p.kind, p.rows, p.columns, p.product_count, p.multiprocessors = KINDS["output"], rows, 4096, 1, 132
         found[rows] = library.form(p)
     assert found == {32: (1, 1), 100: (2, 1), 512: (2, 1), 1024: (2, 2), 8192: (2, 2)}
-    pytest.importorskip("triton")
-    from memvp_kernels.backends.triton.heuristics import hopper_tiles as ring_tiles
-    from memvp_kernels.backends.triton.heuristics import tiles
-
-    # The cost model prices what is launched.
-    chip = tiles.chip_of(90)
-    priced = {rows: ring_tiles.ring_tile(chip, "wgmma", rows, (4096,), 11008) for rows in found}
-    assert {rows: tile.block_n // 64 for rows, tile in priced.items()} == {
-        r: groups for r, (_, groups) in found.items()
-    }
 
 
 def test_says_what_it_does_not_take(library: StepsLibrary) -> None:

@@ -11,11 +11,10 @@ from typing import Any
 import digits
 import pytest
 import torch
-from digit_questions import images, language_model, questions, race, record, report
-from digit_questions.contestants import Contestant, InMemory, InPrompt
+from digit_questions import images, language_model, questions, results, training
+from digit_questions.methods import InMemory, InPrompt, Method
 
 WORDS = questions.Vocabulary()
-SHAPE: dict[str, Any] = {"tokens": images.GRID**2, "vision_dim": images.PATCH**2}
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +29,11 @@ def base() -> Any:
 
 
 @pytest.fixture(params=["memory", "prompt"])
-def contestant(request: pytest.FixtureRequest, base: Any) -> Contestant:
+def method(request: pytest.FixtureRequest, base: Any) -> Method:
     torch.manual_seed(1)
     if request.param == "memory":
-        return InMemory(copy.deepcopy(base), **SHAPE)
-    return InPrompt(copy.deepcopy(base), WORDS, **SHAPE)
+        return InMemory(copy.deepcopy(base))
+    return InPrompt(copy.deepcopy(base), WORDS)
 
 
 def test_the_split_is_whole_and_disjoint(split: tuple[images.Images, images.Images]) -> None:
@@ -96,67 +95,64 @@ def test_batches_pad_and_label() -> None:
     assert (asked.labels == -100).all()
 
 
-def test_a_contestant_trains_only_its_own_parameters(contestant: Contestant, split: Any) -> None:
+def test_a_method_trains_only_its_own_parameters(method: Method, split: Any) -> None:
     known, _ = split
-    asked = questions.batch(
-        WORDS, [questions.ask(random.Random(i), known.digits[i], contestant.shown) for i in range(4)]
-    )
-    contestant.loss(known.features[:4], asked).backward()
-    assert all(parameter.grad is not None for parameter in contestant.trained())
-    assert any(parameter.grad.abs().max() > 0 for parameter in contestant.trained() if parameter.grad is not None)
-    whole = contestant.model if isinstance(contestant, InMemory) else contestant.language_model
-    own = {id(parameter) for parameter in contestant.trained()}
-    assert all(not p.requires_grad for p in whole.parameters() if id(p) not in own)
+    asked = questions.batch(WORDS, [questions.ask(random.Random(i), known.digits[i], method.shown) for i in range(4)])
+    method.loss(known.features[:4], asked).backward()
+    assert all(parameter.grad is not None for parameter in method.trained())
+    assert any(parameter.grad.abs().max() > 0 for parameter in method.trained() if parameter.grad is not None)
+    frozen = [p for p in method.parameters() if not p.requires_grad]
+    assert sum(p.numel() for p in frozen) == sum(p.numel() for p in language_model.build(WORDS).parameters())
 
 
-def test_an_answer_depends_on_the_image_and_not_on_the_batch(contestant: Contestant, split: Any) -> None:
+def test_an_answer_depends_on_the_image_and_not_on_the_batch(method: Method, split: Any) -> None:
     known, _ = split
     with torch.no_grad():
-        for parameter in contestant.trained():
+        for parameter in method.trained():
             parameter.add_(0.5 * torch.randn_like(parameter))
-    asked = [questions.ask(random.Random(i), known.digits[i], contestant.shown) for i in range(6)]
-    together = race.reply(contestant, WORDS, known, asked, range(6))
-    alone = [race.reply(contestant, WORDS, known, [question], [row])[0] for row, question in enumerate(asked)]
+    asked = [questions.ask(random.Random(i), known.digits[i], method.shown) for i in range(6)]
+    together = training.reply(method, WORDS, known, asked, range(6))
+    alone = [training.reply(method, WORDS, known, [question], [row])[0] for row, question in enumerate(asked)]
     assert together == alone
     one = asked[:1] * 40
-    assert len(set(race.reply(contestant, WORDS, known, one, range(40)))) > 1
-    assert len(set(race.reply(contestant, WORDS, known, one, range(40), blind=True))) == 1
+    assert len(set(training.reply(method, WORDS, known, one, range(40)))) > 1
+    assert len(set(training.reply(method, WORDS, known, one, range(40), blind=True))) == 1
 
 
 def test_visual_tokens_stand_where_the_prompt_has_places(base: Any, split: Any) -> None:
     known, _ = split
-    contestant = InPrompt(copy.deepcopy(base), WORDS, **SHAPE)
-    asked = [questions.ask(random.Random(i), 1, contestant.shown, kind) for i, kind in enumerate(("even", "plus"))]
+    method = InPrompt(copy.deepcopy(base), WORDS)
+    asked = [questions.ask(random.Random(i), 1, method.shown, kind) for i, kind in enumerate(("even", "plus"))]
     prompts = questions.batch(WORDS, asked, answered=False)
-    embeds = contestant._embed(known.features[:2], prompts.input_ids)
+    embeds = method.embed(known.features[:2], prompts.input_ids)
     for row in range(2):
         places = prompts.input_ids[row] == WORDS.image
-        tokens = contestant.projector(known.features[row]) + contestant.position
+        tokens = method.projector(known.features[row]) + method.position
         torch.testing.assert_close(embeds[row, places], tokens)
         words = base.get_input_embeddings()(prompts.input_ids[row, ~places])
         torch.testing.assert_close(embeds[row, ~places], words)
 
 
-def test_a_race_gives_everyone_the_same(base: Any, split: Any) -> None:
+def test_every_method_trains_on_the_same(base: Any, split: Any) -> None:
     known, held_out = split
     few = images.Images(held_out.pixels[:12], held_out.features[:12], held_out.digits[:12])
-    contestants: list[Contestant] = [
-        InMemory(copy.deepcopy(base), **SHAPE),
-        InPrompt(copy.deepcopy(base), WORDS, **SHAPE),
+    methods: list[Method] = [
+        InMemory(copy.deepcopy(base)),
+        InPrompt(copy.deepcopy(base), WORDS),
     ]
-    before = [[p.detach().clone() for p in contestant.trained()] for contestant in contestants]
-    runs = race.race(contestants, WORDS, known, few, steps=4, rows=4, learning_rate=1e-3, looks=2)
-    for run, contestant, start in zip(runs, contestants, before, strict=True):
+    before = [[p.detach().clone() for p in method.trained()] for method in methods]
+    runs = training.train(methods, WORDS, known, few, steps=4, rows=4, learning_rate=1e-3, looks=2)
+    for run, method, start in zip(runs, methods, before, strict=True):
         assert len(run.losses) == len(run.seconds) == 4
         assert [step for step, _ in run.curve] == [2, 4]
-        assert all(not torch.equal(a, b) for a, b in zip(contestant.trained(), start, strict=True))
+        assert all(not torch.equal(a, b) for a, b in zip(method.trained(), start, strict=True))
     assert runs[0].tokens == runs[1].tokens > 0
 
 
-def test_held_out_questions_are_the_same_for_everyone(split: Any) -> None:
+def test_held_out_questions_are_the_same_for_every_method(split: Any) -> None:
     _, held_out = split
-    first, rows = race.held_out_questions(held_out, "X")
-    second, _ = race.held_out_questions(held_out, "Y Y")
+    first, rows = training.held_out_questions(held_out, "X")
+    second, _ = training.held_out_questions(held_out, "Y Y")
     assert [q.prompt.replace("X", "Y Y") for q in first] == [q.prompt for q in second]
     assert len(first) == len(rows) == 360 * len(questions.KINDS)
     for question, row in zip(first, rows, strict=True):
@@ -167,26 +163,17 @@ def test_held_out_questions_are_the_same_for_everyone(split: Any) -> None:
 def test_the_score_counts_per_kind() -> None:
     asked = [questions.Question(kind, "", "yes") for kind in questions.KINDS] + [questions.Question("plus", "", "two")]
     answers = ["yes"] * 3 + ["no"] * 3 + ["two"]
-    assert report.score(asked, answers) == {
+    assert results.score(asked, answers) == {
         "all": 4 / 7, "which": 1.0, "plus": 1.0, "twice": 1.0, "to ten": 0.0, "even": 0.0, "more": 0.0,
     }  # fmt: skip
 
 
-def test_columns_are_aligned() -> None:
-    assert report.aligned([["", "all"], ["MemVP", "9.5"], ["x", "10.5"]]).splitlines() == [
-        "        all",
-        "-----------",
-        "MemVP   9.5",
-        "x      10.5",
-    ]
-
-
 def test_the_pictures_are_drawn(tmp_path: Path, split: Any) -> None:
     _, held_out = split
-    asked, rows = race.held_out_questions(held_out, questions.IMAGE)
-    report.draw_answers(held_out, asked, [question.answer for question in asked], rows, tmp_path / "answers.png")
-    runs = [race.Run(name, [2.0, 1.0, 0.5], [0.1] * 3, [(1, 0.2), (3, 0.9)], 30) for name in ("one", "two")]
-    report.draw_curves(runs, tmp_path / "curves.png")
+    asked, rows = training.held_out_questions(held_out, questions.IMAGE)
+    results.draw_answers(held_out, asked, [question.answer for question in asked], rows, tmp_path / "answers.png")
+    runs = [training.Run(name, [2.0, 1.0, 0.5], [0.1] * 3, [(1, 0.2), (3, 0.9)], 30) for name in ("one", "two")]
+    results.draw_curves(runs, tmp_path / "curves.png")
     for name in ("answers.png", "curves.png"):
         assert 10_000 < (tmp_path / name).stat().st_size < 200_000
 
@@ -202,11 +189,11 @@ def test_the_pictures_are_drawn(tmp_path: Path, split: Any) -> None:
     ],
     ids=["met", "too few right", "too far behind", "the image hardly matters", "too slow"],
 )
-def test_each_bar_can_be_missed(
+def test_each_requirement_can_be_missed(
     memory: float, prompt: float, blind: float, ratio: float, met: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = [race.Run("MemVP", seconds=[ratio]), race.Run("prompt", seconds=[1.0])]
-    assert digits._bars(digits.FULL, [{"all": memory}, {"all": prompt}], {"all": blind}, runs) is met
+    runs = [training.Run("MemVP", seconds=[ratio]), training.Run("prompt", seconds=[1.0])]
+    assert digits.meets(digits.FULL, [{"all": memory}, {"all": prompt}], {"all": blind}, runs) is met
     assert ("MISSED" in capsys.readouterr().out) is not met
 
 
@@ -214,7 +201,7 @@ def test_the_page_shows_the_committed_run() -> None:
     top = Path(__file__).resolve().parents[2]
     committed = json.loads((top / "examples" / "results" / "digits.json").read_text())
     shown = (top / "examples" / "README.md").read_text().split("<!-- digits -->\n")[1].split("\n<!-- /digits -->")[0]
-    assert shown == record.readme_table(committed)
+    assert shown == results.markdown(committed)
     assert not committed["commit"].endswith("-dirty")
     memory, prompt, _ = committed["rows"]
     assert memory["steps"] == prompt["steps"] == digits.FULL.image_steps

@@ -13,32 +13,32 @@ pytest.importorskip("peft", reason=REASON)
 
 import qlora  # noqa: E402
 from digit_questions import images, language_model, questions  # noqa: E402
-from digit_questions.race import race  # noqa: E402
+from digit_questions.training import train  # noqa: E402
 
 WORDS = questions.Vocabulary()
 
 
 @pytest.fixture(scope="module")
-def contestants() -> list[Any]:
+def methods() -> list[Any]:
     torch.manual_seed(0)
     base = language_model.build(WORDS).eval()
-    return list(qlora.contestants_of(base, tokens=images.GRID**2, vision_dim=images.PATCH**2))
+    return list(qlora.methods_of(base))
 
 
-def test_what_trains_beside_what_is_packed(contestants: list[Any]) -> None:
-    whole, packed, adapted = contestants
+def test_what_trains_beside_what_is_quantized(methods: list[Any]) -> None:
+    whole, nf4, adapted = methods
     memory = sum(p.numel() for p in whole.trained())
-    assert sum(p.numel() for p in packed.trained()) == memory
+    assert sum(p.numel() for p in nf4.trained()) == memory
     lora = language_model.LAYERS * 2 * 2 * qlora.RANK * language_model.WIDTH
     assert sum(p.numel() for p in adapted.trained()) == memory + lora
-    assert all(p.dtype == torch.float32 for contestant in contestants for p in contestant.trained())
-    assert qlora.held(adapted.model) == qlora.held(packed.model) < qlora.held(whole.model) / 5
+    assert all(p.dtype == torch.float32 for method in methods for p in method.trained())
+    assert qlora.held(adapted.model) == qlora.held(nf4.model) < qlora.held(whole.model) / 5
 
 
-def test_everything_that_should_train_does_and_nothing_else(contestants: list[Any]) -> None:
+def test_everything_that_should_train_does_and_nothing_else(methods: list[Any]) -> None:
     known, held_out = images.load()
-    before = [{name: p.detach().clone() for name, p in c.model.named_parameters()} for c in contestants]
-    race(contestants, WORDS, known, held_out, steps=2, rows=4, learning_rate=0.01, looks=1)
-    for contestant, was in zip(contestants, before, strict=True):
-        for name, parameter in contestant.model.named_parameters():
+    before = [{name: p.detach().clone() for name, p in c.model.named_parameters()} for c in methods]
+    train(methods, WORDS, known, held_out, steps=2, rows=4, learning_rate=0.01, looks=1)
+    for method, was in zip(methods, before, strict=True):
+        for name, parameter in method.model.named_parameters():
             assert torch.equal(parameter, was[name]) != parameter.requires_grad, name

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 
 import pytest
 import torch
-from science_questions import batches, data, prompts, recipe, score
+from science_questions import batches, data, prompts, score, training
 
 from tests.examples.tiny_scienceqa import problems, tokenizer, write_data
 
@@ -109,52 +108,40 @@ def test_batches_pad_to_the_right_side(tmp_path: Path) -> None:
     words = tokenizer()
     reader = batches.Reader(words, 64, 8)
     split = data.load_split(write_data(tmp_path / "data"), "train", captions=True)
-    loader, sampler = batches.training_batches(reader, split, rows=3, rank=0, world=1, workers=0, seed=0)
-    seen = 0
-    sampler.set_epoch(0)
-    for batch in loader:
-        assert len(batch["pixel_values"]) == len(batch["input_ids"])
-        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
-            seen += 1
-            length = int(mask.sum())
-            assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
-            assert (ids[length:] == words.unk_token_id).all()
-            assert words.decode(labels[labels >= 0]).startswith("The answer is")
-            assert (labels[length:] == -100).all()
-            assert int((labels >= 0).sum()) == 6
-    assert seen == 6  # of 8, the incomplete batch is left out
+    rows = batches.TrainingRows(reader, split)
+    batch = reader.collate([rows[i] for i in range(len(rows))])
+    assert [pixels is None for pixels in batch["pixel_values"]] == [problem.image is None for problem in split]
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+        length = int(mask.sum())
+        assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
+        assert (ids[length:] == words.unk_token_id).all()
+        assert words.decode(labels[labels >= 0]).startswith("The answer is")
+        assert (labels[length:] == -100).all()
+        assert int((labels >= 0).sum()) == 6
     for part, inputs in batches.question_batches(reader, split, rows=5):
         assert (inputs["input_ids"][:, -1] == words.convert_tokens_to_ids("is")).all()
         assert (inputs["attention_mask"][:, -1] == 1).all()
         assert [pixels is None for pixels in inputs["pixel_values"]] == [problem.image is None for problem in part]
 
 
-def test_every_process_gets_its_own_share(tmp_path: Path) -> None:
-    reader = batches.Reader(tokenizer(), 64, 8)
-    split = data.load_split(write_data(tmp_path / "data"), "train", captions=False)
-    rows = [
-        [int(i) for i in batches.training_batches(reader, split, rows=2, rank=rank, world=2, workers=0, seed=3)[1]]
-        for rank in range(2)
-    ]
-    assert sorted(rows[0] + rows[1]) == list(range(8))
+def test_the_recipe_is_the_papers(tmp_path: Path) -> None:
+    from transformers import Trainer
 
-
-def test_the_learning_rate_is_the_papers() -> None:
-    assert recipe.peak_learning_rate(32) == pytest.approx(1.125e-3)
-    rate = lambda epoch: recipe.learning_rate(epoch, peak=1.0, epochs=20, warmup=2)  # noqa: E731
-    assert [rate(0), rate(1), rate(2), rate(20)] == pytest.approx([0.0, 0.5, 1.0, 0.0])
-    assert rate(11) == pytest.approx(0.5)
-    assert rate(6.5) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
-
-
-def test_biases_do_not_decay() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2).requires_grad_(False))
-    adam = recipe.optimiser(model)
-    assert [(len(g["params"]), g["weight_decay"], g["betas"]) for g in adam.param_groups] == [
-        (1, 0.02, (0.9, 0.95)),
-        (1, 0.0, (0.9, 0.95)),
-    ]
-    assert adam.param_groups[0]["params"][0] is model[0].weight
+    arguments = training.Recipe(rows=4).arguments(tmp_path, 12726, 8, cpu=True)
+    assert arguments.learning_rate == pytest.approx(1.125e-3)
+    trainer = Trainer(model, arguments)
+    trainer.create_optimizer_and_scheduler(20 * 397)
+    assert trainer.optimizer is not None
+    groups = [(len(g["params"]), g["weight_decay"], g["betas"]) for g in trainer.optimizer.param_groups]
+    assert groups == [(1, 0.02, (0.9, 0.95)), (1, 0.0, (0.9, 0.95))]
+    rates = []
+    for _ in range(20 * 397):
+        rates.append(trainer.optimizer.param_groups[0]["lr"] / 1.125e-3)
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert [rates[397 * epoch] for epoch in (0, 1, 2, 11)] == pytest.approx([0.0, 0.5, 1.0, 0.5])
+    assert rates[-1] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_the_score_table(tmp_path: Path) -> None:
@@ -174,10 +161,9 @@ def test_the_score_table(tmp_path: Path) -> None:
         "G7-12": pytest.approx(100 * 5 / 6),
         "Avg": pytest.approx(100 * 8 / 12),
     }
-    head, figures = score.table(result).splitlines()
+    head, _, figures = score.table(result).splitlines()
     assert head.split() == list(result)
     assert figures.split() == ["75.00", "75.00", "50.00", "83.33", "83.33", "33.33", "50.00", "83.33", "66.67"]
-    assert len(head) == len(figures)
     assert score.scores(split[:1], {"1": 0})["SOC"] is None
     with pytest.raises(ValueError, match="11 of 12 problems have no prediction, the first is 2"):
         score.scores(split, {"1": 0})

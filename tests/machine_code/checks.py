@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from memvp_kernels.backends.triton.device.operands import BY_POINTER
-from memvp_kernels.backends.triton.heuristics import tiles
+from memvp_kernels.backends.triton.device.operands import POINTER
 from memvp_kernels.backends.triton.runtime.offline import Compiled
+from memvp_kernels.hardware import chip_of
 from tests.machine_code import sass
 from tests.machine_code.launches import Case
 from tests.machine_code.sass import Kernel
@@ -25,10 +25,10 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "dinput_bwd_kernel": ("key", "memory"),
     "dmemory_bwd_kernel": ("left",),
     "core_bwd_kernel": ("dscores", "THROUGH_KEY", "THROUGH_VALUE"),
-    "form_memory_kernel": (),
-    "form_hidden_kernel": (),
-    "form_dpre_kernel": (),
-    "add_parts_kernel": (),
+    "materialise_memory_kernel": (),
+    "activation_fwd_kernel": (),
+    "activation_bwd_kernel": (),
+    "reduce_splits_kernel": (),
 }
 _TENSOR_MEMORY = 512  # columns of a multiprocessor
 
@@ -69,7 +69,7 @@ def row_of(case: Case, architecture: int, launched: Compiled) -> Row:
     )
     operands = [launched.arguments.get(name) for name in KERNELS[launched.name]]
     multiplies = any(operand is not None and operand is not False for operand in operands)
-    descriptors = multiplies and launched.constant("FORM") != BY_POINTER.value
+    descriptors = multiplies and launched.constant("LOAD") != POINTER.value
     what = (launched.name, case.name, architecture, case.number, tile, multiplies, descriptors)
     if launched.kernel is None:
         return Row(*what, machine=None, error=launched.error)
@@ -90,11 +90,11 @@ def complaints(row: Row) -> list[str]:
 
 
 def _complaints(row: Row, machine: Kernel) -> Iterator[str]:
-    chip = tiles.chip_of(row.architecture)
+    chip = chip_of(row.architecture)
     if machine.stack or machine.spills:
         yield f"spills: {machine.stack} bytes of stack, {machine.spills} loads and stores"
-    if row.shared > chip.shared:
-        yield f"{row.shared} bytes of shared memory, the chip has {chip.shared} per block"
+    if row.shared > chip.shared_memory:
+        yield f"{row.shared} bytes of shared memory, the chip has {chip.shared_memory} per block"
     if row.tensor_memory > _TENSOR_MEMORY:
         yield f"{row.tensor_memory} columns of tensor memory, the chip has {_TENSOR_MEMORY}"
     wanted = _instruction(row, chip.family)
@@ -105,7 +105,7 @@ def _complaints(row: Row, machine: Kernel) -> Iterator[str]:
         yield "no loop has a wgmma in it, so nothing says whether they overlap"
     if any(loop.serialised for loop in machine.loops):
         yield "its wgmma are serialised: each waits for the one before"
-    if chip.chains and not (row.pdl and machine.waits_first):
+    if chip.has_pdl and not (row.pdl and machine.waits_first):
         yield "it may begin while the launch before it runs, and does not wait for it before it touches memory"
     if row.descriptors and not machine.count("UTMALDG"):
         yield "its operands have descriptors, and nothing is loaded through TMA"

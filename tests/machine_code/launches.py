@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from memvp_kernels.backends import triton as backend
-from memvp_kernels.backends.triton.gemm import forced
+from memvp_kernels.backends.triton.gemm import override_implementation
 from memvp_kernels.backends.triton.heuristics import tiles
 from memvp_kernels.backends.triton.heuristics.shape import Shape
 from memvp_kernels.backends.triton.heuristics.tiles import Tile
 from memvp_kernels.backends.triton.runtime.offline import Compiled, offline
+from memvp_kernels.hardware import chip_of
 from memvp_kernels.problem import SHARED, Problem, Segments
 
 __all__ = ["NUMBERS", "Case", "cases", "launches"]
@@ -111,7 +112,7 @@ def cases(architecture: int, *, exhaustive: bool) -> Iterator[Case]:
 
 
 def _tiles(architecture: int, case: Case, accumulators: int = 1) -> list[Tile]:
-    chip, kind = tiles.chip_of(architecture), NUMBERS[case.number]
+    chip, kind = chip_of(architecture), NUMBERS[case.number]
     return list(tiles.candidates(chip, *kind, descriptors=case.aligned, accumulators=accumulators))
 
 
@@ -167,7 +168,7 @@ def _by_form(case: Case, single: list[Tile], double: Tile) -> Iterator[Case]:
 
 
 def _cublas(case: Case, gated: bool = True) -> Case:
-    return replace(case, form="text", gated=gated, sequences=1, length=16, backward="kept", implementation="library")
+    return replace(case, form="text", gated=gated, sequences=1, length=16, backward="kept", implementation="cublas")
 
 
 def _widest(architecture: int) -> Iterator[Case]:
@@ -192,7 +193,7 @@ def launches(case: Case, architecture: int) -> list[Compiled]:
     known = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if case.number == "tf32" else "highest")
     try:
-        with _with_tile(case.tile), forced(case.implementation), offline(architecture) as launched:
+        with _with_tile(case.tile), override_implementation(case.implementation), offline(architecture) as launched:
             if case.backward:
                 pre = scores = None
                 if case.backward != "again":

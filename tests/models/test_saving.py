@@ -15,6 +15,7 @@ from memvp_kernels.models.patching.patch import Patch
 from tests.models.clip import pixels, vision_model
 from tests.models.tiny import CONFIG, FAMILIES, VISION, features, language_model, tokens, with_memory, wrapped
 
+_WEIGHTS = "memvp_model.safetensors"
 _TENSORS = {
     "key_position", "value_position",
     "projector.fc1.weight", "projector.fc1.bias", "projector.fc2.weight", "projector.fc2.bias",
@@ -68,6 +69,56 @@ def test_vision_adapters_come_along(tmp_path: Path) -> None:
     assert {a.dropout.p for a in vision.adapters(again.vision_model)} == {0.3}
     with pytest.raises(ValueError, match="parameters for a vision model; pass vision_model="):
         MemVPModel.from_pretrained(language_model(), tmp_path)
+
+
+_PARTS = {"a norm": "post_layernorm", "a block": "layers.1.mlp", "an embedding": "position_embedding"}
+
+
+@pytest.mark.parametrize("part", _PARTS.values(), ids=list(_PARTS))
+def test_a_partly_trained_vision_model_comes_along(part: str, tmp_path: Path) -> None:
+    """It loads into a frozen one, goes on training there, is saved again, and unload() gives the flags back."""
+    clip = vision_model(VISION)
+    model = with_memory(language_model(), vision_model=clip)
+    for name, parameter in clip.named_parameters():
+        parameter.requires_grad_(part in name)
+    with torch.no_grad():
+        for parameter in clip.parameters():
+            parameter.add_(0.1 * parameter.requires_grad)
+    model.save_pretrained(tmp_path / "a")
+    fresh = vision_model(VISION)
+    before = _flags(fresh)
+    again = MemVPModel.from_pretrained(language_model(), tmp_path / "a", fresh)
+    inputs = {"input_ids": tokens(2), "pixel_values": pixels(2)}
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    assert _flags(fresh) == _flags(clip)
+    again.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "a" / _WEIGHTS).read_bytes() == (tmp_path / "b" / _WEIGHTS).read_bytes()
+    again.unload()
+    assert _flags(fresh) == before
+
+
+def test_lora_in_the_vision_model_trains_and_comes_along(tmp_path: Path) -> None:
+    """PEFT has decided what trains; the last block, which is never run, is left out, or data parallelism would wait for it."""
+    peft = pytest.importorskip("peft")
+
+    def with_lora() -> torch.nn.Module:
+        return peft.get_peft_model(vision_model(VISION), peft.LoraConfig(r=2, target_modules=["q_proj", "fc1"]))
+
+    clip = with_lora()
+    model = with_memory(language_model(), vision_model=clip).train()
+    inputs = {"input_ids": tokens(2), "pixel_values": pixels(2)}
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    trained = {name for name, p in model.vision_model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in clip.named_parameters() if "lora" in name and "layers.2" not in name}
+    assert trained == {name for name, p in clip.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        for name, parameter in clip.named_parameters():
+            parameter.add_(0.1 * (name in trained))
+    model.eval().save_pretrained(tmp_path)
+    again = MemVPModel.from_pretrained(language_model(), tmp_path, with_lora()).eval()
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    with pytest.raises(ValueError, match=r"lora_A.*; pass a vision_model with the adapters \(LoRA\)"):
+        MemVPModel.from_pretrained(language_model(), tmp_path, vision_model(VISION))
 
 
 def _flags(module: torch.nn.Module) -> list[tuple[str, bool]]:

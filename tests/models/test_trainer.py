@@ -86,6 +86,15 @@ def test_a_checkpoint_holds_what_trains_and_loads_anywhere(tmp_path: Path) -> No
         assert torch.equal(a, b), name
 
 
+def test_what_the_user_froze_of_the_memory_is_in_the_folder(tmp_path: Path) -> None:
+    model = _tied()
+    model.projector.requires_grad_(False)
+    _run(model, tmp_path, max_steps=5)
+    again = MemVPModel.from_pretrained(language_model("gemma"), tmp_path / "checkpoint-5")
+    assert torch.equal(model.projector.fc1.weight, again.projector.fc1.weight)
+    assert torch.equal(model.key_position, again.key_position)
+
+
 def test_the_best_model_comes_back(tmp_path: Path) -> None:
     model = _tied()
     _run(model, tmp_path, eval_strategy="steps", eval_steps=5, load_best_model_at_end=True)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from typing import Any
 
 import pytest
 import torch
 
-from memvp_kernels import cost, dispatch
+from memvp_kernels import dispatch
 from memvp_kernels.checks import TENSORS
-from memvp_kernels.cost import Sizes
+from memvp_kernels.dispatch import Sizes
+from memvp_kernels.hardware import Chip, chip_of
 from memvp_kernels.problem import Problem, normalise
 from tests import cases
 from tests.csrc.fake_gpu import OnGPU
 
-HOPPER = cost.rates_of((9, 0))
+HOPPER = chip_of(90)
 
 
 def problem_of(a: dict[str, Any]) -> Problem:
@@ -33,17 +35,17 @@ def llama_7b(rows: int, dtype: torch.dtype = torch.bfloat16, images: int = 1, fa
         a.update(visual_key=core, visual_value=core)
         if factored:
             a["visual_basis"] = torch.empty(136, 4096, dtype=dtype)
-    return cost.sizes_of(problem_of(a))
+    return dispatch.sizes_of(problem_of(a))
 
 
 def fastest(sizes: Sizes) -> str:
-    return cost.fastest(sizes, ("torch", "triton", "cuda"), HOPPER)
+    return dispatch.fastest(sizes, ("torch", "triton", "decode"), HOPPER)
 
 
 @pytest.mark.parametrize("factored", [False, True])
 @pytest.mark.parametrize("images", [1, 16])
 def test_a_handful_of_tokens_goes_to_the_decode_kernel(images: int, factored: bool) -> None:
-    assert fastest(llama_7b(16, images=images, factored=factored)) == "cuda"
+    assert fastest(llama_7b(16, images=images, factored=factored)) == "decode"
 
 
 @pytest.mark.parametrize("rows", [512, 2048, 8192])
@@ -51,11 +53,11 @@ def test_prefill_and_training_go_to_triton(rows: int) -> None:
     assert fastest(llama_7b(rows, images=16)) == "triton"
 
 
-def test_ieee_float32_goes_by_the_library_and_tf32_too() -> None:
+def test_ieee_float32_goes_to_cublas_and_tf32_too() -> None:
     """PyTorch's own products either way, with fewer passes between them; `tl.dot` in IEEE float32 would not pay."""
     sizes = llama_7b(4096, torch.float32)
-    assert cost._predict(sizes, "library", HOPPER) < cost.predict(sizes, "torch", HOPPER)
-    assert cost.predict(sizes, "torch", HOPPER) < cost._predict(sizes, "fused", HOPPER)
+    assert dispatch._predict(sizes, "cublas", HOPPER) < dispatch.predict(sizes, "torch", HOPPER)
+    assert dispatch.predict(sizes, "torch", HOPPER) < dispatch._predict(sizes, "fused", HOPPER)
     torch.set_float32_matmul_precision("high")
     try:
         assert fastest(llama_7b(4096, torch.float32)) == "triton"
@@ -70,21 +72,16 @@ def test_the_newer_setting_of_tf32_is_read() -> None:
     try:
         for setting in ("tf32", "ieee"):
             torch.backends.cuda.matmul.fp32_precision = setting
-            seconds[setting] = cost.predict(llama_7b(4096, torch.float32), "triton", HOPPER)
+            seconds[setting] = dispatch.predict(llama_7b(4096, torch.float32), "triton", HOPPER)
     finally:
         torch.backends.cuda.matmul.fp32_precision = known
     assert seconds["tf32"] < seconds["ieee"] / 2
 
 
 def test_more_work_never_costs_less() -> None:
-    for name in ("torch", "triton", "cuda"):
-        times = [cost.predict(llama_7b(rows), name, HOPPER) for rows in (1, 16, 64, 512, 4096)]
+    for name in ("torch", "triton", "decode"):
+        times = [dispatch.predict(llama_7b(rows), name, HOPPER) for rows in (1, 16, 64, 512, 4096)]
         assert times == sorted(times)
-
-
-def test_rates_of_a_chip_that_is_not_listed() -> None:
-    assert cost.rates_of((8, 7)) == cost.rates_of((8, 6))
-    assert cost.rates_of((7, 0)) == cost.rates_of((8, 0))
 
 
 def test_auto_on_a_cpu_is_pytorch() -> None:
@@ -95,8 +92,11 @@ def test_auto_on_a_cpu_is_pytorch() -> None:
 def test_the_decode_kernel_is_refused_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of(cases.build("one_each-plain", torch.bfloat16))
     monkeypatch.setattr(dispatch, "missing", lambda name, device: None)
-    monkeypatch.setattr(dispatch._module("cuda"), "unsupported", lambda problem: None)
-    with pytest.raises(RuntimeError, match=r"backend: wanted 'cuda', but it has no backward.*backend='auto'"):
+    monkeypatch.setattr(dispatch._module("decode"), "unsupported", lambda problem: None)
+    monkeypatch.setattr(dispatch._module("hopper"), "unsupported", lambda problem: "wgmma is Hopper's")
+    with pytest.raises(
+        RuntimeError, match=r"backend: wanted 'cuda', but .* has no backward.*wgmma is Hopper's; backend='auto'"
+    ):
         dispatch.choose(problem, "cuda", training=True)
 
 
@@ -105,27 +105,29 @@ def test_auto_predicts_once_for_each_set_of_sizes(monkeypatch: pytest.MonkeyPatc
     problem = problem_of(cases.build("one_each-plain", torch.bfloat16))
     problem = dataclasses.replace(problem, x=OnGPU(problem.x))  # type: ignore[arg-type]
     asked: list[str] = []
-    predict = cost._predict
+    predict = dispatch._predict
 
     def capability(device: torch.device) -> tuple[int, int]:
         asked.append("capability")
         return 9, 0
 
-    def predicted(sizes: Sizes, road: str, rates: cost.Rates) -> float:
-        asked.append(road)
-        return predict(sizes, road, rates)
+    def predicted(sizes: Sizes, name: str, chip: Chip) -> float:
+        asked.append(name)
+        return predict(sizes, name, chip)
 
     monkeypatch.setattr(dispatch, "missing", lambda name, device: "not here" if name == "cuda" else None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
-    monkeypatch.setattr(cost, "_predict", predicted)
+    properties = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(dispatch, "_predict", predicted)
     # The same caches, empty and this test's own.
-    monkeypatch.setattr(dispatch, "_rates", functools.cache(dispatch._rates.__wrapped__))
+    monkeypatch.setattr(dispatch, "_chip", functools.cache(dispatch._chip.__wrapped__))
     monkeypatch.setattr(dispatch, "fastest", functools.lru_cache(dispatch.fastest.__wrapped__))
     reason: str | None = None
     monkeypatch.setattr(dispatch._module("triton"), "unsupported", lambda problem: reason)
 
     first = dispatch.choose(problem, "auto", training=False)
-    assert sorted(asked) == ["capability", "fused", "library", "torch"]
+    assert sorted(asked) == ["capability", "cublas", "fused", "torch"]
     asked.clear()
     assert dispatch.choose(problem, "auto", training=False) is first
     assert not asked

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 
-from memvp_kernels.backends.triton import gemm as steps
+from memvp_kernels.backends.triton.gemm import override_implementation
 from memvp_kernels.backends.triton.runtime import launch
 
 # tests/conftest.py sets TRITON_INTERPRET before anything imports triton; set later it would leave half of triton compiled.
@@ -37,9 +37,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def fused_road() -> Iterator[None]:
-    """The fused kernels, whatever the cost model would take for problems as small as the tests'; test_library.py has the other road."""
-    with steps.forced("fused"):
+def fused() -> Iterator[None]:
+    """The fused kernels, whatever the cost model would choose for problems as small as the tests'; test_gemm_cublas.py has the others."""
+    with override_implementation("fused"):
         yield
 
 

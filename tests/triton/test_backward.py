@@ -26,7 +26,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many tiles, several pieces of columns and several parts of a sum from few numbers."""
+    """Many tiles, several subtiles of columns and several parts of a sum from few numbers."""
     monkeypatch.setattr(tiles, "hidden_tile", lambda _, shape: Tile(32, 128 // shape.branches, 64, 4, 2))
     monkeypatch.setattr(tiles, "output_tile", lambda *_: Tile(32, 64, 64, 4, 2))
     monkeypatch.setattr(tiles, "core_tile", lambda *_, **__: Tile(32, 32, 32, 4, 2))
@@ -35,7 +35,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backward_tiles, "dmemory_tile", lambda *_, **__: Tile(16, 32, 32, 4, 2))
     monkeypatch.setattr(backward_tiles, "core_backward_tile", lambda *_, **__: Tile(32, 16, 16, 4, 2))
     monkeypatch.setattr(backward_tiles, "row_splits", lambda *_: 3)
-    monkeypatch.setattr(dhidden, "_PIECE", 16)
+    monkeypatch.setattr(dhidden, "_SUBTILE", 16)
     monkeypatch.setattr(dmemory, "_SCAN", 4)
 
 
@@ -108,7 +108,7 @@ def test_one_slot(form: str) -> None:
 @pytest.mark.parametrize("form", ["plain", "factored"])
 def test_the_papers_320_slots(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backward_tiles, "dhidden_tile", lambda *_: Tile(32, 128, 64, 4, 2))
-    monkeypatch.setattr(dhidden, "_PIECE", 64)
+    monkeypatch.setattr(dhidden, "_SUBTILE", 64)
     monkeypatch.setattr(backward_tiles, "core_backward_tile", lambda *_, **__: Tile(32, 32, 64, 4, 2))
     monkeypatch.setattr(backward_tiles, "dmemory_tile", lambda *_, **__: Tile(64, 64, 16, 4, 2))
     tolerance.check(run, example(torch.bfloat16, lengths=[13] * 2, M=320, form=form))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memvp_kernels import reference
 from memvp_kernels.backends import triton as backend
-from memvp_kernels.backends.triton.heuristics import cost_model as roads
+from memvp_kernels.backends.triton.gemm import IMPLEMENTATIONS, GemmSteps
 from memvp_kernels.checks import TENSORS
 from memvp_kernels.problem import Problem, Segments, normalise
 from tests import cases, tolerance
@@ -145,12 +144,10 @@ def test_nothing_runs_that_nobody_needs(needs: tuple[str, ...], monkeypatch: pyt
 
     p = problem()
     _, pre, scores = backend.forward(p, save_hidden=True, save_scores=True)
-    steps = passes.steps_of(p)
-    watched = types.SimpleNamespace(**{name: recorded(name, getattr(steps, name)) for name in roads.STEPS})
-    monkeypatch.setattr(passes, "steps_of", lambda problem: watched)
+    steps = GemmSteps(*(recorded(name, step) for name, step in IMPLEMENTATIONS["fused"]._asdict().items()))
     for name in ("memory_gradients", "dense_gradients"):
         monkeypatch.setattr(passes, name, recorded(name, getattr(passes, name)))
-    backend.backward(p, dy(p), pre, scores, frozenset(needs))
+    backend.backward(p, dy(p), pre, scores, frozenset(needs), steps=steps)
     assert ran == STEPS[needs]
 
 
@@ -163,8 +160,8 @@ def test_memory_trained_under_a_frozen_ffn_reads_no_weight() -> None:
     assert all(g.isfinite().all() for g in found.values())
 
 
-class _Made(TorchDispatchMode):
-    """What makes a matrix of x's shape, by name, but for the room that a kernel's result is written to."""
+class _NewMatrices(TorchDispatchMode):
+    """The operations that make a new matrix of x's shape, except allocations for a kernel's result."""
 
     def __init__(self, shape: torch.Size) -> None:
         super().__init__()
@@ -172,10 +169,10 @@ class _Made(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        made = (
+        new = (
             isinstance(out, Tensor) and out.shape == self.shape and not func.is_view and all(out is not t for t in args)
         )
-        if made and not func.name().startswith(("aten::empty", "aten::new_empty")):
+        if new and not func.name().startswith(("aten::empty", "aten::new_empty")):
             self.names.add(func.name())
         return out
 
@@ -190,12 +187,12 @@ def test_rows_without_memory_are_walked_past_and_not_copied_away(form: str, pack
         p = Problem(**{**vars(p), "segments": Segments(45, 5, None, cu_seqlens=cu, index=p.segments.index)})
     _, pre, scores = backend.forward(p, save_hidden=True, save_scores=True)
     grad = dy(p)
-    with _Made(p.x.shape) as made:
+    with _NewMatrices(p.x.shape) as found:
         backend.backward(p, grad, pre, scores, trainable(p).intersection(("x", *MEMORY)))
-    assert not made.names
-    with _Made(p.x.shape) as made:
+    assert not found.names
+    with _NewMatrices(p.x.shape) as found:
         backend.backward(p, grad.T.contiguous().T, pre, scores, trainable(p).intersection(MEMORY))
-    assert made.names == {"aten::clone"}, "a copy was meant to be seen"
+    assert found.names == {"aten::clone"}, "a copy was meant to be seen"
 
 
 @pytest.mark.parametrize("form", FORMS)

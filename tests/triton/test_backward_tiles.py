@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
-from memvp_kernels.backends.triton.heuristics import backward_tiles, tiles
+from memvp_kernels.backends.triton.heuristics import backward_tiles
 from memvp_kernels.backends.triton.heuristics.shape import Shape
+from memvp_kernels.hardware import chip_of
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 KINDS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
@@ -18,7 +19,7 @@ KINDS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf3
 @pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=str)
 @pytest.mark.parametrize("descriptors", [True, False])
 def test_everything_it_returns_fits(architecture: int, dtype: torch.dtype, precision: str, descriptors: bool) -> None:
-    chip = tiles.chip_of(architecture)
+    chip = chip_of(architecture)
     common = {"descriptors": descriptors}
     for rows, width in itertools.product((1, 17, 512, 8192, 10**6), (1, 37, 136, 4096)):
         shape = Shape(dtype, precision, rows, width, 11008, 320, 4, 511, gated=False, descriptors=descriptors)
@@ -29,7 +30,7 @@ def test_everything_it_returns_fits(architecture: int, dtype: torch.dtype, preci
             backward_tiles.dmemory_tile(chip, dtype, precision, width=width, together=True, **common),
         ]
         for tile in found:
-            assert tile.stages * (tile.block_n + tile.columns) * tile.block_k * dtype.itemsize <= chip.shared
+            assert tile.stages * (tile.block_n + tile.columns) * tile.block_k * dtype.itemsize <= chip.shared_memory
             assert tile.block_n * tile.columns // (32 * tile.warps) <= 128
             assert tile.stages >= 2
             assert all(n & (n - 1) == 0 for n in (tile.block_n, tile.columns, tile.block_k, tile.warps))
@@ -39,7 +40,7 @@ def test_everything_it_returns_fits(architecture: int, dtype: torch.dtype, preci
 
 
 def test_rows_count_only_by_bucket() -> None:
-    chip = tiles.chip_of(90)
+    chip = chip_of(90)
 
     def shape(rows: int) -> Shape:
         return Shape(

@@ -13,7 +13,7 @@ from memvp_kernels import fused_ffn, reference
 from memvp_kernels.backends import triton as backend
 from memvp_kernels.backends.triton.heuristics import tiles
 from memvp_kernels.backends.triton.heuristics.tiles import Tile
-from memvp_kernels.backends.triton.runtime import launch
+from memvp_kernels.backends.triton.runtime import tma
 from memvp_kernels.problem import Problem, Segments
 from tests import cases, tolerance
 from tests.cases import DEVICE
@@ -113,7 +113,7 @@ def test_gate_and_key_wherever_they_lie(layout: str) -> None:
     else:
         a["key"] = a["key"].T.contiguous().T
     paired = layout in ("gate_first", "key_first")
-    assert launch.pairable(a["gate"], a["key"]) == paired
+    assert tma.can_pair(a["gate"], a["key"]) == paired
     check(a)
 
 

@@ -97,19 +97,19 @@ def test_hidden_and_what_is_kept(reserved: Callable[..., Tensor], operands: str)
     x, (gate, key) = random(ROWS, WIDTH), random(2, PAIRS, WIDTH)
     columns = -(-PAIRS // 32)
     with last_rows(columns, [0, columns - 1]):
-        made = hidden.hidden_forward(
+        out = hidden.hidden_forward(
             x, key, gate, None, None, "silu", None, dense_segments(ROWS), None, save_hidden=True, save_scores=False
         )
-    assert made.hidden is not None
-    assert made.pre is not None
+    assert out.hidden is not None
+    assert out.pre is not None
     for part in (slice(0, 32), slice(PAIRS - 8, PAIRS)):
 
         def pre(weight: Tensor, dtype: torch.dtype, part: slice = part) -> Tensor:
             return x[LAST].to(dtype) @ weight[part].to(dtype).T
 
-        agrees(made.pre[0, LAST, part], lambda t: pre(gate, t), "gate's pre-activations")
-        agrees(made.pre[1, LAST, part], lambda t: pre(key, t), "key's pre-activations")
-        agrees(made.hidden[LAST, part], lambda t: F.silu(pre(gate, t)) * pre(key, t), "hidden")
+        agrees(out.pre[0, LAST, part], lambda t: pre(gate, t), "gate's pre-activations")
+        agrees(out.pre[1, LAST, part], lambda t: pre(key, t), "key's pre-activations")
+        agrees(out.hidden[LAST, part], lambda t: F.silu(pre(gate, t)) * pre(key, t), "hidden")
 
 
 def test_gradients_of_the_pre_activations(reserved: Callable[..., Tensor]) -> None:
@@ -117,18 +117,18 @@ def test_gradients_of_the_pre_activations(reserved: Callable[..., Tensor]) -> No
     pre[:, LAST] = random(2, ROWS - LAST.start, PAIRS)
     columns = -(-PAIRS // 64)
     with last_rows(columns, [0, columns - 1]):
-        made = dhidden.dhidden_backward(
+        out = dhidden.dhidden_backward(
             grad, value, pre, "silu", None, 0, None, dense_segments(ROWS), None, need_visual=False, overwrite=False
         )
-    assert made.dpre is not None
+    assert out.dpre is not None
     for part in (slice(0, 64), slice(PAIRS - 8, PAIRS)):
 
         def derivatives(dtype: torch.dtype, part: slice = part) -> Any:
             z, u = (p[LAST, part].to(dtype).requires_grad_() for p in pre)
             return torch.autograd.grad(F.silu(z) * u, (z, u), grad[LAST].to(dtype) @ value[part].to(dtype).T)
 
-        agrees(made.dpre[0, LAST, part], lambda t: derivatives(t)[0], "gate's")
-        agrees(made.dpre[1, LAST, part], lambda t: derivatives(t)[1], "key's")
+        agrees(out.dpre[0, LAST, part], lambda t: derivatives(t)[0], "gate's")
+        agrees(out.dpre[1, LAST, part], lambda t: derivatives(t)[1], "key's")
 
 
 @pytest.mark.parametrize("operands", ["descriptors", "pointers"], indirect=True)

@@ -14,21 +14,22 @@ from memvp_kernels.backends.triton.heuristics.shape import Shape
 from memvp_kernels.backends.triton.heuristics.tiles import Tile
 from memvp_kernels.backends.triton.kernels import hidden
 from memvp_kernels.backends.triton.runtime import launch
+from memvp_kernels.hardware import chip_of
 from tests import tolerance
 from tests.triton.test_backward import DEVICE, example
 
 run = functools.partial(fused_ffn, backend="triton")
-HOPPER = tiles.chip_of(90)
+HOPPER = chip_of(90)
 
 
 @pytest.fixture(params=[1, 3])
 def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """A chip of so few multiprocessors, whose every hidden kernel stays; tiles of two column pieces."""
-    chip = tiles.chip_of(90, int(request.param))
+    """A chip of so few multiprocessors, whose every hidden kernel stays; tiles of two column subtiles."""
+    chip = chip_of(90, int(request.param))
     monkeypatch.setattr(launch, "chip", lambda device: chip)
-    monkeypatch.setattr(tiles, "persists", lambda *_: True)
-    monkeypatch.setattr(tiles, "STORED_COLUMNS", 16)
-    monkeypatch.setattr(hidden, "STORED_COLUMNS", type(hidden.STORED_COLUMNS)(16))
+    monkeypatch.setattr(tiles, "is_persistent", lambda *_: True)
+    monkeypatch.setattr(tiles, "EPILOGUE_COLUMNS", 16)
+    monkeypatch.setattr(hidden, "EPILOGUE_COLUMNS", type(hidden.EPILOGUE_COLUMNS)(16))
     monkeypatch.setattr(tiles, "hidden_tile", lambda *_: Tile(32, 32, 16, 4, 2, group=2))
     return int(request.param)
 
@@ -46,7 +47,7 @@ def test_the_same_bits(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     grad = torch.randn(a["x"].shape, generator=torch.Generator().manual_seed(3)).to(a["x"])
     names = ["x", "visual_key", "visual_value"]
     y, grads = tolerance.gradients(lambda **b: run(**b), a, names, grad)
-    monkeypatch.setattr(tiles, "persists", lambda *_: False)
+    monkeypatch.setattr(tiles, "is_persistent", lambda *_: False)
     expected, wanted = tolerance.gradients(lambda **b: run(**b), a, names, grad)
     assert torch.equal(y, expected)
     assert all(torch.equal(grads[n], wanted[n]) for n in names)
@@ -59,7 +60,7 @@ def test_what_is_launched(programs: int, monkeypatch: pytest.MonkeyPatch) -> Non
     class Recorded:
         def __getitem__(self, grid: Any) -> Any:
             def launched(*arguments: Any, **constants: Any) -> Any:
-                grids.append((grid[0], constants["PERSISTENT"], constants["FORM_STORE"]))
+                grids.append((grid[0], constants["PERSISTENT"], constants["STORE"]))
                 return known[grid](*arguments, **constants)
 
             return launched
@@ -79,11 +80,11 @@ def test_which_tiles_stay() -> None:
     """One that fills a multiprocessor of Hopper, with room for its stores, in more than one wave."""
     bf16 = torch.bfloat16
     widest, *_, smallest = tiles.candidates(HOPPER, bf16, "ieee", descriptors=True)
-    assert tiles.persists(HOPPER, widest, bf16, 256, 133)
-    assert not tiles.persists(HOPPER, widest, bf16, 256, 132)
-    assert not tiles.persists(HOPPER, widest, torch.float32, 256, 1000)
-    assert not tiles.persists(tiles.chip_of(80), Tile(128, 128, 32, 8, 4), bf16, 128, 1000)
-    assert not tiles.persists(HOPPER, Tile(64, 32, 128, 4, 4), bf16, 32, 1000)
+    assert tiles.is_persistent(HOPPER, widest, bf16, 256, 133)
+    assert not tiles.is_persistent(HOPPER, widest, bf16, 256, 132)
+    assert not tiles.is_persistent(HOPPER, widest, torch.float32, 256, 1000)
+    assert not tiles.is_persistent(chip_of(80), Tile(128, 128, 32, 8, 4), bf16, 128, 1000)
+    assert not tiles.is_persistent(HOPPER, Tile(64, 32, 128, 4, 4), bf16, 32, 1000)
     assert smallest.columns == 32
 
 

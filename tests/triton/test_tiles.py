@@ -10,7 +10,8 @@ import torch
 
 from memvp_kernels.backends.triton.heuristics import tiles
 from memvp_kernels.backends.triton.heuristics.shape import Shape
-from memvp_kernels.backends.triton.heuristics.tiles import Chip, Tile
+from memvp_kernels.backends.triton.heuristics.tiles import Tile
+from memvp_kernels.hardware import Chip, chip_of
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 KINDS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
@@ -51,7 +52,7 @@ def output(
 @pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=str)
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
 def test_everything_it_returns_fits(architecture: int, dtype: torch.dtype, precision: str, aligned: bool) -> None:
-    chip = tiles.chip_of(architecture)
+    chip = chip_of(architecture)
     for rows, width, pairs, slots in itertools.product((1, 17, 512, 8192, 10**6), (1, 37, 4096), (1, 11008), (0, 320)):
         sizes = {
             "width": width,
@@ -70,7 +71,7 @@ def test_everything_it_returns_fits(architecture: int, dtype: torch.dtype, preci
         ):
             if tile is cut and not slots:
                 continue
-            assert tile.stages * (tile.block_n + wide) * tile.block_k * dtype.itemsize <= chip.shared
+            assert tile.stages * (tile.block_n + wide) * tile.block_k * dtype.itemsize <= chip.shared_memory
             assert accumulators * tile.block_n * wide // (32 * tile.warps) <= 128
             assert tile.stages >= 2
             assert all(n & (n - 1) == 0 for n in (tile.block_n, tile.columns, tile.block_k, tile.warps))
@@ -81,7 +82,7 @@ def test_everything_it_returns_fits(architecture: int, dtype: torch.dtype, preci
 def test_what_no_vector_can_load_takes_small_tiles() -> None:
     """An address for each element beside the accumulator: larger tiles spill, on every chip."""
     for architecture in ARCHITECTURES:
-        chip = tiles.chip_of(architecture)
+        chip = chip_of(architecture)
         for rows, (dtype, precision) in itertools.product((16, 512, 8192), KINDS):
             tile = output(chip, rows, dtype=dtype, precision=precision, aligned=False)
             assert tile.block_n * tile.columns // (32 * tile.warps) <= 32
@@ -92,7 +93,7 @@ def test_what_no_vector_can_load_takes_small_tiles() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rows_and_sequences_count_only_by_bucket(architecture: int) -> None:
     """A model that sees every length compiles few kernels, and neighbours in a bucket share theirs."""
-    chip = tiles.chip_of(architecture)
+    chip = chip_of(architecture)
     assert hidden(chip, 2049) == hidden(chip, 4096)
     found = {(hidden(chip, rows), output(chip, rows)) for rows in range(1, 8193, 13)}
     assert len(found) <= 8
@@ -101,14 +102,14 @@ def test_rows_and_sequences_count_only_by_bucket(architecture: int) -> None:
 
 
 def test_hopper_takes_the_widest_tile_for_training() -> None:
-    chip = tiles.chip_of(90)
+    chip = chip_of(90)
     assert hidden(chip, 8192) == Tile(128, 128, 64, 8, 4)
     assert output(chip, 8192) == Tile(128, 256, 64, 8, 4)
 
 
 def test_few_rows_take_more_and_smaller_tiles() -> None:
     """At 512 rows the down-projection has 64 tiles of 128x256 for 132 multiprocessors: half the chip would wait."""
-    chip = tiles.chip_of(90)
+    chip = chip_of(90)
     tile = output(chip, 512)
     assert (512 // tile.block_n) * (4096 // tile.columns) >= 128
     assert output(chip, 64).columns <= 64
@@ -123,14 +124,14 @@ def test_which_tiles_a_sequence_may_end_in(sequences: int, length: int | None, e
 
 
 def test_an_unknown_chip_counts_as_the_one_before() -> None:
-    assert tiles.chip_of(94).architecture == 90
-    assert tiles.chip_of(75).architecture == 80
-    assert tiles.chip_of(90, 78).multiprocessors == 78
+    assert chip_of(94).architecture == 90
+    assert chip_of(75).architecture == 80
+    assert chip_of(90, 78).multiprocessors == 78
 
 
 def test_predictions_respect_the_roofs() -> None:
     """Never faster than the tensor cores or the memory allow, and slower for more work."""
-    chip = tiles.chip_of(90)
+    chip = chip_of(90)
     previous = 0.0
     for rows in (16, 128, 512, 2048, 8192):
         of = shape(torch.bfloat16, "ieee", rows, True, gated=True)

@@ -13,31 +13,60 @@ chip or number type (`missing`), an operand whose rows don't start at multiples 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memvp_kernels.backends.cuda import extension
-from memvp_kernels.backends.triton.device.operands import BY_COLUMN, BY_ROW
+from memvp_kernels.backends.triton import backward as triton_backward
+from memvp_kernels.backends.triton import forward as triton_forward
+from memvp_kernels.backends.triton.device.operands import TMA, TMA_TRANSPOSED
 from memvp_kernels.backends.triton.device.visual import Visual
+from memvp_kernels.backends.triton.gemm import GemmSteps
 from memvp_kernels.backends.triton.kernels.dhidden import HiddenGradients, dhidden_backward, memory_backward
 from memvp_kernels.backends.triton.kernels.dinput import dinput_backward
 from memvp_kernels.backends.triton.kernels.hidden import Products, hidden_forward, memory_forward
-from memvp_kernels.backends.triton.kernels.output import add_own_memory, output_forward
-from memvp_kernels.backends.triton.runtime import launch
-from memvp_kernels.problem import Segments
+from memvp_kernels.backends.triton.kernels.output import accumulate_memory, output_forward
+from memvp_kernels.backends.triton.runtime import launch, tma
+from memvp_kernels.problem import Problem, Segments
 
-__all__ = ["dhidden", "dinput", "hidden", "missing", "output"]
+__all__ = ["STEPS", "backward", "dhidden", "dinput", "forward", "hidden", "output", "unsupported"]
 
 _UNIT = 8  # numbers in 16 bytes
+_TYPES = (torch.bfloat16, torch.float16)
 
 
-def missing(device: torch.device) -> str | None:
-    """Why these kernels can't run on this device; None: they can."""
-    if device.type != "cuda":
-        return f"tensors are on {device}, and the extension's kernels need an NVIDIA GPU"
-    return extension.steps_limit(torch.cuda.current_device() if device.index is None else device.index)
+def unsupported(problem: Problem) -> str | None:
+    """Why these kernels can't take this problem here; None: they can."""
+    x = problem.x
+    if x.device.type != "cuda":
+        return f"x is on {x.device}, and the extension's kernels need an NVIDIA GPU"
+    limit = extension.steps_limit(x.get_device())
+    if limit is not None:
+        return limit
+    if x.dtype not in _TYPES:
+        return f"x is {str(x.dtype).removeprefix('torch.')}, and the CUDA kernels compute in bfloat16 or float16"
+    return None
+
+
+def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As the Triton backend's, by these steps."""
+    return triton_forward(problem, save_hidden=save_hidden, save_scores=save_scores, steps=STEPS)
+
+
+def backward(
+    problem: Problem,
+    grad: Tensor,
+    pre: Tensor | None,
+    scores: Tensor | None,
+    needs: frozenset[str],
+    sums: Mapping[str, Tensor] = MappingProxyType({}),
+) -> dict[str, Tensor]:
+    """As the Triton backend's, by these steps."""
+    return triton_backward(problem, grad, pre, scores, needs, sums, steps=STEPS)
 
 
 def hidden(
@@ -59,7 +88,7 @@ def hidden(
     shared = memory if memory is not None and visual is None and segments.shared else None
     weights = [w for w in (key, gate) if w is not None]
     matrices = [x, *weights] if shared is None else [x, *weights, shared[0]]
-    if (key is None and shared is None) or not _takes(x, matrices, [] if key is None else [key.shape[0]]):
+    if (key is None and shared is None) or not _takes(matrices, [] if key is None else [key.shape[0]]):
         return hidden_forward(
             x, key, gate, key_bias, gate_bias, activation, memory, segments, visual, save_hidden=save_hidden,
             save_scores=save_scores, need_hidden=need_hidden,
@@ -95,7 +124,7 @@ def output(
     pairs = [(hidden, value)] if hidden is not None and value is not None else []
     products = _products(pairs, visual, memory, segments)
     starts = [] if residual is None else [residual]
-    if products is None or not _takes(like, [p.left for p in products] + starts, [like.shape[1]]):
+    if products is None or not _takes([p.left for p in products] + starts, [like.shape[1]]):
         return output_forward(hidden, value, value_bias, visual, memory, segments, residual, like)
     y = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     bias = _bias(value_bias, like.dtype)
@@ -122,11 +151,7 @@ def dhidden(
     right = None if value is None else _right(value.T)
     matrices = [grad] if shared is None else [grad, shared[0]]
     unread = pre is None and shared is None
-    if (
-        unread
-        or (value is not None and right is None)
-        or not _takes(grad, matrices, [] if pre is None else [pre.shape[2]])
-    ):
+    if unread or (value is not None and right is None) or not _takes(matrices, [] if pre is None else [pre.shape[2]]):
         return dhidden_backward(
             grad, value, pre, activation, memory, memories, scores, segments, visual, need_visual=need_visual, overwrite=overwrite
         )  # fmt: skip
@@ -158,11 +183,14 @@ def dinput(
     if dpre is not None and gate is not None:
         pairs.append((dpre[0], gate))
     products = _products(pairs, dscores, memory, segments)
-    if products is None or not _takes(like, [p.left for p in products], [like.shape[1]]):
+    if products is None or not _takes([p.left for p in products], [like.shape[1]]):
         return dinput_backward(dpre, key, gate, dscores, memory, segments, like)
     dx = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     _launch("output", like, like.shape[1], products, result=_matrix(dx))
     return _add_memory(dx, dscores, memory, segments)
+
+
+STEPS = GemmSteps(hidden, output, dhidden, dinput)
 
 
 class _Product(NamedTuple):
@@ -175,10 +203,10 @@ class _Product(NamedTuple):
 
 def _right(matrix: Tensor) -> tuple[Tensor, bool] | None:
     """The right operand (K, columns) of a product as (what has contiguous rows, across); None: neither it nor its transpose has."""
-    form = launch.form_of(matrix)
-    if form == BY_ROW.value:
+    form = tma.load_mode(matrix)
+    if form == TMA.value:
         return matrix, True
-    return (matrix.T, False) if form == BY_COLUMN.value else None
+    return (matrix.T, False) if form == TMA_TRANSPOSED.value else None
 
 
 def _products(
@@ -193,10 +221,9 @@ def _products(
     return [_Product(pair[0], *right) for pair, right in zip(pairs, rights, strict=True) if right is not None]
 
 
-def _takes(x: Tensor, matrices: list[Tensor], sizes: list[int]) -> bool:
-    """Whether the kernels run on x's device and copy these matrices by 16 bytes; sizes: columns of what they store without padding."""
-    fit = x.dtype in (torch.bfloat16, torch.float16) and all(size % _UNIT == 0 for size in sizes)
-    return fit and missing(x.device) is None and all(map(launch.describable, matrices))
+def _takes(matrices: list[Tensor], sizes: list[int]) -> bool:
+    """Whether the kernels can copy these matrices by 16 bytes; sizes: columns of what they store without padding."""
+    return all(size % _UNIT == 0 for size in sizes) and all(map(tma.supports_tma, matrices))
 
 
 def _bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -211,7 +238,7 @@ def _add_memory(y: Tensor, left: Tensor | None, memory: Tensor | None, segments:
     """y + left · memory in y's place, where each sequence reads a memory of its own."""
     if left is None or memory is None or segments.shared:
         return y
-    return add_own_memory(y, left, memory, segments)
+    return accumulate_memory(y, left, memory, segments)
 
 
 def _columns(shared: Tensor | None, columns: Tensor | None) -> dict[str, Any]:
@@ -238,7 +265,7 @@ def _launch(
 ) -> None:
     """One launch on x's device and its current stream; options: the rest of `_C.step`'s arguments."""
     built = extension.load()
-    assert built is not None, "_takes asked missing() first"
+    assert built is not None, "dispatch asked unsupported() first"
     device = x.device
     built.step(
         kind=built.step_codes[kind], type=built.type_codes[str(x.dtype).removeprefix("torch.")],

@@ -9,12 +9,17 @@ from torch import Tensor
 
 from memvp_kernels.backends.torch import eager
 from memvp_kernels.backends.triton.forward import dense_segments, visual_of, without_memory
-from memvp_kernels.backends.triton.gemm import steps_of
+from memvp_kernels.backends.triton.gemm import GemmSteps, choose_steps
 from memvp_kernels.backends.triton.kernels.core import core_forward
 from memvp_kernels.backends.triton.kernels.core_backward import CoreGradients, core_backward
 from memvp_kernels.backends.triton.kernels.dhidden import HiddenGradients
 from memvp_kernels.backends.triton.kernels.dmemory import Pair, core_gradient, dense_gradients, memory_gradients
-from memvp_kernels.backends.triton.kernels.form_memory import form_memory, key_operand, shared_operand, value_operand
+from memvp_kernels.backends.triton.kernels.materialise import (
+    key_operand,
+    materialise_memory,
+    shared_operand,
+    value_operand,
+)
 from memvp_kernels.backends.triton.runtime import launch
 from memvp_kernels.backends.triton.weight_gradients import weight_gradients
 from memvp_kernels.problem import BEHIND_PRE, BEHIND_SCORES, BEHIND_VISUAL, MEMORY, SHARED, Problem
@@ -31,13 +36,16 @@ def backward(
     scores: Tensor | None,
     needs: frozenset[str],
     sums: Mapping[str, Tensor] = _NO_SUMS,
+    *,
+    steps: GemmSteps | None = None,
 ) -> dict[str, Tensor]:
     """The gradients named by `needs`, each with its argument's shape and dtype (see `Problem`'s contract); those of `SHARED` in float32.
 
     Args:
         sums: by the names of `SHARED`: what their gradients are added to, in place.
         grad: dy (N, d), any strides.
-        pre, scores: as the forward kept them, or None where it kept nothing: then they are formed again by the forward's kernels.
+        pre, scores: as the forward kept them, or None where it kept nothing: then the forward's kernels recompute them.
+        steps: what computes the large products; None: the cost model's choice.
     """
     empty = problem.rows == 0 or problem.width == 0 or (problem.key is not None and problem.pairs == 0)
     # A factored memory of rank 0 still has its positions.
@@ -47,21 +55,22 @@ def backward(
         return eager.backward(problem, grad, pre, scores, needs, sums)
     if unread:
         nothing = {n: _zeros(problem, n, sums) for n in needs.intersection(MEMORY)}
-        return backward(without_memory(problem), grad, pre, None, needs.difference(MEMORY)) | nothing
+        return backward(without_memory(problem), grad, pre, None, needs.difference(MEMORY), steps=steps) | nothing
 
+    steps = choose_steps(problem) if steps is None else steps
     grad = _with_rows(grad)
     through_ffn = problem.key is not None and not needs.isdisjoint(BEHIND_PRE)
     through_memory = problem.has_memory and not needs.isdisjoint(BEHIND_SCORES | BEHIND_VISUAL)
     # Pre-activations formed again are nobody else's: their gradients may take their place.
     overwrite = pre is None and "value" not in needs
     pre, scores = _kept_or_again(
-        problem, pre, scores, need_pre=through_ffn or "value" in needs, need_scores=through_memory
+        problem, steps, pre, scores, need_pre=through_ffn or "value" in needs, need_scores=through_memory
     )
     used = pre if through_ffn else None, scores if through_memory else None
     if problem.factored and through_memory:
-        dpre, grads = _factored_backward(problem, grad, *used, needs, overwrite, sums)
+        dpre, grads = _factored_backward(problem, steps, grad, *used, needs, overwrite, sums)
     else:
-        dpre, grads = _plain_backward(problem, grad, *used, needs, overwrite)
+        dpre, grads = _plain_backward(problem, steps, grad, *used, needs, overwrite)
     grads |= weight_gradients(problem, grad, pre, dpre, needs)
     return {name: g if name in SHARED else g.to(getattr(problem, name).dtype) for name, g in grads.items()}
 
@@ -78,7 +87,7 @@ def _with_rows(matrix: Tensor) -> Tensor:
 
 
 def _kept_or_again(
-    problem: Problem, pre: Tensor | None, scores: Tensor | None, *, need_pre: bool, need_scores: bool
+    problem: Problem, steps: GemmSteps, pre: Tensor | None, scores: Tensor | None, *, need_pre: bool, need_scores: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Pre-activations and scores, formed again where they are needed and were not kept."""
     again_pre, again_scores = need_pre and pre is None, need_scores and scores is None
@@ -90,10 +99,10 @@ def _kept_or_again(
         elif again_scores:
             assert problem.visual_key is not None
             descriptors = launch.has_tma(problem.x.device)
-            memory = form_memory(
+            memory = materialise_memory(
                 problem.visual_key, problem.key_position, None, problem.x.dtype, descriptors=descriptors
             )
-        made = steps_of(problem).hidden(
+        made = steps.hidden(
             problem.x, problem.key if again_pre else None, problem.gate if again_pre else None, problem.key_bias, problem.gate_bias,
             problem.activation, memory, segments, None, save_hidden=again_pre, save_scores=again_scores, need_hidden=False,
         )  # fmt: skip
@@ -110,15 +119,23 @@ def _kept_or_again(
 
 
 def _plain_backward(
-    problem: Problem, grad: Tensor, pre: Tensor | None, scores: Tensor | None, needs: frozenset[str], overwrite: bool
+    problem: Problem,
+    steps: GemmSteps,
+    grad: Tensor,
+    pre: Tensor | None,
+    scores: Tensor | None,
+    needs: frozenset[str],
+    overwrite: bool,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """dpre, and the gradients of x and of a memory that is d wide; pre and scores are None where nothing behind them is needed."""
-    x, segments, dtype, steps = problem.x, problem.segments, problem.x.dtype, steps_of(problem)
+    x, segments, dtype = problem.x, problem.segments, problem.x.dtype
     descriptors = launch.has_tma(x.device)
     value_memory = None
     if scores is not None and not needs.isdisjoint(BEHIND_SCORES):
         assert problem.visual_value is not None
-        value_memory = form_memory(problem.visual_value, problem.value_position, None, dtype, descriptors=descriptors)
+        value_memory = materialise_memory(
+            problem.visual_value, problem.value_position, None, dtype, descriptors=descriptors
+        )
     made = HiddenGradients(None, None, None, None)
     if pre is not None or scores is not None:
         made = steps.dhidden(
@@ -132,7 +149,7 @@ def _plain_backward(
         key_memory = None
         if made.dscores is not None:
             assert problem.visual_key is not None
-            key_memory = form_memory(
+            key_memory = materialise_memory(
                 problem.visual_key, problem.key_position, segments.lengths, dtype, descriptors=descriptors
             )
         grads["x"] = steps.dinput(made.dpre, problem.key, problem.gate, made.dscores, key_memory, segments, x)
@@ -165,6 +182,7 @@ def _plain_backward(
 
 def _factored_backward(
     problem: Problem,
+    steps: GemmSteps,
     grad: Tensor,
     pre: Tensor | None,
     scores: Tensor | None,
@@ -176,7 +194,7 @@ def _factored_backward(
     x, dtype, rank = problem.x, problem.x.dtype, problem.rank
     basis, key_core, value_core = problem.visual_basis, problem.visual_key, problem.visual_value
     assert scores is not None and basis is not None and key_core is not None and value_core is not None
-    dense, steps = dense_segments(problem.rows), steps_of(problem)
+    dense = dense_segments(problem.rows)
     need_key, need_value = not needs.isdisjoint(BEHIND_SCORES), not needs.isdisjoint(BEHIND_VISUAL)
 
     operand = None
@@ -206,12 +224,12 @@ def _factored_backward(
 
     if "core" in needs:
         assert core.key is not None and core.value is not None and e is not None
-        pairs = (core.key[:, rank:], _through_basis(problem)), (core.value[:, rank:], e[:, :rank])
+        pairs = (core.key[:, rank:], _through_basis(problem, steps)), (core.value[:, rank:], e[:, :rank])
         grads["core"] = core_gradient(pairs, problem.segments, problem.memories, sums.get("core"))
     cores = {}
     if "visual_key" in needs:
         assert core.key is not None
-        cores["visual_key"] = (core.key[:, rank:], _through_basis(problem))
+        cores["visual_key"] = (core.key[:, rank:], _through_basis(problem, steps))
     if "visual_value" in needs:
         assert core.value is not None and e is not None
         cores["visual_value"] = (core.value[:, rank:], e[:, :rank])
@@ -230,11 +248,11 @@ def _over_readers(problem: Problem, pairs: list[Pair], totals: Sequence[Tensor |
     return dense_gradients(pairs, problem.segments, problem.memories, problem.slots, torch.float32, totals)
 
 
-def _through_basis(problem: Problem) -> Tensor:
+def _through_basis(problem: Problem, steps: GemmSteps) -> Tensor:
     """x Wᵀ (N, r), formed again: it is not kept."""
     assert problem.visual_basis is not None
     basis = shared_operand(problem.visual_basis, None, problem.x.dtype)[None]
-    made = steps_of(problem).hidden(
+    made = steps.hidden(
         problem.x, None, None, None, None, problem.activation, basis, dense_segments(problem.rows), None,
         save_hidden=False, save_scores=True,
     )  # fmt: skip

@@ -11,10 +11,10 @@ from torch import Tensor
 from memvp_kernels import philox
 from memvp_kernels.backends.torch import eager
 from memvp_kernels.backends.triton.device.visual import Visual
-from memvp_kernels.backends.triton.gemm import steps_of
-from memvp_kernels.backends.triton.heuristics.tiles import REMEMBERED
+from memvp_kernels.backends.triton.gemm import GemmSteps, choose_steps
+from memvp_kernels.backends.triton.heuristics.tiles import CACHE_SIZE
 from memvp_kernels.backends.triton.kernels.core import core_forward
-from memvp_kernels.backends.triton.kernels.form_memory import form_memory, key_operand, value_operand
+from memvp_kernels.backends.triton.kernels.materialise import key_operand, materialise_memory, value_operand
 from memvp_kernels.backends.triton.runtime import launch
 from memvp_kernels.problem import Problem, Segments
 
@@ -45,7 +45,7 @@ def visual_of(problem: Problem) -> Visual:
     return Visual(problem.visual_activation, scale, problem.seed if problem.dropout_p > 0 else None, threshold)
 
 
-@functools.lru_cache(REMEMBERED)
+@functools.lru_cache(CACHE_SIZE)
 def dense_segments(rows: int) -> Segments:
     """All rows as one sequence: how the d-wide operands of a factored memory, shared by the batch, look to the kernels."""
     return Segments(rows=rows, sequences=1, length=rows, shared=True)
@@ -67,8 +67,18 @@ def without_memory(problem: Problem) -> Problem:
     )
 
 
-def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y (N, d), the pre-activations (P, N, F) and the scores (N, M), the last two None unless asked for (see `Problem`'s contract)."""
+def forward(
+    problem: Problem, *, save_hidden: bool, save_scores: bool, steps: GemmSteps | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The forward pass.
+
+    Args:
+        save_hidden, save_scores: what the backward will need.
+        steps: what computes the large products; None: the cost model's choice.
+
+    Returns:
+        y (N, d), the pre-activations (P, N, F) and the scores (N, M), the last two None unless asked for.
+    """
     x, segments = problem.x, problem.segments
     empty = problem.rows == 0 or problem.width == 0 or (problem.key is not None and problem.pairs == 0)
     # A factored memory of rank 0 still has its positions.
@@ -77,10 +87,11 @@ def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[
     if empty or (unread and problem.key is None) or (problem.key is None and not problem.has_memory):
         return eager.forward(problem, save_hidden=save_hidden, save_scores=save_scores)
     if unread:
-        y, pre, _ = forward(without_memory(problem), save_hidden=save_hidden, save_scores=False)
+        y, pre, _ = forward(without_memory(problem), save_hidden=save_hidden, save_scores=False, steps=steps)
         return y, pre, x.new_zeros(problem.rows, problem.slots) if save_scores else None
 
-    steps, visual = steps_of(problem), visual_of(problem)
+    steps = choose_steps(problem) if steps is None else steps
+    visual = visual_of(problem)
     descriptors = launch.has_tma(x.device)
     save_scores = save_scores and problem.has_memory
     key_memory = value_memory = None
@@ -88,8 +99,10 @@ def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[
         key_memory, value_memory = key_operand(problem)[None], value_operand(problem)[None]
     elif problem.has_memory:
         assert problem.visual_key is not None and problem.visual_value is not None
-        key_memory = form_memory(problem.visual_key, problem.key_position, None, x.dtype, descriptors=descriptors)
-        value_memory = form_memory(
+        key_memory = materialise_memory(
+            problem.visual_key, problem.key_position, None, x.dtype, descriptors=descriptors
+        )
+        value_memory = materialise_memory(
             problem.visual_value, problem.value_position, segments.lengths, x.dtype, descriptors=descriptors
         )
 

@@ -1,98 +1,81 @@
-"""The four large steps of one problem, each on the road that the cost model prefers; the forward and the backward run what they are given.
+"""The four large products of a pass, and which implementation computes them.
 
-One choice for a problem, whatever is kept or needed of it: pre-activations formed again in the backward are then the forward's, to the bit.
+    fused    one Triton kernel for the whole step
+    cublas   cuBLAS's products, with passes around them (:mod:`.gemm_cublas`)
+
+The cost model chooses for each step. ``MEMVP_GEMM=fused`` or ``MEMVP_GEMM=cublas`` in the environment chooses for all of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from typing import TypeAlias
+import os
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
-from memvp_kernels.backends.cuda import gemm as wgmma
-from memvp_kernels.backends.triton import gemm_cublas as library
-from memvp_kernels.backends.triton.device.operands import BY_POINTER
-from memvp_kernels.backends.triton.heuristics import cost_model as roads
+from memvp_kernels.backends.triton import gemm_cublas
+from memvp_kernels.backends.triton.device.operands import POINTER
+from memvp_kernels.backends.triton.heuristics import cost_model
 from memvp_kernels.backends.triton.heuristics.shape import Shape
-from memvp_kernels.backends.triton.kernels.dhidden import dhidden_backward
+from memvp_kernels.backends.triton.kernels.dhidden import HiddenGradients, dhidden_backward
 from memvp_kernels.backends.triton.kernels.dinput import dinput_backward
-from memvp_kernels.backends.triton.kernels.hidden import hidden_forward
+from memvp_kernels.backends.triton.kernels.hidden import Products, hidden_forward
 from memvp_kernels.backends.triton.kernels.output import output_forward
-from memvp_kernels.backends.triton.runtime import launch
+from memvp_kernels.backends.triton.runtime import launch, tma
 from memvp_kernels.problem import Problem
 
-__all__ = ["ON_ROAD", "Fused", "Library", "Steps", "Wgmma", "forced", "missing", "shape_of", "steps_of"]
+__all__ = ["IMPLEMENTATIONS", "GemmSteps", "choose_steps", "override_implementation", "shape_of"]
 
 
-class Library:
-    """Every step by the library. A step's signature is that of its function here, and its fused twin is checked against it."""
+class GemmSteps(NamedTuple):
+    """What computes each step; the arguments are those of the fused kernels' launchers."""
 
-    hidden = staticmethod(library.hidden)
-    output = staticmethod(library.output)
-    dhidden = staticmethod(library.dhidden)
-    dinput = staticmethod(library.dinput)
-
-
-class Fused(Library):
-    """Every step by its fused kernel."""
-
-    hidden = staticmethod(hidden_forward)
-    output = staticmethod(output_forward)
-    dhidden = staticmethod(dhidden_backward)
-    dinput = staticmethod(dinput_backward)
+    hidden: Callable[..., Products]
+    output: Callable[..., Tensor]
+    dhidden: Callable[..., HiddenGradients]
+    dinput: Callable[..., Tensor]
 
 
-class Wgmma(Library):
-    """Every step by the extension's kernels for Hopper, or by its fused twin where they can't take it."""
-
-    hidden = staticmethod(wgmma.hidden)
-    output = staticmethod(wgmma.output)
-    dhidden = staticmethod(wgmma.dhidden)
-    dinput = staticmethod(wgmma.dinput)
-
-
-#: The functions that compute the steps of a problem.
-Steps: TypeAlias = type[Library]
-
-#: Every step on one road, by `roads.ROADS`.
-ON_ROAD: dict[str, Steps] = {"fused": Fused, "library": Library, "wgmma": Wgmma}
+IMPLEMENTATIONS = {
+    "fused": GemmSteps(hidden_forward, output_forward, dhidden_backward, dinput_backward),
+    "cublas": GemmSteps(gemm_cublas.hidden, gemm_cublas.output, gemm_cublas.dhidden, gemm_cublas.dinput),
+}
 
 # Not a context variable: autograd runs a backward on threads of its own, which would not see it.
-_forced: str | None = None
+_override: str | None = os.environ.get("MEMVP_GEMM") or None
 
 
 @contextlib.contextmanager
-def forced(road: str | None) -> Iterator[None]:
-    """Within it every step of every problem takes this road of `roads.ROADS`, for tests and benchmarks that compare them; None: the choice."""
-    global _forced
-    known, _forced = _forced, road
+def override_implementation(name: str | None) -> Iterator[None]:
+    """Within it every step of every problem is computed by this implementation; None: by the cost model's choice."""
+    global _override
+    known, _override = _override, name
     try:
         yield
     finally:
-        _forced = known
+        _override = known
 
 
-def missing(road: str, device: torch.device) -> str | None:
-    """Why every step of a road would be its fused twin's on this device; None: not so."""
-    if road == "wgmma":
-        return wgmma.missing(device)
-    return None
+def choose_steps(problem: Problem) -> GemmSteps:
+    """The steps of this problem.
 
-
-def steps_of(problem: Problem) -> Steps:
-    """The steps of this problem."""
-    if _forced is not None:
-        return ON_ROAD[_forced]
-    return _chosen(roads.choice(launch.chip(problem.x.device), shape_of(problem)))
+    One choice for a problem, whatever is kept or needed of it: recomputed pre-activations are then the forward's, to the bit.
+    """
+    if _override is None:
+        return _chosen(cost_model.choice(launch.chip(problem.x.device), shape_of(problem)))
+    if _override not in IMPLEMENTATIONS:
+        raise ValueError(f"MEMVP_GEMM: wanted one of {', '.join(IMPLEMENTATIONS)}, got {_override!r}")
+    return IMPLEMENTATIONS[_override]
 
 
 @functools.cache
-def _chosen(choice: tuple[str, ...]) -> Steps:
-    taken = dict(zip(roads.STEPS, choice, strict=True))
-    return type("Chosen", (Library,), {step: vars(ON_ROAD[road])[step] for step, road in taken.items()})
+def _chosen(names: tuple[str, ...]) -> GemmSteps:
+    return GemmSteps(
+        *(getattr(IMPLEMENTATIONS[name], step) for step, name in zip(GemmSteps._fields, names, strict=True))
+    )
 
 
 def shape_of(problem: Problem) -> Shape:
@@ -104,5 +87,5 @@ def shape_of(problem: Problem) -> Shape:
         dtype=p.x.dtype, precision=launch.precision(p.x.dtype), rows=p.rows, width=p.width, pairs=p.pairs, slots=slots,
         sequences=1 if dense else p.segments.sequences, length=p.rows if dense else p.segments.length, gated=p.gated, dense=dense,
         # One weight speaks for all: they come from one model, and nothing but a prediction hangs on it.
-        descriptors=launch.describable(p.x) and (p.key is None or launch.form_of(p.key) != BY_POINTER.value),
+        descriptors=tma.supports_tma(p.x) and (p.key is None or tma.load_mode(p.key) != POINTER.value),
     )  # fmt: skip

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from memvp_kernels.backends.triton.device.visual import Visual
+from memvp_kernels.backends.triton.kernels.activation import activation_backward, activation_forward
 from memvp_kernels.backends.triton.kernels.dhidden import HiddenGradients, memory_backward
 from memvp_kernels.backends.triton.kernels.hidden import Products, memory_forward
-from memvp_kernels.backends.triton.kernels.output import add_own_memory, output_forward
-from memvp_kernels.backends.triton.kernels.pointwise import form_dpre, form_hidden
+from memvp_kernels.backends.triton.kernels.output import accumulate_memory, output_forward
 from memvp_kernels.backends.triton.runtime import launch
 from memvp_kernels.problem import Segments
 
@@ -54,7 +54,7 @@ def hidden(
         for out, (weight, bias) in zip(pre, branches, strict=True):
             _product(x, weight.T, bias, out)
         if need_hidden:
-            formed = form_hidden(pre, activation, into=None if save_hidden else pre[0])
+            formed = activation_forward(pre, activation, into=None if save_hidden else pre[0])
     made = Products(None, None, None, None)
     if memory is not None and visual is None and segments.shared:
         made = Products(None, None, None, _columns(x, memory))
@@ -102,7 +102,7 @@ def dhidden(
     dpre = None
     if pre is not None and value is not None:
         dpre = pre if overwrite else torch.empty_like(pre)
-        form_dpre(_product(grad, value.T, out=None if overwrite else dpre[-1]), pre, dpre, activation)
+        activation_backward(_product(grad, value.T, out=None if overwrite else dpre[-1]), pre, dpre, activation)
     made = HiddenGradients(None, None, None, None)
     if memory is not None and scores is None:
         made = HiddenGradients(None, None, None, _columns(grad, memory))
@@ -148,4 +148,4 @@ def _add_memory(y: Tensor, left: Tensor | None, memory: Tensor | None, segments:
         return y
     if segments.shared:
         return y.addmm_(left, memory[0])
-    return add_own_memory(y, left, memory, segments)
+    return accumulate_memory(y, left, memory, segments)

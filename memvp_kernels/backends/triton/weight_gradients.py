@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memvp_kernels.backends.triton.kernels.pointwise import form_hidden
+from memvp_kernels.backends.triton.kernels.activation import activation_forward
 from memvp_kernels.problem import Problem
 
 __all__ = ["weight_gradients"]
@@ -25,7 +25,7 @@ def weight_gradients(
         grads["value_bias"] = grad.sum(0, dtype=torch.float32)
     if "value" in needs:
         assert pre is not None
-        grads["value"] = form_hidden(pre, problem.activation).T @ grad
+        grads["value"] = activation_forward(pre, problem.activation).T @ grad
     for name, branch in (("gate", 0), ("key", -1)):
         if name in needs:
             assert dpre is not None

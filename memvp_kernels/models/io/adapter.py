@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,11 +45,39 @@ class Adapter(NamedTuple):
         """:meth:`tensors` in full. Where they are sharded, every rank must call this."""
         return {name: full_tensor(tensor) for name, tensor in self.tensors().items()}
 
+    def part_of(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The adapter's part of a MemVPModel's ``state_dict()``, by the names of :meth:`tensors`.
 
-def save(folder: str | Path, adapter: Adapter) -> None:
-    """Write both files, creating the folder; of several processes, the first does."""
-    state = adapter.state_dict()  # gathers where sharded, so every process gets here
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+        Raises:
+            ValueError: ``state`` lacks a tensor of it; every one is named.
+        """
+        memory = {name.removeprefix("memory."): t for name, t in state.items() if name.startswith("memory.")}
+        part = {name.removeprefix("module."): t for name, t in memory.items()}  # data-parallel wrappers keep it there
+        part |= {name: t for name, t in state.items() if name.startswith(_VISION)}
+        missing = sorted(self.tensors().keys() - part.keys())
+        if missing:
+            raise ValueError(f"state_dict: wanted that of the MemVPModel, got one without {', '.join(missing)}")
+        return {name: part[name] for name in self.tensors()}
+
+
+def save(
+    folder: str | Path,
+    adapter: Adapter,
+    state: dict[str, Tensor] | None = None,
+    is_main_process: bool | None = None,
+) -> None:
+    """Write both files, creating the folder.
+
+    Args:
+        folder: where.
+        adapter: what.
+        state: its tensors in full; None: gathered where they are sharded, so that every process must call this.
+        is_main_process: whether this process writes; None: of several processes, the first does.
+    """
+    state = adapter.state_dict() if state is None else state
+    if is_main_process is None:
+        is_main_process = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    if is_main_process:
         write(folder, adapter, state)
 
 
@@ -95,24 +124,32 @@ def load_into(adapter: Adapter, state: dict[str, Tensor], settings: dict[str, fl
     """
     inside = {name.removeprefix(_VISION): t for name, t in state.items() if name.startswith(_VISION)}
     attached = bool(inside) and _prepare_vision(adapter.vision, inside, settings or {})
+    wanted = adapter.tensors()
+    if adapter.vision is not None:  # what trained when it was saved may be frozen now
+        wanted |= {f"{_VISION}{name}": t for name, t in adapter.vision.parameters(inside).items()}
     try:
-        _check(adapter.tensors(), state)
+        _check(wanted, state)
     except ValueError:
         if attached and adapter.vision is not None:
             adapter.vision.drop_adapters()
         raise
-    for name, tensor in adapter.tensors().items():
+    for name, tensor in wanted.items():
         assign(tensor, state[name])
+    if adapter.vision is not None:
+        adapter.vision.train(inside)
 
 
 def _check(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    unexpected = [name for name in state if name not in wanted]
     problems = [f"missing {name}" for name in wanted if name not in state]
-    problems += [f"unexpected {name}" for name in state if name not in wanted]
+    problems += [f"unexpected {name}" for name in unexpected]
     problems += [
         f"{name} is {tuple(state[name].shape)}, the model's is {tuple(tensor.shape)}"
         for name, tensor in wanted.items()
         if name in state and state[name].shape != tensor.shape
     ]
+    if any(name.startswith(_VISION) for name in unexpected):
+        problems.append("pass a vision_model with the adapters (LoRA) that it was trained with")
     if problems:
         raise ValueError(f"the adapter does not fit this language model and configuration: {'; '.join(problems)}")
 

@@ -13,11 +13,23 @@ from memvp_kernels.models.config import MemVPConfig
 from memvp_kernels.models.memory.projector import Projector
 from memvp_kernels.shared_memory import SharedMemory
 
-__all__ = ["Memory", "VisualMemory"]
+__all__ = ["Memory", "Observer", "Readers", "VisualMemory"]
 
 _POSITION_STD = 0.02  # of p^k at the start, as in the official code; p^v starts at zero
 
 Observer = Callable[[int, Tensor, Tensor], None]
+
+
+class Readers:
+    """Which layers have read a memory: an attribute each, so that a compiled layer adds its own without reading others'."""
+
+    def add(self, layer: int) -> None:
+        """The FFN of this layer has read it."""
+        setattr(self, f"layer_{layer}", True)
+
+    def lacks(self, layer: int) -> bool:
+        """Whether the FFN of this layer has not."""
+        return not hasattr(self, f"layer_{layer}")
 
 
 class Memory(NamedTuple):
@@ -32,6 +44,7 @@ class Memory(NamedTuple):
         dropout: of the visual activations; 0.0 outside training.
         backend, recompute: passed to :func:`memvp_kernels.fused_ffn`.
         observer: called with (position among the layers with memory, the FFN's input x, its output) by each FFN.
+        readers: the layers that have read it.
         shard: under tensor parallelism, the slots that this rank computes.
         shared: the tensors above as the FFNs read them, cast and joined once. No tuple, so nothing on the way moves it.
     """
@@ -45,6 +58,7 @@ class Memory(NamedTuple):
     backend: str = "auto"
     recompute: bool = False
     observer: Observer | None = None
+    readers: Readers | None = None
     shard: Memory | None = None
     shared: SharedMemory | None = None
 

@@ -50,6 +50,8 @@ def feed_forward(
         RuntimeError: training through an FFN that gives its input no gradient.
     """
     binding.used = True
+    if binding.memory.readers is not None:
+        binding.memory.readers.add(binding.layer)
     if isinstance(weights, Matrices):
         y = (_fused if weights.mesh is None else _tensor_parallel)(ffn, x, binding, weights)
     elif isinstance(weights, QuantizedMatrices) and _should_dequantize(x, weights):

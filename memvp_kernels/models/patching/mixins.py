@@ -77,6 +77,13 @@ class MemoryLayer(Patch):
             binding = Binding(visual_memory, memory_index, layer)
         outer = swap(binding)
         try:
-            return super().forward(*args, **kwargs)
+            out = super().forward(*args, **kwargs)
         finally:
             swap(outer)
+        if binding is not None and not binding.used:
+            raise RuntimeError(
+                f"{type(self).__name__}: its feed-forward layer ran without the image, because something replaced that "
+                "layer, or its forward, after the model was wrapped; do that first (a patching library) and wrap the "
+                "model with MemVPModel afterwards"
+            )
+        return out

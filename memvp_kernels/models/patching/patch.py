@@ -6,11 +6,21 @@ device maps, sharding policies, the choice of a loss and a saved config's archit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-__all__ = ["Patch", "is_patched", "keeps_its_forward", "patch", "unpatch"]
+__all__ = [
+    "Patch",
+    "give_forward",
+    "is_patched",
+    "keeps_its_forward",
+    "patch",
+    "replaced_forward",
+    "take_forward",
+    "unpatch",
+]
 
 
 class Patch(nn.Module):
@@ -38,6 +48,28 @@ def keeps_its_forward(module: nn.Module) -> bool:
     inner = vars(module).get("_old_forward")
     by_accelerate = getattr(getattr(forward, "func", None), "__module__", None) == "accelerate.hooks"
     return by_accelerate and getattr(inner, "__func__", None) is type(module).forward
+
+
+_REPLACED = "_replaced_forward"
+
+
+def take_forward(module: nn.Module) -> None:
+    """Let the class of ``module`` run where a library has set a forward on the instance; its mixin calls that one."""
+    if not keeps_its_forward(module):
+        vars(module)[_REPLACED] = vars(module).pop("forward")
+
+
+def give_forward(module: nn.Module) -> None:
+    """Undo :func:`take_forward`."""
+    if _REPLACED in vars(module):
+        vars(module)["forward"] = vars(module).pop(_REPLACED)
+
+
+def replaced_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """The forward that :func:`take_forward` took."""
+    taken = vars(module).get(_REPLACED)
+    # a bound method unpickles by its name, as the class's own
+    return None if getattr(taken, "__func__", None) is type(module).forward else taken
 
 
 def is_patched(module: nn.Module) -> bool:
@@ -74,10 +106,16 @@ def _combined(mixin: type[Patch], base: type[nn.Module]) -> Any:
     found = _COMBINED.get((mixin, base))
     if found is not None:
         return found
+
+    def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        """type(model)(config) makes a plain model: nothing of a new instance has been patched."""
+        return base(*args, **kwargs) if "_patched_class" in vars(cls) and (args or kwargs) else base.__new__(cls)
+
     namespace = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
+        "__new__": new,
         "_patched_class": base,
     }
     combined = _COMBINED[mixin, base] = type(base.__name__, (mixin, base), namespace)

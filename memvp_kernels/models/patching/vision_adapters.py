@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memvp_kernels.models.memory.vision_tower import tower
+from memvp_kernels.models.patching.attach import uses_peft
 from memvp_kernels.models.patching.patch import Patch, is_patched, patch, unpatch
 
 __all__ = [
@@ -86,9 +88,10 @@ class VisionTower:
         self._gave_adapters = False
 
     def freeze(self) -> None:
-        """Freeze all but the adapters, which train."""
+        """Freeze all but the adapters, which train. Where PEFT has decided what trains, only the block that is never run."""
         self._trained_before = {name: p.requires_grad for name, p in self.module.named_parameters()}
-        self.module.requires_grad_(False)
+        frozen = tower(self.module).encoder.layers[-1] if uses_peft(self.module) else self.module
+        frozen.requires_grad_(False)
         for adapter in adapters(self.module):
             adapter.requires_grad_(True)
 
@@ -102,6 +105,16 @@ class VisionTower:
     def trainable(self) -> dict[str, Tensor]:
         """The parameters that train, by name."""
         return {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Those of ``names`` that it has, trainable or not."""
+        own = dict(self.module.named_parameters())
+        return {name: own[name].detach() for name in names if name in own}
+
+    def train(self, names: Iterable[str]) -> None:
+        """Let the parameters of these names train, until :meth:`restore`."""
+        for name in names:
+            self.module.get_parameter(name).requires_grad_(True)
 
     def give_adapters(self, **settings: Any) -> list[ClipAdapter]:
         """:func:`attach_adapters`, until :meth:`restore`."""

@@ -14,6 +14,7 @@ from torch.nn.modules import module as _module
 
 from memvp_kernels.models.parallel.quantized import QuantizedLinear, Unreadable, read_quantized
 from memvp_kernels.models.parallel.tensor_parallel import Split, local_part, read_split
+from memvp_kernels.models.patching.patch import replaced_forward
 
 __all__ = ["Dense", "Matrices", "Opaque", "QuantizedMatrices", "activation_name", "matrices", "resolve"]
 
@@ -149,6 +150,8 @@ def matrices(
         value: name of the linear after it.
         gate: name of the linear under the activation of a gated FFN.
     """
+    if replaced_forward(owner) is not None:
+        return Opaque("a forward was set on the instance")
     written_by = _forward_module(type(owner))
     if not written_by.startswith("transformers.models."):
         return Opaque(f"its forward comes from {written_by}")

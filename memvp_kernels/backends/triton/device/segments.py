@@ -1,7 +1,9 @@
-"""Which sequence a row of x belongs to, and which memory row and how many of its slots that sequence reads.
+"""Which sequence a row of x belongs to, which memory row that sequence reads, and how many of its slots.
 
 The device side of :class:`memvp_kernels.problem.Segments`. Nothing read from memory is trusted: bounds are clamped to [0, N], a memory
-row outside [0, R) means none (-1), a length outside [0, M] means no slots. A memory shared by every row is one sequence of N rows.
+row outside [0, R) means none (-1), a length outside [0, M] means no slots. A memory that every row shares is one sequence of N rows.
+
+`segments` is the tuple (cu_seqlens, index, lengths, N, T, S, R), of which the three pointers may be None.
 """
 
 import triton
@@ -11,8 +13,9 @@ __all__ = ["last_sequence_from", "memory_row", "sequence_bounds", "sequence_of_r
 
 
 @triton.jit
-def sequence_of_row(row, cu_seqlens, S, T):
+def sequence_of_row(row, segments):
     """The sequence that holds `row`: -1 before the first, S after the last; never an empty one."""
+    cu_seqlens, index, lengths, N, T, S, R = segments
     if cu_seqlens is None:
         sequence = row // T
     else:
@@ -37,8 +40,9 @@ def last_sequence_from(limit, cu_seqlens, S, BLOCK, STEP):
 
 
 @triton.jit
-def sequence_bounds(sequence, cu_seqlens, S, T, N):
+def sequence_bounds(sequence, segments):
     """(first row, end row) of a sequence; an empty range when there is no such sequence."""
+    cu_seqlens, index, lengths, N, T, S, R = segments
     if cu_seqlens is None:
         first = tl.minimum(sequence * T, N)
         end = tl.minimum(first + T, N)
@@ -52,12 +56,13 @@ def sequence_bounds(sequence, cu_seqlens, S, T, N):
 
 
 @triton.jit
-def tile_sequence(q, cu_seqlens, S, T, BLOCK: tl.constexpr):
-    """The q-th meeting of a row tile with a sequence, as (tile, sequence), for q in [0, cdiv(N, BLOCK) + S).
+def tile_sequence(q, segments, BLOCK: tl.constexpr):
+    """The q-th pair of a row tile and a sequence that overlap, as (tile, sequence), for q in [0, cdiv(N, BLOCK) + S).
 
     Walking down the rows passes either a tile's edge or a sequence's, so (tile t, sequence s) has the number t + s, and the
-    sequences of a packed batch need no table on the host. A pair that shares no row is possible: its caller has nothing to do.
+    sequences of a packed batch need no table on the host. Some pairs share no row: their program has nothing to do.
     """
+    cu_seqlens, index, lengths, N, T, S, R = segments
     if cu_seqlens is None:
         # s·T // BLOCK + s <= q, solved by an estimate that is at most one off.
         sequence = tl.minimum((q.to(tl.int64) * BLOCK // (T + BLOCK)).to(tl.int32) + 1, S - 1)
@@ -69,8 +74,9 @@ def tile_sequence(q, cu_seqlens, S, T, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def memory_row(sequence, index, S, R):
+def memory_row(sequence, segments):
     """The memory row that a sequence reads, or -1."""
+    cu_seqlens, index, lengths, N, T, S, R = segments
     if index is None:
         row = sequence
     else:

@@ -1,4 +1,4 @@
-"""What becomes of a score: visual = scale · keep · act(score), wherever a kernel has formed a block of scores."""
+"""From a block of scores to the visual activations: visual = scale · keep · act(score)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from memvp_kernels.backends.triton.device.activations import activate
 from memvp_kernels.backends.triton.device.dropout import keep_mask
 from memvp_kernels.backends.triton.device.operands import tile_pointers
 
-__all__ = ["Visual", "store_visual", "store_visual_pieces"]
+__all__ = ["Visual", "store_visual", "store_visual_subtiles"]
 
 
 @dataclass(frozen=True)
 class Visual:
-    """What becomes of a score: visual = scale · keep · act(score).
+    """How a score becomes a visual activation: scale · keep · act(score).
 
     Attributes:
         activation: its name.
@@ -33,45 +33,44 @@ class Visual:
 
 
 @triton.jit
-def store_visual_pieces(
-    b_scores, visual, scores, seed, stride_visual_n, row, slot, first, end, slots, scale, threshold,
-    M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, VISUAL_ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """`store_visual` in pieces of 32 columns: dropout's generator on a whole tile of 256 needs more registers than a thread has."""
-    if BLOCK_M > 32:
-        low, high = tl.split(tl.permute(tl.reshape(b_scores, (BLOCK_N, 2, BLOCK_M // 2)), (0, 2, 1)))
-        store_visual_pieces(
-            low, visual, scores, seed, stride_visual_n, row, slot, first, end, slots, scale, threshold, M,
-            BLOCK_N, BLOCK_M // 2, VISUAL_ACTIVATION, DTYPE,
-        )  # fmt: skip
-        store_visual_pieces(
-            high, visual, scores, seed, stride_visual_n, row, slot + BLOCK_M // 2, first, end, slots, scale, threshold, M,
-            BLOCK_N, BLOCK_M // 2, VISUAL_ACTIVATION, DTYPE,
-        )  # fmt: skip
+def store_visual_subtiles(
+    b_scores, out, row, slot, first, end, slots, M: tl.constexpr, VISUAL_ACTIVATION: tl.constexpr, DTYPE: tl.constexpr
+):
+    """`store_visual` by subtiles of 32 columns: dropout's generator on a whole tile of 256 needs more registers than a thread has."""
+    ROWS: tl.constexpr = b_scores.shape[0]
+    SLOTS: tl.constexpr = b_scores.shape[1]
+    if SLOTS > 32:
+        low, high = tl.split(tl.permute(tl.reshape(b_scores, (ROWS, 2, SLOTS // 2)), (0, 2, 1)))
+        store_visual_subtiles(low, out, row, slot, first, end, slots, M, VISUAL_ACTIVATION, DTYPE)
+        store_visual_subtiles(high, out, row, slot + SLOTS // 2, first, end, slots, M, VISUAL_ACTIVATION, DTYPE)
     else:
-        store_visual(
-            b_scores, visual, scores, seed, stride_visual_n, row, slot, first, end, slots, scale, threshold, M,
-            BLOCK_N, BLOCK_M, VISUAL_ACTIVATION, DTYPE,
-        )  # fmt: skip
+        store_visual(b_scores, out, row, slot, first, end, slots, M, VISUAL_ACTIVATION, DTYPE)
 
 
 @triton.jit
 def store_visual(
-    b_scores, visual, scores, seed, stride_visual_n, row, slot, first, end, slots, scale, threshold,
-    M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, VISUAL_ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Store scores and visual of rows [first, end) and return visual, (BLOCK_N, BLOCK_M) in DTYPE; slots from `slots` on are 0."""
-    o_row = row + tl.arange(0, BLOCK_N)
-    o_slot = slot + tl.arange(0, BLOCK_M)
+    b_scores, out, row, slot, first, end, slots, M: tl.constexpr, VISUAL_ACTIVATION: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Store scores and visual of rows [first, end) and return visual in DTYPE; slots from `slots` on are 0.
+
+    Args:
+        b_scores: a block at (row, slot) of the scores.
+        out: (visual, scores, seed, stride_visual_n, scale, threshold); pointers to what is not wanted are None.
+    """
+    visual, scores, seed, stride_visual_n, scale, threshold = out
+    ROWS: tl.constexpr = b_scores.shape[0]
+    SLOTS: tl.constexpr = b_scores.shape[1]
+    o_row = row + tl.arange(0, ROWS)
+    o_slot = slot + tl.arange(0, SLOTS)
     inside = (o_row[:, None] >= first) & (o_row[:, None] < end) & (o_slot[None, :] < M)
     b_scores = tl.where(o_slot[None, :] < slots, b_scores, 0.0)
     if scores is not None:
-        tl.store(tile_pointers(scores, row, slot, M, BLOCK_N, BLOCK_M), b_scores.to(DTYPE), mask=inside)
+        tl.store(tile_pointers(scores, row, slot, M, ROWS, SLOTS), b_scores.to(DTYPE), mask=inside)
     b_visual = activate(b_scores, VISUAL_ACTIVATION) * tl.cast(scale, tl.float32)
     if seed is not None:
         # A product, as in PyTorch: a dropped NaN stays one.
-        b_visual *= keep_mask(seed, threshold, row, slot, BLOCK_N, BLOCK_M).to(tl.float32)
+        b_visual *= keep_mask(seed, threshold, row, slot, ROWS, SLOTS).to(tl.float32)
     b_visual = b_visual.to(DTYPE)
     if visual is not None:
-        tl.store(tile_pointers(visual, row, slot, stride_visual_n, BLOCK_N, BLOCK_M), b_visual, mask=inside)
+        tl.store(tile_pointers(visual, row, slot, stride_visual_n, ROWS, SLOTS), b_visual, mask=inside)
     return b_visual

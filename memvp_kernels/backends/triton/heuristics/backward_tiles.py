@@ -10,7 +10,8 @@ import torch
 
 from memvp_kernels.backends.triton.heuristics import tiles
 from memvp_kernels.backends.triton.heuristics.shape import Shape
-from memvp_kernels.backends.triton.heuristics.tiles import Chip, Tile
+from memvp_kernels.backends.triton.heuristics.tiles import Tile
+from memvp_kernels.hardware import Chip
 
 __all__ = ["core_backward_tile", "dhidden_tile", "dinput_tile", "dmemory_tile", "row_splits"]
 
@@ -28,7 +29,7 @@ _OUTER_SHAPES = {
 
 
 def dhidden_tile(chip: Chip, shape: Shape) -> Tile:
-    """The dHidden kernel's tile: that of a hidden kernel without a gate, whose epilogue works in column pieces and needs no more room."""
+    """The dHidden kernel's tile: that of a hidden kernel without a gate, whose epilogue works in column subtiles and needs no more room."""
     return _with_room(tiles.hidden_tile(chip, shape), chip, shape)
 
 
@@ -51,7 +52,7 @@ def _with_room(tile: Tile, chip: Chip, shape: Shape) -> Tile:
     return replace(tile, block_k=32) if crowded and loading == "pointers" else tile
 
 
-@lru_cache(tiles.REMEMBERED)
+@lru_cache(tiles.CACHE_SIZE)
 def dmemory_tile(
     chip: Chip, dtype: torch.dtype, precision: str, *, width: int, descriptors: bool, together: bool = False
 ) -> Tile:
@@ -74,7 +75,7 @@ def dmemory_tile(
     columns = min(columns, tiles._bucket(width))
     if kind == "pointers" and columns <= 64:
         warps = 4  # eight spilled 16 bytes on sm_80 at a rank of 48
-    stages = min(most, (chip.shared - _RESERVE) // ((slots + columns) * step * dtype.itemsize))
+    stages = min(most, (chip.shared_memory - _RESERVE) // ((slots + columns) * step * dtype.itemsize))
     return Tile(slots, columns, step, warps, stages)
 
 
@@ -94,7 +95,7 @@ def row_splits(multiprocessors: int, outputs: int, steps: int) -> int:
     return min((s for s in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if s <= steps), key=cost, default=1)
 
 
-@lru_cache(tiles.REMEMBERED)
+@lru_cache(tiles.CACHE_SIZE)
 def core_backward_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: int, rank: int) -> Tile:
     """The core backward's tile: `columns` of dS A and of visual A at once, steps of `block_k` slots."""
     odd = rank % 8 != 0  # then a core is loaded element by element

@@ -19,7 +19,7 @@ class Shape(NamedTuple):
         sequences: S; 1 where one memory serves all rows.
         length: T, None when packed.
         gated: gate and key, or key alone.
-        descriptors: every operand can have one (`launch.describable`), also on a chip without TMA, which then loads vectors.
+        descriptors: every operand can have one (`tma.supports_tma`), also on a chip without TMA, which then loads vectors.
         dense: the memory's products are dense ones over all rows.
     """
 

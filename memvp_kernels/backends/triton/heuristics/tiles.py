@@ -16,88 +16,28 @@ from functools import cache, lru_cache
 
 import torch
 
-from memvp_kernels.backends.triton.heuristics.rates import RATES, Rates
 from memvp_kernels.backends.triton.heuristics.shape import Shape
+from memvp_kernels.hardware import RATES, Chip
 
 __all__ = [
+    "CACHE_SIZE",
+    "EPILOGUE_COLUMNS",
     "FILL",
-    "REMEMBERED",
-    "STORED_COLUMNS",
-    "Chip",
     "Tile",
     "candidates",
-    "chip_of",
     "core_tile",
     "hidden_cycles",
     "hidden_tile",
-    "joining_cycles",
-    "launch_cycles",
+    "is_persistent",
     "loading",
     "output_cycles",
     "output_tile",
-    "persists",
+    "reduce_cycles",
     "split_choices",
     "step_cycles",
     "straddles",
     "wide_efficiency",
 ]
-
-
-@dataclass(frozen=True, eq=False)  # one object per chip (see `chip_of`), so that it hashes fast as a key
-class Chip:
-    """What the model knows of a GPU.
-
-    Attributes:
-        architecture: compute capability, 80 … 120.
-        multiprocessors: how many run a grid.
-        shared: bytes of shared memory that one block may have.
-        tensor: 16-bit FLOP per clock and multiprocessor, dense.
-        cuda: float32 FLOP per clock and multiprocessor outside the tensor cores.
-        l2: bytes per clock that L2 delivers to one multiprocessor.
-        memory: bytes per clock of device memory for the whole chip.
-        clock: GHz, to turn cycles into time for a report; for sm_90 what an H200 holds in a large product (790 TFLOP/s), else the data sheet's.
-    """
-
-    architecture: int
-    multiprocessors: int
-    shared: int
-    tensor: int
-    cuda: int
-    l2: int
-    memory: int
-    clock: float
-
-    @property
-    def family(self) -> str:
-        """The matrix instruction that `tl.dot` becomes: "mma", "wgmma" or "tcgen05"."""
-        return {90: "wgmma", 100: "tcgen05", 103: "tcgen05"}.get(self.architecture, "mma")
-
-    @property
-    def chains(self) -> bool:
-        """Whether the backend's launches begin while the one before them ends (:mod:`.chain`)."""
-        return self.family != "mma"
-
-
-_KIB = 1024
-_CHIPS = {
-    80: Chip(80, 108, 163 * _KIB, 2048, 128, 64, 1100, 1.41),
-    86: Chip(86, 84, 99 * _KIB, 512, 256, 48, 500, 1.7),
-    87: Chip(87, 16, 163 * _KIB, 1024, 256, 48, 200, 1.3),
-    89: Chip(89, 128, 99 * _KIB, 1024, 256, 48, 400, 2.5),
-    90: Chip(90, 132, 227 * _KIB, 4096, 256, 64, 2900, 1.46),
-    100: Chip(100, 148, 227 * _KIB, 8192, 256, 64, 4000, 1.85),
-    103: Chip(103, 148, 227 * _KIB, 8192, 256, 64, 4000, 1.85),
-    120: Chip(120, 170, 99 * _KIB, 1024, 256, 48, 700, 2.4),
-    121: Chip(121, 48, 99 * _KIB, 1024, 256, 48, 120, 2.4),
-}
-
-
-@cache
-def chip_of(architecture: int, multiprocessors: int | None = None) -> Chip:
-    """The chip of a compute capability; one not listed counts as the nearest older one, which it can run the code of."""
-    known = max((a for a in _CHIPS if a <= architecture), default=min(_CHIPS))
-    found = _CHIPS[known]
-    return replace(found, multiprocessors=multiprocessors or found.multiprocessors)
 
 
 @dataclass(frozen=True)
@@ -145,16 +85,16 @@ _SHAPES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
     # Eight warps would let 64x64 have two accumulators, which spilled 8 bytes on sm_100.
     "ieee": ((64, 64, 16, 4, 3), (32, 64, 32, 4, 3)),
 }
-_RESERVE = 2 * _KIB  # barriers and the epilogue's scratch beside the stages
+_RESERVE = 2 * 1024  # barriers and the epilogue's scratch beside the stages
 FILL = 900  # cycles before a tile's first product: launch, first loads
 _REFILL = 500  # of them where the program is there already and only the loads have to arrive; assumed like the other
-STORED_COLUMNS = 64  # of a piece of an epilogue that stores through shared memory
+EPILOGUE_COLUMNS = 64  # of a subtile of an epilogue that stores through shared memory
 _WIDE_EFFICIENCY = {256: 1.0, 128: 0.9, 64: 0.75, 32: 0.5}  # of the tensor cores' rate, by accumulator width
 _PER_MULTIPROCESSOR_REGISTERS = 65536
 _SPLITS = (1, 2, 3, 4, 6, 8)
 _LONGEST_EDGE = 1 << 10  # rows; no tile has more
-REMEMBERED = 4096  # shapes and layouts as they come, with every length of a batch: so many, and not without end
-_CUT_MARGIN = (
+CACHE_SIZE = 4096  # shapes and layouts as they come, with every length of a batch: so many, and not without end
+_SPLIT_MARGIN = (
     1.05  # a cut loop must promise this much: the model is no better, and one launch less is one thing less to go wrong
 )
 
@@ -182,7 +122,7 @@ def candidates(
     """Every tile that fits, widest first.
 
     Args:
-        descriptors: every operand can have one (`launch.describable`), also on a chip without TMA, which then loads vectors.
+        descriptors: every operand can have one (`tma.supports_tma`), also on a chip without TMA, which then loads vectors.
         accumulators: full-width accumulators alive at once.
         halves: 2 where a tile's columns are two operands side by side (gate and key).
     """
@@ -193,7 +133,7 @@ def candidates(
         if kind == "ieee" and not descriptors:
             block_k = 16  # two accumulators of 32x64 in steps of 32 spilled 40 bytes on sm_100
         stage = (block_n + wide) * block_k * dtype.itemsize
-        stages = min(most, (chip.shared - _RESERVE) // stage)
+        stages = min(most, (chip.shared_memory - _RESERVE) // stage)
         registers = accumulators * block_n * wide // (32 * warps)
         if stages >= 2 and registers <= _accumulator_limit(kind):
             yield Tile(block_n, wide // halves, block_k, warps, stages)
@@ -204,7 +144,7 @@ def straddles(sequences: int, length: int | None, block_n: int) -> bool:
     return length is None or (sequences > 1 and length % block_n != 0)
 
 
-@lru_cache(REMEMBERED)
+@lru_cache(CACHE_SIZE)
 def hidden_tile(chip: Chip, shape: Shape) -> Tile:
     """The hidden kernel's tile."""
     return _hidden_tile(chip, _bucketed(shape, None))
@@ -217,7 +157,7 @@ def _hidden_tile(chip: Chip, shape: Shape) -> Tile:
 
 
 def hidden_cycles(chip: Chip, tile: Tile, shape: Shape, persistent: bool = False) -> float:
-    """Predicted clock cycles of one hidden launch; `persistent`: where `persists` allows it."""
+    """Predicted clock cycles of one hidden launch; `persistent`: where `is_persistent` allows it."""
     rows, width, pairs, slots, sequences = shape.rows, shape.width, shape.pairs, shape.slots, shape.sequences
     wide = tile.columns * shape.branches
     row_tiles = math.ceil(rows / tile.block_n)
@@ -230,26 +170,29 @@ def hidden_cycles(chip: Chip, tile: Tile, shape: Shape, persistent: bool = False
     numbers = rows * width + pairs * width * shape.branches + sequences * slots * width + rows * (pairs + slots)
     moved = numbers * shape.dtype.itemsize
     cycles = _cycles(chip, tile, shape.dtype, shape.precision, wide, count, math.ceil(width / tile.block_k), moved)
-    if persistent and persists(chip, tile, shape.dtype, wide, count):
+    if persistent and is_persistent(chip, tile, shape.dtype, wide, count):
         between = (math.ceil(count / chip.multiprocessors) - 1) * (FILL - _REFILL)
         cycles = max(cycles - between, moved / chip.memory)
     return cycles
 
 
-def persists(chip: Chip, tile: Tile, dtype: torch.dtype, wide: int, count: int) -> bool:
+def is_persistent(chip: Chip, tile: Tile, dtype: torch.dtype, wide: int, count: int) -> bool:
     """Whether `count` tiles of `wide` accumulated columns go through programs that stay: one fills a multiprocessor, and waves are several.
 
     Smaller tiles have neighbours on the multiprocessor that work while one begins or ends.
     """
-    staged = 2 * tile.block_n * STORED_COLUMNS * dtype.itemsize
+    staged = 2 * tile.block_n * EPILOGUE_COLUMNS * dtype.itemsize
     stages = tile.stages * (tile.block_n + wide) * tile.block_k * dtype.itemsize
-    alone = 2 * stages > chip.shared
+    alone = 2 * stages > chip.shared_memory
     return (
-        chip.family == "wgmma" and alone and stages + staged + _RESERVE <= chip.shared and count > chip.multiprocessors
+        chip.family == "wgmma"
+        and alone
+        and stages + staged + _RESERVE <= chip.shared_memory
+        and count > chip.multiprocessors
     )
 
 
-@lru_cache(REMEMBERED)
+@lru_cache(CACHE_SIZE)
 def output_tile(chip: Chip, shape: Shape) -> Tile:
     """The output kernel's tile."""
     # The largest power of two in T decides which tiles a sequence's edge may cut, and nothing else about T matters.
@@ -271,7 +214,7 @@ def _output_tile(chip: Chip, shape: Shape) -> Tile:
         for splits in split_choices(chip, tile, shape.rows, shape.width, shape.pairs):
             tile = replace(tile, splits=splits)
             cycles = output_cycles(chip, tile, shape, cut)
-            found.append((cycles * (_CUT_MARGIN if splits > 1 else 1.0), order, tile))
+            found.append((cycles * (_SPLIT_MARGIN if splits > 1 else 1.0), order, tile))
     return min(found, key=lambda f: f[:2])[2]
 
 
@@ -292,14 +235,16 @@ def output_cycles(chip: Chip, tile: Tile, shape: Shape, cut: bool) -> float:
     count = row_tiles * math.ceil(width / tile.columns) * tile.splits
     moved = (rows * (pairs + slots) + pairs * width + sequences * slots * width + rows * width) * shape.dtype.itemsize
     cycles = _cycles(chip, tile, shape.dtype, shape.precision, tile.columns, count, steps, moved)
-    return cycles + joining_cycles(chip, rows * width, tile.splits)
+    return cycles + reduce_cycles(chip, rows * width, tile.splits)
 
 
-def joining_cycles(chip: Chip, numbers: int, splits: int) -> float:
+def reduce_cycles(chip: Chip, numbers: int, splits: int) -> float:
     """Cycles to store the parts of a result in float32 and to add them up in a second launch; L2 holds what is so small."""
     if splits == 1:
         return 0.0
-    return 4 * numbers * (2 * splits + 1) / (chip.l2 * chip.multiprocessors) + launch_cycles(chip)
+    return 4 * numbers * (2 * splits + 1) / (chip.l2 * chip.multiprocessors) + chip.cycles(
+        RATES.launch_pdl if chip.has_pdl else RATES.launch
+    )
 
 
 def _cycles(
@@ -308,15 +253,10 @@ def _cycles(
     step = step_cycles(chip, tile, dtype, precision, wide)
     shared = tile.stages * (tile.block_n + wide) * tile.block_k * dtype.itemsize + _RESERVE
     registers = (tile.block_n * wide // (32 * tile.warps) + 64) * 32 * tile.warps
-    resident = max(1, min(chip.shared // shared, _PER_MULTIPROCESSOR_REGISTERS // registers, 4))
+    resident = max(1, min(chip.shared_memory // shared, _PER_MULTIPROCESSOR_REGISTERS // registers, 4))
     waves = math.ceil(count / (chip.multiprocessors * resident))
     store = tile.block_n * wide * dtype.itemsize / chip.l2
     return max(waves * (FILL + store + resident * steps * step), moved / chip.memory)
-
-
-def launch_cycles(chip: Chip, rates: Rates = RATES) -> float:
-    """Predicted clock cycles between a kernel and one of the backend's own after it (:mod:`.chain`)."""
-    return (rates.chained if chip.chains else rates.launch) * chip.clock * 1e9
 
 
 def wide_efficiency(wide: int) -> float:
@@ -338,7 +278,7 @@ def step_cycles(chip: Chip, tile: Tile, dtype: torch.dtype, precision: str, wide
     return max(flops / rate, delivered)
 
 
-@lru_cache(REMEMBERED)
+@lru_cache(CACHE_SIZE)
 def core_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: int, rank: int) -> Tile:
     """The core kernel's tile: `columns` of u at once, steps of `block_k` slots; few rows take short tiles, for more programs."""
     odd = rank % 8 != 0  # then a core is loaded element by element, each with its own address

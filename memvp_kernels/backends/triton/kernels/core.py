@@ -2,8 +2,8 @@
 
     scores = c_p + c_w Aᵀ      visual = scale · keep · act(scores)      u = visual A
 
-where c = [x Wᵀ | x p^kᵀ] (N, r + M) came from the hidden kernel and [u | visual] (N, r + M) goes to the output kernel; an image is its
-two cores A (M, r). One program has one (row tile, sequence) that meet; the slots pass through it in steps, as keys do in attention.
+c = [x Wᵀ | x p^kᵀ] (N, r + M) comes from the hidden kernel, and [u | visual] (N, r + M) goes to the output kernel; A (M, r) are an image's
+two cores. One program takes one row tile of one sequence and walks through the slots, as attention walks through keys.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memvp_kernels.backends.triton.device.operands import BY_POINTER, load_memory_tile, load_tile, tile_pointers
-from memvp_kernels.backends.triton.device.pdl import chained, follow
+from memvp_kernels.backends.triton.device.operands import POINTER, load_memory_tile, load_tile, tile_pointers
+from memvp_kernels.backends.triton.device.pdl import pdl_wait
 from memvp_kernels.backends.triton.device.segments import memory_row, sequence_bounds, tile_sequence, valid_slots
 from memvp_kernels.backends.triton.device.visual import Visual, store_visual
 from memvp_kernels.backends.triton.heuristics import tiles
 from memvp_kernels.backends.triton.runtime import launch
+from memvp_kernels.backends.triton.runtime.pdl import pdl_options
 from memvp_kernels.problem import Segments
 
 __all__ = ["core_forward", "core_fwd_kernel"]
@@ -46,7 +47,7 @@ def core_forward(
     """
     rows = c.shape[0]
     memories, slots, rank = key_core.shape
-    # Rows of packed x outside every sequence belong to no program; they add nothing to y.
+    # No program covers the rows of packed x outside every sequence; they add nothing to y.
     outside = segments.cu_seqlens is not None
     middle = launch.empty_rows(rows, rank + slots * value_position, c, zero=outside)
     scores = (c.new_zeros if outside else c.new_empty)(rows, slots) if save_scores else None
@@ -61,7 +62,7 @@ def core_forward(
             rows, segments.length or 0, segments.sequences, memories, visual.scale, visual.threshold,
             *key_core.stride()[1:], *value_core.stride()[1:], M=slots, RANK=rank, KEY_POSITION=c.shape[1] > rank, BLOCK_N=tile.block_n, BLOCK_M=tile.block_k,
             BLOCK_R=min(tile.columns, 64), BLOCK_U=tile.columns, VISUAL_ACTIVATION=visual.activation,
-            PRECISION=precision, DTYPE=launch.element_type(c.dtype), num_warps=tile.warps, num_stages=tile.stages, **chained(c.device),
+            PRECISION=precision, DTYPE=launch.element_type(c.dtype), num_warps=tile.warps, num_stages=tile.stages, **pdl_options(c.device),
         )  # fmt: skip
     return middle, scores
 
@@ -73,47 +74,49 @@ def core_fwd_kernel(
     stride_key_m: tl.constexpr, stride_key_rank: tl.constexpr, stride_value_m: tl.constexpr, stride_value_rank: tl.constexpr, M: tl.constexpr, RANK: tl.constexpr, KEY_POSITION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr,
     VISUAL_ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
-    CHAINED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(N, BLOCK_N) + S, cdiv(RANK, BLOCK_U)); a rank wider than BLOCK_U forms the scores again for each part of u.
+    """Grid (cdiv(N, BLOCK_N) + S, cdiv(RANK, BLOCK_U)); with a rank wider than BLOCK_U each block of u recomputes the scores.
 
     A core's inner strides are compiled in: a rank such as 136 is a multiple of 8, which Triton would not learn from an argument.
     """
-    follow(CHAINED)
+    pdl_wait(PDL)
     WIDTH: tl.constexpr = RANK + M if KEY_POSITION else RANK
-    row_tile, sequence = tile_sequence(tl.program_id(0), cu_seqlens, S, T, BLOCK_N)
-    part = tl.program_id(1) * BLOCK_U
+    segments = (cu_seqlens, index, lengths, N, T, S, R)
+    key_strides, value_strides = (
+        (stride_key_r, stride_key_m, stride_key_rank),
+        (stride_value_r, stride_value_m, stride_value_rank),
+    )
+    visual_out = (visual, scores, seed, stride_middle_n, scale, threshold)
+    row_tile, sequence = tile_sequence(tl.program_id(0), segments, BLOCK_N)
+    column = tl.program_id(1) * BLOCK_U
     row = row_tile * BLOCK_N
-    first, end = sequence_bounds(sequence, cu_seqlens, S, T, N)
+    first, end = sequence_bounds(sequence, segments)
     if (first < row + BLOCK_N) & (end > row):
-        read = memory_row(sequence, index, S, R)
+        read = memory_row(sequence, segments)
         slots = valid_slots(read, lengths, M)
         u = tl.zeros((BLOCK_N, BLOCK_U), tl.float32)
         for slot in tl.range(0, M, BLOCK_M):
             b_scores = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for k in tl.range(0, RANK, BLOCK_R):
                 b_c = load_tile(
-                    c, row, k, N, RANK, stride_c_n, 1, BLOCK_N, BLOCK_R, BY_POINTER, False, RANK % BLOCK_R == 0
+                    c, row, k, N, RANK, stride_c_n, 1, BLOCK_N, BLOCK_R, POINTER, False, RANK % BLOCK_R == 0
                 )
-                b_key = load_memory_tile(
-                    key_core, read, slot, k, slots, RANK, stride_key_r, stride_key_m, stride_key_rank, BLOCK_M, BLOCK_R, BY_POINTER
-                )  # fmt: skip
+                b_key = load_memory_tile(key_core, read, slot, k, slots, RANK, key_strides, BLOCK_M, BLOCK_R, POINTER)
                 b_scores = tl.dot(b_c, b_key.to(DTYPE).T, b_scores, input_precision=PRECISION)
             if KEY_POSITION:
-                b_scores += load_tile(c, row, RANK + slot, N, WIDTH, stride_c_n, 1, BLOCK_N, BLOCK_M, BY_POINTER).to(
-                    tl.float32
-                )
-            # Only the first part of u stores what all parts form.
-            stored_end = tl.where(part == 0, end, first)
+                b_position = load_tile(c, row, RANK + slot, N, WIDTH, stride_c_n, 1, BLOCK_N, BLOCK_M, POINTER)
+                b_scores += b_position.to(tl.float32)
+            # All blocks of u compute the scores; only the first one stores them.
+            stored_end = tl.where(column == 0, end, first)
             b_visual = store_visual(
-                b_scores, visual, scores, seed, stride_middle_n, row, slot, first, stored_end, slots, scale, threshold, M,
-                BLOCK_N, BLOCK_M, VISUAL_ACTIVATION, DTYPE,
+                b_scores, visual_out, row, slot, first, stored_end, slots, M, VISUAL_ACTIVATION, DTYPE
             )  # fmt: skip
             b_value = load_memory_tile(
-                value_core, read, slot, part, slots, RANK, stride_value_r, stride_value_m, stride_value_rank, BLOCK_M, BLOCK_U, BY_POINTER
-            )  # fmt: skip
+                value_core, read, slot, column, slots, RANK, value_strides, BLOCK_M, BLOCK_U, POINTER
+            )
             u = tl.dot(b_visual, b_value.to(DTYPE), u, input_precision=PRECISION)
         o_row = row + tl.arange(0, BLOCK_N)
-        o_u = part + tl.arange(0, BLOCK_U)
+        o_u = column + tl.arange(0, BLOCK_U)
         inside = (o_row[:, None] >= first) & (o_row[:, None] < end) & (o_u[None, :] < RANK)
-        tl.store(tile_pointers(middle, row, part, stride_middle_n, BLOCK_N, BLOCK_U), u.to(DTYPE), mask=inside)
+        tl.store(tile_pointers(middle, row, column, stride_middle_n, BLOCK_N, BLOCK_U), u.to(DTYPE), mask=inside)

@@ -1,12 +1,7 @@
 """Gradients of the memory: dKv = dSᵀ x and dVv = visualᵀ dy of every memory row, summed over the sequences that read it, in one launch.
 
-One program owns a tile of one row's gradient and walks through that row's sequences in order: no atomics, no padding, the same
-bits every time. Neighbours that read the same row are one run, a descriptor whose rows end where it ends, so that its ragged tail is
-filled with zeros by the copy engine, and which of the two products a program works on is a choice between pointers, not between loops.
-
-The gradients of what the batch shares (positions, the basis of a factored memory) are the same product over all rows of x that read a
-memory, whichever; there the rows are cut into parts of equal length, a fixed number for a shape, and the parts' sums are added up in
-float32. Rows that read none are walked past: their left is zero, but 0 · NaN of a text-only row would not be.
+One program owns a tile of one memory row's gradient and walks through the sequences that read it in order: no atomics, the same bits
+every time. What the batch shares (positions, the basis) gets the same product over all rows of x that read any memory, with split-K.
 """
 
 from __future__ import annotations
@@ -19,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memvp_kernels.backends.triton.device.operands import BY_POINTER, BY_ROW, load_tile
-from memvp_kernels.backends.triton.device.pdl import chained, follow
+from memvp_kernels.backends.triton.device.operands import POINTER, TMA, load_tile
+from memvp_kernels.backends.triton.device.pdl import pdl_wait
 from memvp_kernels.backends.triton.device.segments import memory_row, sequence_bounds, sequence_of_row, valid_slots
 from memvp_kernels.backends.triton.heuristics import backward_tiles
-from memvp_kernels.backends.triton.runtime import launch
+from memvp_kernels.backends.triton.runtime import launch, tma
+from memvp_kernels.backends.triton.runtime.pdl import pdl_options
 from memvp_kernels.problem import Segments
 
 __all__ = ["Pair", "core_gradient", "dense_gradients", "dmemory_bwd_kernel", "memory_gradients"]
@@ -88,21 +84,21 @@ def dense_gradients(
     left, right = pairs[0]
     rows, columns, width = right.shape[0], left.shape[1], right.shape[1]
     tile = backward_tiles.dmemory_tile(
-        launch.chip(right.device), right.dtype, launch.precision(right.dtype), width=width, descriptors=_describable(pairs)
+        launch.chip(right.device), right.dtype, launch.precision(right.dtype), width=width, descriptors=_support_tma(pairs)
     )  # fmt: skip
     outputs = len(pairs) * launch.programs(columns, tile.block_n) * launch.programs(width, tile.columns)
     steps = triton.next_power_of_2(launch.programs(rows, tile.block_k))
     splits = backward_tiles.row_splits(launch.chip(right.device).multiprocessors, outputs, steps)
     if splits == 1:
-        sums = _launch(pairs, segments, memories, dtype, totals, parts=1, slots=slots)
+        sums = _launch(pairs, segments, memories, dtype, totals, splits=1, slots=slots)
         return [g.view(columns, width) for g in sums]
-    parts = _launch(pairs, segments, memories, torch.float32, parts=splits, slots=slots)
-    sums = [p.sum(0).to(dtype) for p in parts]
+    partials = _launch(pairs, segments, memories, torch.float32, splits=splits, slots=slots)
+    sums = [p.sum(0).to(dtype) for p in partials]
     return [s if t is None else t.add_(s) for s, t in zip(sums, totals, strict=False)]
 
 
-def _describable(pairs: Sequence[Pair]) -> bool:
-    return all(launch.describable(t) for pair in pairs for t in pair)
+def _support_tma(pairs: Sequence[Pair]) -> bool:
+    return all(tma.supports_tma(t) for pair in pairs for t in pair)
 
 
 def _launch(
@@ -113,25 +109,26 @@ def _launch(
     totals: Sequence[Tensor | None] = (None,),
     *,
     together: bool = False,
-    parts: int = 0,
+    splits: int = 0,
     slots: int = 0,
 ) -> list[Tensor]:
     """One (R, M, d) for each pair, or with `together` one for both; `totals` (all or none) are added to and are the results.
 
-    With `parts` there is no result of each memory row but one of each part of the rows of x, over those that read any of M = `slots`.
+    With `splits` there is no result for each memory row, but a partial sum for each of so many equal parts of the rows of x, over those
+    that read any of M = `slots`.
     """
     (left, right), (other_left, other_right) = pairs[0], pairs[-1]
     columns, width = left.shape[1], right.shape[1]
-    results = parts or memories
+    results = splits or memories
     count = 1 if together else len(pairs)
     adds = totals[0] is not None
-    assert not adds or parts or segments.lengths is None, "slots past a length are set to zero"
+    assert not adds or splits or segments.lengths is None, "slots past a length are set to zero"
     outs = [
         t if t is not None else torch.empty(results, columns, width, dtype=dtype, device=right.device)
         for t in (totals if adds else (None,) * count)
     ]
-    aligned = _describable(pairs)
-    tma = aligned and launch.has_tma(right.device)
+    aligned = _support_tma(pairs)
+    use_tma = aligned and launch.has_tma(right.device)
     precision = launch.precision(right.dtype)
     tile = backward_tiles.dmemory_tile(
         launch.chip(right.device), right.dtype, precision, width=width, descriptors=aligned, together=together
@@ -147,7 +144,8 @@ def _launch(
             left.stride(0), right.stride(0), other_left.stride(0), other_right.stride(0),
             segments.rows, segments.length or 0, segments.sequences, memories, slots, results, launch.programs(segments.rows, results),
             M=columns, d=width, BLOCK_M=tile.block_n, BLOCK_D=tile.columns, BLOCK_K=tile.block_k, SCAN=_SCAN,
-            DENSE=parts > 0, TOGETHER=together, ADDS=adds, FORM=(BY_ROW if tma else BY_POINTER).value, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages, **chained(right.device),
+            DENSE=splits > 0, TOGETHER=together, ADDS=adds, LOAD=(TMA if use_tma else POINTER).value, PRECISION=precision,
+            num_warps=tile.warps, num_stages=tile.stages, **pdl_options(right.device),
         )  # fmt: skip
 
     with launch.on_device(right):
@@ -156,28 +154,29 @@ def _launch(
     return outs
 
 
-@triton.jit(do_not_specialize=["N", "T", "S", "R", "slots", "results", "part_rows"])
+@triton.jit(do_not_specialize=["N", "T", "S", "R", "slots", "results", "split_rows"])
 def dmemory_bwd_kernel(
     left, right, out, other_left, other_right, other_out, cu_seqlens, index, lengths,
     stride_left_n, stride_right_n, stride_other_left_n, stride_other_right_n,
-    N, T, S, R, slots, results, part_rows, M: tl.constexpr, d: tl.constexpr,
+    N, T, S, R, slots, results, split_rows, M: tl.constexpr, d: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr, DENSE: tl.constexpr,
-    TOGETHER: tl.constexpr, ADDS: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
-    CHAINED: tl.constexpr,
+    TOGETHER: tl.constexpr, ADDS: tl.constexpr, LOAD: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per tile (BLOCK_M, BLOCK_D) of one of the results; the second pair's programs come after the first's.
 
     A result is one memory row's gradient; with DENSE the sum over one part of the rows. With TOGETHER there is one of each for both
     pairs. With ADDS it is added to what is there.
     """
-    follow(CHAINED)
+    pdl_wait(PDL)
     SLOT_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     COLUMN_TILES: tl.constexpr = (d + BLOCK_D - 1) // BLOCK_D
+    segments = (cu_seqlens, index, lengths, N, T, S, R)
     # Tiles of one block of columns side by side: they share x's columns in L2.
     slot = tl.program_id(0) % SLOT_TILES * BLOCK_M
     column = tl.program_id(0) // SLOT_TILES % COLUMN_TILES * BLOCK_D
     result = tl.program_id(0) // (SLOT_TILES * COLUMN_TILES)
     if result >= results:
+        # Which of the two products a program works on is a choice between pointers, not between loops.
         result = result - results
         left = other_left
         right = other_right
@@ -195,13 +194,12 @@ def dmemory_bwd_kernel(
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     acc = _add_readers(
-        acc, left, right, result, slot, column, cu_seqlens, index, lengths, stride_left_n, stride_right_n, N, T, S, R, slots,
-        part_rows, M, d, BLOCK_M, BLOCK_D, BLOCK_K, SCAN, DENSE, FORM, PRECISION,
+        acc, left, stride_left_n, right, stride_right_n, result, slot, column, segments, slots, split_rows, M, d, BLOCK_M, BLOCK_D, BLOCK_K, SCAN, DENSE, LOAD, PRECISION
     )  # fmt: skip
     if TOGETHER:
         acc = _add_readers(
-            acc, other_left, other_right, result, slot, column, cu_seqlens, index, lengths, stride_other_left_n, stride_other_right_n,
-            N, T, S, R, slots, part_rows, M, d, BLOCK_M, BLOCK_D, BLOCK_K, SCAN, DENSE, FORM, PRECISION,
+            acc, other_left, stride_other_left_n, other_right, stride_other_right_n, result, slot, column, segments, slots, split_rows,
+            M, d, BLOCK_M, BLOCK_D, BLOCK_K, SCAN, DENSE, LOAD, PRECISION,
         )  # fmt: skip
 
     if lengths is not None and not DENSE:
@@ -212,62 +210,64 @@ def dmemory_bwd_kernel(
 
 @triton.jit
 def _add_readers(
-    acc, left, right, result, slot, column, cu_seqlens, index, lengths, stride_left_n, stride_right_n, N, T, S, R, slots, part_rows,
-    M: tl.constexpr, d: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr,
-    DENSE: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
+    acc, left, stride_left_n, right, stride_right_n, result, slot, column, segments, slots, split_rows, M: tl.constexpr, d: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr, DENSE: tl.constexpr, LOAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + leftᵀ right over the rows that read memory row `result`, or with DENSE over those of part `result` that read any, in order."""
+    """acc + leftᵀ right over the rows that read memory row `result`, or with DENSE over those of split `result` that read any, in order.
+
+    Rows that read none are skipped: their left is zero, but 0 · NaN of a text-only row would not be.
+    """
+    cu_seqlens, index, lengths, N, T, S, R = segments
     low = 0
     high = N
     if DENSE:
-        low = tl.minimum(result * part_rows, N)
-        high = tl.minimum(low + part_rows, N)
+        low = tl.minimum(result * split_rows, N)
+        high = tl.minimum(low + split_rows, N)
     if index is None and (lengths is None or not DENSE):
-        # One run: the sequence itself, or all of them.
-        first, end = sequence_bounds(0 if DENSE else result, cu_seqlens, S, T, N)
+        # One range: the sequence itself, or all of them.
+        first, end = sequence_bounds(0 if DENSE else result, segments)
         if DENSE:
-            _, end = sequence_bounds(S - 1, cu_seqlens, S, T, N)
-        acc = _add_run(
-            acc, left, right, tl.maximum(first, low), tl.minimum(end, high), slot, column, stride_left_n, stride_right_n,
-            M, d, BLOCK_M, BLOCK_D, BLOCK_K, FORM, PRECISION,
+            _, end = sequence_bounds(S - 1, segments)
+        acc = _add_rows(
+            acc, left, stride_left_n, right, stride_right_n, tl.maximum(first, low), tl.minimum(end, high), slot, column, M, d, BLOCK_M, BLOCK_D, BLOCK_K, LOAD, PRECISION
         )  # fmt: skip
     else:
         begin = 0
         stop = S
         if DENSE:
-            begin = tl.maximum(sequence_of_row(low, cu_seqlens, S, T), 0)
-            stop = tl.minimum(sequence_of_row(high - 1, cu_seqlens, S, T) + 1, S)
+            begin = tl.maximum(sequence_of_row(low, segments), 0)
+            stop = tl.minimum(sequence_of_row(high - 1, segments) + 1, S)
         for start in tl.range(begin, stop, SCAN):
             o_sequence = start + tl.arange(0, SCAN)
-            read = memory_row(o_sequence, index, S, R)
+            read = memory_row(o_sequence, segments)
             reads = valid_slots(read, lengths, slots) > 0 if DENSE else read == result
             beyond = start + SCAN
             sequence = tl.min(tl.where(reads, o_sequence, beyond))
+            # Neighbours that read the same memory row make one range of rows.
             while sequence < beyond:
                 after = tl.min(tl.where(reads | (o_sequence < sequence), beyond, o_sequence))
-                first, _ = sequence_bounds(sequence, cu_seqlens, S, T, N)
-                _, end = sequence_bounds(after - 1, cu_seqlens, S, T, N)
-                acc = _add_run(
-                    acc, left, right, tl.maximum(first, low), tl.minimum(end, high), slot, column, stride_left_n, stride_right_n,
-                    M, d, BLOCK_M, BLOCK_D, BLOCK_K, FORM, PRECISION,
+                first, _ = sequence_bounds(sequence, segments)
+                _, end = sequence_bounds(after - 1, segments)
+                acc = _add_rows(
+                    acc, left, stride_left_n, right, stride_right_n, tl.maximum(first, low), tl.minimum(end, high), slot, column, M, d, BLOCK_M, BLOCK_D, BLOCK_K, LOAD, PRECISION
                 )  # fmt: skip
                 sequence = tl.min(tl.where(reads & (o_sequence >= after), o_sequence, beyond))
     return acc
 
 
 @triton.jit
-def _add_run(
-    acc, left, right, first, end, slot, column, stride_left_n, stride_right_n, M: tl.constexpr, d: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
+def _add_rows(
+    acc, left, stride_left_n, right, stride_right_n, first, end, slot, column, M: tl.constexpr, d: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, LOAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + leftᵀ right over rows [first, end)."""
-    if FORM == BY_ROW:
+    """acc + leftᵀ right over rows [first, end); TMA fills a ragged tail with zeros, since its descriptor ends where the range does."""
+    if LOAD == TMA:
         left = tl.make_tensor_descriptor(left, [end, M], [tl.cast(stride_left_n, tl.int64), 1], [BLOCK_K, BLOCK_M])
         right = tl.make_tensor_descriptor(right, [end, d], [tl.cast(stride_right_n, tl.int64), 1], [BLOCK_K, BLOCK_D])
     for k in tl.range(first, end, BLOCK_K):
-        b_left = load_tile(left, k, slot, end, M, stride_left_n, 1, BLOCK_K, BLOCK_M, FORM, False, M % BLOCK_M == 0)
+        b_left = load_tile(left, k, slot, end, M, stride_left_n, 1, BLOCK_K, BLOCK_M, LOAD, False, M % BLOCK_M == 0)
         b_right = load_tile(
-            right, k, column, end, d, stride_right_n, 1, BLOCK_K, BLOCK_D, FORM, False, d % BLOCK_D == 0
+            right, k, column, end, d, stride_right_n, 1, BLOCK_K, BLOCK_D, LOAD, False, d % BLOCK_D == 0
         )
         acc = tl.dot(b_left.T, b_right, acc, input_precision=PRECISION)
     return acc

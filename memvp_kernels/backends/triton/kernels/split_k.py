@@ -1,4 +1,4 @@
-"""Sums of a product whose K loop was cut into parts: each part's in float32 as its program left it, added up in order and rounded once."""
+"""Split-K: each split of a product leaves its partial sum in float32; they are added in order and rounded once."""
 
 from __future__ import annotations
 
@@ -7,54 +7,55 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memvp_kernels.backends.triton.device.pdl import chained, follow
+from memvp_kernels.backends.triton.device.pdl import pdl_wait
 from memvp_kernels.backends.triton.runtime import launch
+from memvp_kernels.backends.triton.runtime.pdl import pdl_options
 
-__all__ = ["add_parts", "add_parts_kernel", "empty_parts"]
+__all__ = ["empty_splits", "reduce_splits", "reduce_splits_kernel"]
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 4, 256
 
 
-def empty_parts(splits: int, like: Tensor) -> Tensor | None:
-    """Room for the parts, (splits, *like.shape) in float32; None where nothing is cut."""
+def empty_splits(splits: int, like: Tensor) -> Tensor | None:
+    """Room for the partial sums, (splits, *like.shape) in float32; None with one split."""
     return like.new_empty(splits, *like.shape, dtype=torch.float32) if splits > 1 else None
 
 
-def add_parts(parts: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> Tensor:
-    """out = sum of parts + bias + residual, in float32 and always in that order.
+def reduce_splits(partials: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> Tensor:
+    """out = sum of partials + bias + residual, in float32 and always in that order.
 
     Args:
-        parts: (splits, N, d) float32, contiguous.
+        partials: (splits, N, d) float32, contiguous.
         bias: (d,) or None, any float dtype.
         residual: (N, d) or None, any strides; may be `out`.
         out: (N, d), contiguous; also returned.
     """
-    splits, rows, width = parts.shape
+    splits, rows, width = partials.shape
     grid = (launch.programs(rows, _BLOCK_ROWS), launch.programs(width, _BLOCK_COLUMNS))
     with launch.on_device(out):
-        add_parts_kernel[grid](
-            parts, bias, residual, out, bias.stride(0) if bias is not None else 0, *(residual.stride() if residual is not None else (0, 0)),
+        reduce_splits_kernel[grid](
+            partials, bias, residual, out, bias.stride(0) if bias is not None else 0, *(residual.stride() if residual is not None else (0, 0)),
             rows, d=width, SPLITS=splits, BLOCK_ROWS=_BLOCK_ROWS, BLOCK_COLUMNS=_BLOCK_COLUMNS, DTYPE=launch.element_type(out.dtype),
-            **chained(out.device),
+            **pdl_options(out.device),
         )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["N"])
-def add_parts_kernel(
-    parts, bias, residual, out, stride_bias, stride_residual_n, stride_residual_d, N, d: tl.constexpr, SPLITS: tl.constexpr,
+def reduce_splits_kernel(
+    partials, bias, residual, out, stride_bias, stride_residual_n, stride_residual_d, N, d: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
-    CHAINED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(N, BLOCK_ROWS), cdiv(d, BLOCK_COLUMNS))."""
-    follow(CHAINED)
+    pdl_wait(PDL)
     o_row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
     o_column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
     inside = (o_row < N) & (o_column < d)
     offset = o_row * d + o_column
-    b_sum = tl.load(parts + offset, mask=inside, other=0.0)
-    for part in tl.static_range(1, SPLITS):
-        b_sum += tl.load(parts + part * tl.cast(N, tl.int64) * d + offset, mask=inside, other=0.0)
+    b_sum = tl.load(partials + offset, mask=inside, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        b_sum += tl.load(partials + split * tl.cast(N, tl.int64) * d + offset, mask=inside, other=0.0)
     if bias is not None:
         b_sum += tl.load(bias + o_column.to(tl.int64) * stride_bias, mask=o_column < d, other=0.0).to(tl.float32)
     if residual is not None:

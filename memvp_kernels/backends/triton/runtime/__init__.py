@@ -1,1 +1,1 @@
-"""The host side of a launch."""
+"""The host's side of a launch: device and precision, TMA descriptors."""

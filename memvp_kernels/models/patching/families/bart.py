@@ -95,4 +95,5 @@ BART = Family(
     layer_mixin=BiasedLayer,
     ffn_mixin=None,
     ffn_of=lambda layer: layer,
+    activation_of=lambda layer: layer._modules["activation_fn"],
 )

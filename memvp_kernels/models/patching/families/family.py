@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -21,12 +22,14 @@ class Family:
         layer_mixin: goes in front of the layer.
         ffn_mixin: goes in front of its FFN; None: the layer computes its FFN itself.
         ffn_of: the FFN of a layer.
+        activation_of: the activation function of an FFN.
     """
 
     layers: Mapping[str, str]
     layer_mixin: type[Patch]
     ffn_mixin: type[Patch] | None
-    ffn_of: Callable[[nn.Module], nn.Module]
+    ffn_of: Callable[[Any], nn.Module]
+    activation_of: Callable[[Any], Any]
 
     def owns(self, module: nn.Module) -> bool:
         """Whether ``module`` is a layer of this family, or of a class derived from one (sharded, patched)."""

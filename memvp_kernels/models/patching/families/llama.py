@@ -10,6 +10,7 @@ from memvp_kernels.models.patching.binding import bound
 from memvp_kernels.models.patching.families.family import Family
 from memvp_kernels.models.patching.feed_forward import feed_forward
 from memvp_kernels.models.patching.mixins import MemoryFFN, MemoryLayer
+from memvp_kernels.models.patching.patch import replaced_forward
 from memvp_kernels.models.patching.weights import Matrices, Opaque, QuantizedMatrices, matrices
 
 __all__ = ["LLAMA", "GatedLayer", "GatedMLP"]
@@ -24,11 +25,11 @@ class GatedMLP(MemoryFFN):
 
     def ffn_activation(self) -> nn.Module:
         """act_fn."""
-        return self.act_fn  # type: ignore[return-value]
+        return _activation_of(self)
 
     def forward(self, x: Tensor) -> Any:
         """x (S, T, d) to (S, T, d)."""
-        own, binding = super().forward, bound()
+        own, binding = replaced_forward(self) or super().forward, bound()
         if binding is None:
             return own(x)
         return feed_forward(self, x, binding, weights=self.ffn_matrices(), own=lambda: own(x))
@@ -46,6 +47,16 @@ def _ffn_of(layer: Any) -> nn.Module:
     return layer.mlp
 
 
+def _activation_of(ffn: Any) -> Any:
+    """act_fn; a library's class for this FFN may know it from the configuration alone."""
+    found = getattr(ffn, "act_fn", None)
+    if found is None and hasattr(ffn, "config"):
+        from transformers.activations import ACT2FN
+
+        found = ACT2FN[getattr(ffn.config, "hidden_activation", None) or ffn.config.hidden_act]
+    return found
+
+
 LLAMA = Family(
     layers={
         "LlamaDecoderLayer": "LLaMA",
@@ -59,4 +70,5 @@ LLAMA = Family(
     layer_mixin=GatedLayer,
     ffn_mixin=GatedMLP,
     ffn_of=_ffn_of,
+    activation_of=_activation_of,
 )

@@ -10,6 +10,7 @@ from memvp_kernels.models.patching.binding import bound
 from memvp_kernels.models.patching.families.family import Family
 from memvp_kernels.models.patching.feed_forward import feed_forward
 from memvp_kernels.models.patching.mixins import MemoryFFN, MemoryLayer
+from memvp_kernels.models.patching.patch import replaced_forward
 from memvp_kernels.models.patching.weights import Matrices, Opaque, QuantizedMatrices, matrices
 
 __all__ = ["T5", "DenseActDense", "T5Layer"]
@@ -33,7 +34,7 @@ class DenseActDense(MemoryFFN):
 
     def forward(self, hidden_states: Tensor) -> Any:
         """(S, T, d) to (S, T, d)."""
-        own, binding = super().forward, bound()
+        own, binding = replaced_forward(self) or super().forward, bound()
         if binding is None:
             return own(hidden_states)
         return feed_forward(self, hidden_states, binding, weights=self.ffn_matrices(), own=lambda: own(hidden_states))
@@ -56,4 +57,5 @@ T5 = Family(
     layer_mixin=T5Layer,
     ffn_mixin=DenseActDense,
     ffn_of=_ffn_of,
+    activation_of=lambda ffn: ffn.act,
 )

@@ -1,4 +1,4 @@
-"""The road of the extension's Hopper kernels: the Python side, the bindings and the kernels themselves, these run on the CPU."""
+"""backend="cuda" for training and prefill on Hopper: the Python side, the bindings, and the kernels themselves in the CPU emulation."""
 
 from __future__ import annotations
 
@@ -6,34 +6,31 @@ import collections
 import functools
 import itertools
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from memvp_kernels import fused_ffn
-from memvp_kernels.backends.cuda import extension
-from memvp_kernels.backends.cuda import gemm as wgmma
-from memvp_kernels.backends.triton import gemm as steps
-from memvp_kernels.backends.triton.heuristics import cost_model as roads
+from memvp_kernels import dispatch, fused_ffn
+from memvp_kernels.backends.cuda import decode, extension, gemm
 from memvp_kernels.problem import Segments
 from tests import cases, tolerance
 from tests.csrc.conftest import build_host_extension
-from tests.csrc.fake_gpu import Machine, forget, problem_of
-from tests.triton.conftest import INTERPRETED
+from tests.csrc.fake_gpu import Machine, forget, on_gpu, problem_of
+from tests.triton.conftest import INTERPRETED, poisoned
 
+__all__ = ["poisoned"]  # a fixture for every test here
 pytestmark = pytest.mark.skipif(
     not INTERPRETED, reason="the kernels run on the CPU here; a GPU has its own test of them"
 )
 
 BF16, FP16 = torch.bfloat16, torch.float16
-run = functools.partial(fused_ffn, backend="triton")
+run = functools.partial(fused_ffn, backend="cuda")
 
 
 @pytest.fixture(autouse=True)
-def launched(fused_road: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[collections.Counter[str]]:
-    """Every step asked for by this road, on the host's extension: how often each kind of kernel ran."""
+def launched(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
+    """A machine with an H100, as far as the package can tell, whose kernels are the emulated ones: how often each kind ran."""
     built = build_host_extension()
     names = {code: name for name, code in built.step_codes.items()}
     found: collections.Counter[str] = collections.Counter()
@@ -45,10 +42,11 @@ def launched(fused_road: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[coll
 
     shown = types.SimpleNamespace(**{**vars(built), "step": step})
     monkeypatch.setattr(extension, "load", lambda: shown)
-    monkeypatch.setattr(wgmma, "missing", lambda device: None)
+    monkeypatch.setattr(dispatch, "missing", lambda name, device: None)
+    monkeypatch.setattr(decode, "unsupported", lambda problem: "not the subject here")
+    monkeypatch.setattr(gemm, "unsupported", lambda problem: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=77))
-    with steps.forced("wgmma"):
-        yield found
+    return found
 
 
 # Of every form of memory, with and without gate and biases, packed and padded.
@@ -79,7 +77,6 @@ def test_every_step_runs_natively(form: str, transposed: bool, launched: collect
 ODD = {
     "F": lambda: cases.ffn(BF16, F=44),
     "d": lambda: cases.ffn(BF16, d=20),
-    "number type": lambda: cases.ffn(torch.float32),
     "base": lambda: _moved(cases.ffn(BF16), 1),
 }
 
@@ -121,51 +118,82 @@ def test_pre_activations_formed_again_are_overwritten(launched: collections.Coun
     x, key, value = (a[n].reshape(-1, a[n].shape[-1]) for n in ("x", "key", "value"))
     segments = Segments(rows=len(x), sequences=3, length=5)
     nothing: tuple[Any, ...] = (None, segments, None)
-    made = wgmma.hidden(
+    out = gemm.hidden(
         x, key, a["gate"], None, None, "silu", *nothing, save_hidden=True, save_scores=False, need_hidden=False
     )
-    assert made.hidden is None
-    assert made.pre is not None
-    kept = made.pre.clone()
+    assert out.hidden is None
+    assert out.pre is not None
+    kept = out.pre.clone()
     apart, over = (
-        wgmma.dhidden(
-            x, value, pre, "silu", None, 0, None, segments, None, need_visual=False, overwrite=pre is made.pre
-        )
-        for pre in (kept, made.pre)
+        gemm.dhidden(x, value, pre, "silu", None, 0, None, segments, None, need_visual=False, overwrite=pre is out.pre)
+        for pre in (kept, out.pre)
     )
-    assert over.dpre is made.pre
+    assert over.dpre is out.pre
     assert apart.dpre is not None
     assert torch.equal(over.dpre, apart.dpre)
 
 
-def test_the_choice_never_takes_it() -> None:
-    assert set(roads.ROADS) - set(roads.CHOSEN_FROM) >= {"wgmma"}
-    with steps.forced(None):
-        for rows in (64, 8192):
-            chosen = steps.steps_of(problem_of(**cases.ffn(BF16, S=1, T=rows, d=8, F=8)))
-            for step in roads.STEPS:
-                assert getattr(chosen, step) in (getattr(steps.Fused, step), getattr(steps.Library, step))
-
-
-@pytest.mark.parametrize(
-    ("device", "capability", "archs", "reason"),
-    [
-        ("cuda:0", (9, 0), "80;90a", None),
-        ("cpu", (9, 0), "80;90a", "need an NVIDIA GPU"),
-        ("cuda:0", (10, 0), "90a;100a", "compute capability 9.0"),
-        ("cuda:0", (8, 0), "80;90a", "compute capability 9.0"),
-        ("cuda:0", (9, 0), "80;90+PTX", "90a in MEMVP_CUDA_ARCHS"),
-        ("cuda:0", (9, 0), None, "was not built"),
-    ],
-)
-def test_says_what_is_missing(
-    device: str, capability: tuple[int, int], archs: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def hopper(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), archs: str | None = "80;90a") -> None:
+    """A GPU of this capability and an extension built for these architectures, of which a problem may be asked."""
     monkeypatch.undo()
     built: Any = None if archs is None else types.SimpleNamespace(archs=archs)
     Machine(built, capability=capability).install(monkeypatch)
     forget()
-    known = wgmma.missing(torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "dtype", "reason"),
+    [
+        ((9, 0), "80;90a", BF16, None),
+        ((9, 0), "80;90a", FP16, None),
+        ((9, 0), "80;90a", torch.float32, "x is float32"),
+        ((10, 0), "90a;100a", BF16, "compute capability 9.0"),
+        ((8, 0), "80;90a", BF16, "compute capability 9.0"),
+        ((9, 0), "80;90+PTX", BF16, "90a in MEMVP_CUDA_ARCHS"),
+        ((9, 0), None, BF16, "was not built"),
+    ],
+)
+def test_says_what_it_does_not_take(
+    capability: tuple[int, int],
+    archs: str | None,
+    dtype: torch.dtype,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hopper(monkeypatch, capability, archs)
+    found = gemm.unsupported(on_gpu(problem_of(**cases.ffn(dtype))))
     forget()
-    assert (known is None) == (reason is None)
-    assert reason is None or reason in str(known)
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in str(found)
+    assert "x is on cpu" in str(gemm.unsupported(problem_of(**cases.ffn(dtype))))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("rows", [4, 65])
+def test_what_backend_cuda_takes(rows: int, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode keeps its kernel; everything else goes to these, on Hopper only; "auto" takes them when the constant says so."""
+    hopper(monkeypatch)
+    monkeypatch.setattr(dispatch, "missing", lambda name, device: None)
+    monkeypatch.setattr(decode, "is_fast", lambda problem: True)
+    few = None if rows <= 64 else "x has 65 tokens, and the decode kernel takes at most 64"
+    monkeypatch.setattr(decode, "unsupported", lambda problem: few)
+    dispatch._chip.cache_clear()
+    p = on_gpu(problem_of(**cases.ffn(BF16, S=1, T=rows)))
+    decoded = rows <= 64 and not training
+    assert dispatch.choose(p, "cuda", training=training) is (decode if decoded else gemm)
+    assert dispatch.choose(p, "auto", training=training) is not gemm
+    monkeypatch.setattr(dispatch, "AUTO_TAKES_HOPPER", True)
+    large = on_gpu(problem_of(**cases.ffn(BF16, S=1, T=8192, d=256, F=512)))
+    assert dispatch.choose(large, "auto", training=True) is gemm
+
+    hopper(monkeypatch, (8, 0))
+    monkeypatch.setattr(dispatch, "missing", lambda name, device: None)
+    monkeypatch.setattr(decode, "unsupported", lambda problem: few)
+    if not decoded:
+        why = "has no backward" if training else "at most 64"
+        with pytest.raises(
+            RuntimeError, match=f"backend: wanted 'cuda', but .*{why}.*compute capability 9.0.*backend='auto'"
+        ):
+            dispatch.choose(p, "cuda", training=training)
+    forget()
+    dispatch._chip.cache_clear()

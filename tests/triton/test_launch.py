@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from memvp_kernels.backends import triton as backend
-from memvp_kernels.backends.triton import gemm as steps
-from memvp_kernels.backends.triton.heuristics import cost_model as roads
-from memvp_kernels.backends.triton.heuristics import tiles
-from memvp_kernels.backends.triton.runtime import launch
+from memvp_kernels.backends.triton import gemm
+from memvp_kernels.backends.triton.heuristics import cost_model, tiles
+from memvp_kernels.backends.triton.runtime import launch, tma
+from memvp_kernels.hardware import chip_of
 from memvp_kernels.problem import Problem
 from tests.triton.test_backward_needs import FORMS, dy, problem, trainable
 
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
-    """How often a layout was judged, a tile or a road searched."""
+    """How often a layout was judged, a tile or an implementation searched."""
     done: collections.Counter[str] = collections.Counter()
 
     def count(owner: Any, name: str) -> None:
@@ -32,10 +32,10 @@ def work(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
 
         monkeypatch.setattr(owner, name, counted)
 
-    for owner, name in ((launch, "_walkable"), (tiles, "candidates"), (roads, "step_cycles")):
+    for owner, name in ((tma, "_has_tma_layout"), (tiles, "candidates"), (cost_model, "step_cycles")):
         count(owner, name)
     for remembered in (
-        launch._form, launch._fields, tiles.hidden_tile, tiles._hidden_tile, tiles.output_tile, tiles._output_tile, roads.choice,
+        tma._mode, tma._fields, tiles.hidden_tile, tiles._hidden_tile, tiles.output_tile, tiles._output_tile, cost_model.choice,
     ):  # fmt: skip
         remembered.cache_clear()
     return done
@@ -53,10 +53,10 @@ def elsewhere(p: Problem) -> Problem:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_second_call_searches_nothing(form: str, work: collections.Counter[str]) -> None:
-    with steps.forced(None):
+    with gemm.override_implementation(None):
         first = problem(form)
         expected = step(first)
-        assert work["_walkable"] > 0
+        assert work["_has_tma_layout"] > 0
         assert work["candidates"] > 0
         assert work["step_cycles"] > 0
         work.clear()
@@ -68,7 +68,7 @@ def test_a_second_call_searches_nothing(form: str, work: collections.Counter[str
 
 def test_lengths_in_one_bucket_share_a_search(work: collections.Counter[str]) -> None:
     """Each length of text is a shape of its own; what is searched for are the powers of two."""
-    chip = tiles.chip_of(90)
+    chip = chip_of(90)
     x = problem().segments
     for rows in range(65, 129):
         given = torch.empty(rows, 40, dtype=torch.bfloat16)

@@ -17,9 +17,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memvp_kernels import philox, reference
 from memvp_kernels.backends.triton.device import activations, dropout, segments
-from memvp_kernels.backends.triton.device.operands import BY_COLUMN, BY_POINTER, BY_ROW
-from memvp_kernels.backends.triton.kernels.form_memory import form_memory, shared_operand
-from memvp_kernels.backends.triton.runtime import launch
+from memvp_kernels.backends.triton.device.operands import POINTER, TMA, TMA_TRANSPOSED
+from memvp_kernels.backends.triton.kernels.materialise import materialise_memory, shared_operand
+from memvp_kernels.backends.triton.runtime import launch, tma
 from tests import tolerance
 from tests.cases import DEVICE
 
@@ -92,8 +92,9 @@ def test_keep_mask_is_the_one_of_every_backend(seed: int, p: float) -> None:
 
 @triton.jit(do_not_specialize=["S", "T", "N"])
 def meeting_kernel(out, cu_seqlens, S, T, N, BLOCK: tl.constexpr):
-    tile, sequence = segments.tile_sequence(tl.program_id(0), cu_seqlens, S, T, BLOCK)
-    first, end = segments.sequence_bounds(sequence, cu_seqlens, S, T, N)
+    layout = (cu_seqlens, None, None, N, T, S, S)
+    tile, sequence = segments.tile_sequence(tl.program_id(0), layout, BLOCK)
+    first, end = segments.sequence_bounds(sequence, layout)
     o = out + tl.program_id(0) * 4
     tl.store(o, tile)
     tl.store(o + 1, sequence)
@@ -103,7 +104,8 @@ def meeting_kernel(out, cu_seqlens, S, T, N, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["S", "T"])
 def sequence_kernel(out, cu_seqlens, S, T):
-    tl.store(out + tl.program_id(0), segments.sequence_of_row(tl.program_id(0), cu_seqlens, S, T))
+    layout = (cu_seqlens, None, None, 0, T, S, S)
+    tl.store(out + tl.program_id(0), segments.sequence_of_row(tl.program_id(0), layout))
 
 
 # Sequence edges: uniform ones, packed ones with empty sequences, rows before the first and after the last.
@@ -143,7 +145,7 @@ def test_every_row_meets_its_sequence_in_one_tile(edges: list[int], block: int) 
 
 @triton.jit(do_not_specialize=["sequence", "S", "R"])
 def reading_kernel(out, index, lengths, sequence, S, R, M: tl.constexpr):
-    row = segments.memory_row(sequence, index, S, R)
+    row = segments.memory_row(sequence, (None, index, lengths, 0, 0, S, R))
     tl.store(out, row)
     tl.store(out + 1, segments.valid_slots(row, lengths, M))
 
@@ -176,7 +178,7 @@ def test_memory_is_formed_in_float32_and_rounded_once(dtype: torch.dtype) -> Non
     position = torch.randn(3, 37, device=DEVICE)
     lengths = torch.tensor([3, 0, 2, -1, 9], dtype=torch.int32, device=DEVICE)
     memory[0, 1, 0] = memory[2, 2, 5] = float("nan")
-    formed = form_memory(memory, position, lengths, dtype, descriptors=True)
+    formed = materialise_memory(memory, position, lengths, dtype, descriptors=True)
     expected = (memory + position).to(dtype)
     for row, slots in enumerate([3, 0, 2, 0, 0]):
         expected[row, slots:] = 0
@@ -185,61 +187,61 @@ def test_memory_is_formed_in_float32_and_rounded_once(dtype: torch.dtype) -> Non
 
 def test_memory_that_needs_nothing_is_not_copied() -> None:
     memory = torch.randn(2, 5, 40, device=DEVICE)
-    assert form_memory(memory, None, None, torch.float32, descriptors=True) is memory
+    assert materialise_memory(memory, None, None, torch.float32, descriptors=True) is memory
     basis = memory[0]
     assert shared_operand(basis, None, torch.float32) is basis
     unaligned = torch.randn(2, 5, 41, device=DEVICE)[..., 1:]
-    assert form_memory(unaligned, None, None, torch.float32, descriptors=False) is unaligned
-    assert launch.describable(form_memory(unaligned, None, None, torch.float32, descriptors=True))
+    assert materialise_memory(unaligned, None, None, torch.float32, descriptors=False) is unaligned
+    assert tma.supports_tma(materialise_memory(unaligned, None, None, torch.float32, descriptors=True))
 
 
 def test_a_pair_of_weights_needs_no_packing() -> None:
     storage = torch.randn(5, 8, 16, device=DEVICE)
     first, second = storage[3], storage[1]
-    assert launch.pairable(first, second)
-    described = launch.describe_pair(first, second, (8, 16))
+    assert tma.can_pair(first, second)
+    described = tma.make_pair_descriptor(first, second, (8, 16))
     assert described.base.data_ptr() == second.data_ptr()
     assert (described.shape, described.strides) == ([2, 8, 16], [2 * 8 * 16, 16, 1])
-    assert not launch.pairable(first, first)
-    assert not launch.pairable(first, storage[1].T.contiguous().T)
+    assert not tma.can_pair(first, first)
+    assert not tma.can_pair(first, storage[1].T.contiguous().T)
 
 
 def test_what_a_descriptor_can_read() -> None:
     x = torch.randn(6, 40, device=DEVICE)
-    assert launch.describable(x)
-    assert [launch.form_of(t) for t in (x, x.T, x[:, ::2])] == [BY_ROW.value, BY_COLUMN.value, BY_POINTER.value]
-    assert launch.form_of(x, device_has_tma=False) == BY_POINTER.value
-    assert not launch.describable(x[:, 1:])
-    assert not launch.describable(torch.randn(6, 41, device=DEVICE))
-    assert not launch.describable(x[:0])
-    assert not launch.describable(x[:1].expand(6, 40))
-    assert launch.describable(launch.empty_rows(6, 41, x))
+    assert tma.supports_tma(x)
+    assert [tma.load_mode(t) for t in (x, x.T, x[:, ::2])] == [TMA.value, TMA_TRANSPOSED.value, POINTER.value]
+    assert tma.load_mode(x, device_has_tma=False) == POINTER.value
+    assert not tma.supports_tma(x[:, 1:])
+    assert not tma.supports_tma(torch.randn(6, 41, device=DEVICE))
+    assert not tma.supports_tma(x[:0])
+    assert not tma.supports_tma(x[:1].expand(6, 40))
+    assert tma.supports_tma(launch.empty_rows(6, 41, x))
 
 
 @pytest.mark.parametrize("shape", [(6, 40), (1, 40), (6, 41), (3, 5, 40), (1, 1, 41)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_descriptor_is_the_one_that_triton_would_check(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Made without its constructor, which would refuse what `form_of` refuses."""
+    """Made without its constructor, which would refuse what `load_mode` refuses."""
     padded = torch.randn(*shape[:-1], 48, device=DEVICE).to(dtype)[..., : shape[-1]]
-    forms = [(padded, BY_ROW.value, padded)] + ([(padded.T, BY_COLUMN.value, padded)] if len(shape) == 2 else [])
+    forms = [(padded, TMA.value, padded)] + ([(padded.T, TMA_TRANSPOSED.value, padded)] if len(shape) == 2 else [])
     for tensor, form, stored in forms:
-        assert launch.form_of(tensor) == form
+        assert tma.load_mode(tensor) == form
         block = tuple(16 * 2**i for i in range(len(shape)))
-        made = launch.describe(tensor, block, form)
-        strides = [s if n > 1 else made.strides[i] for i, (n, s) in enumerate(zip(shape, stored.stride(), strict=True))]
-        checked = TensorDescriptor(stored, list(shape), strides, list(block if form == BY_ROW.value else block[::-1]))
+        out = tma.make_descriptor(tensor, block, form)
+        strides = [s if n > 1 else out.strides[i] for i, (n, s) in enumerate(zip(shape, stored.stride(), strict=True))]
+        checked = TensorDescriptor(stored, list(shape), strides, list(block if form == TMA.value else block[::-1]))
         for field in dataclasses.fields(TensorDescriptor):
             if field.name != "base":
-                assert getattr(made, field.name) == getattr(checked, field.name), field.name
-        assert made.base.data_ptr() == stored.data_ptr()
+                assert getattr(out, field.name) == getattr(checked, field.name), field.name
+        assert out.base.data_ptr() == stored.data_ptr()
 
 
 def test_what_is_remembered_of_an_operand_is_not_its_address() -> None:
     """A weight of one layout at two addresses, one of them unaligned, and another layout at the first one's address."""
     storage = torch.randn(2, 6 * 48, device=DEVICE)
     first, second = (s[: 6 * 40].view(6, 40) for s in storage)
-    assert launch.describe(first, (16, 16)).base is first
-    assert launch.describe(second, (16, 16)).base is second
-    assert launch.describe(storage[0].view(6, 48), (16, 16)).shape == [6, 48]
-    assert launch.describable(first)
-    assert not launch.describable(storage[0][1 : 1 + 6 * 40].view(6, 40))
+    assert tma.make_descriptor(first, (16, 16)).base is first
+    assert tma.make_descriptor(second, (16, 16)).base is second
+    assert tma.make_descriptor(storage[0].view(6, 48), (16, 16)).shape == [6, 48]
+    assert tma.supports_tma(first)
+    assert not tma.supports_tma(storage[0][1 : 1 + 6 * 40].view(6, 40))

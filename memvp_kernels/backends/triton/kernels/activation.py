@@ -1,4 +1,4 @@
-"""The activation between two products that ran elsewhere: one pass over the pre-activations each way, in float32 and rounded once."""
+"""The activation between two products of cuBLAS: one pass over the pre-activations, forward and backward, in float32 and rounded once."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 from memvp_kernels.backends.triton.device.activations import activate, activate_derivative
-from memvp_kernels.backends.triton.device.pdl import chained, follow
+from memvp_kernels.backends.triton.device.pdl import pdl_wait
 from memvp_kernels.backends.triton.runtime import launch
+from memvp_kernels.backends.triton.runtime.pdl import pdl_options
 
-__all__ = ["form_dpre", "form_dpre_kernel", "form_hidden", "form_hidden_kernel"]
+__all__ = ["activation_backward", "activation_bwd_kernel", "activation_forward", "activation_fwd_kernel"]
 
 _BLOCK = 1024  # elements of a program: in 16 bits one 16-byte access per thread and operand
 
 
-def form_hidden(pre: Tensor, activation: str, into: Tensor | None = None) -> Tensor:
+def activation_forward(pre: Tensor, activation: str, into: Tensor | None = None) -> Tensor:
     """hidden (N, F) from the pre-activations (P, N, F), contiguous.
 
     Args:
@@ -25,33 +26,33 @@ def form_hidden(pre: Tensor, activation: str, into: Tensor | None = None) -> Ten
     hidden = torch.empty_like(pre[0]) if into is None else into
     size = hidden.numel()
     with launch.on_device(pre):
-        form_hidden_kernel[(launch.programs(size, _BLOCK),)](
+        activation_fwd_kernel[(launch.programs(size, _BLOCK),)](
             pre, hidden, size, GATED=pre.shape[0] == 2, ACTIVATION=activation, DTYPE=launch.element_type(pre.dtype), BLOCK=_BLOCK,
-            **chained(pre.device),
+            **pdl_options(pre.device),
         )  # fmt: skip
     return hidden
 
 
-def form_dpre(dhidden: Tensor, pre: Tensor, dpre: Tensor, activation: str) -> None:
+def activation_backward(dhidden: Tensor, pre: Tensor, dpre: Tensor, activation: str) -> None:
     """dpre (P, N, F), the gradients of the pre-activations, from dHidden (N, F); all contiguous.
 
     An element is read before it is written and by the same thread, so dpre may be pre, and dhidden any part of dpre.
     """
     size = dhidden.numel()
     with launch.on_device(pre):
-        form_dpre_kernel[(launch.programs(size, _BLOCK),)](
+        activation_bwd_kernel[(launch.programs(size, _BLOCK),)](
             dhidden, pre, dpre, size, GATED=pre.shape[0] == 2, ACTIVATION=activation, DTYPE=launch.element_type(pre.dtype), BLOCK=_BLOCK,
-            **chained(pre.device),
+            **pdl_options(pre.device),
         )  # fmt: skip
 
 
 @triton.jit
-def form_hidden_kernel(
+def activation_fwd_kernel(
     pre, hidden, size, GATED: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
-    CHAINED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(size, BLOCK),) over the N · F elements."""
-    follow(CHAINED)
+    pdl_wait(PDL)
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < size
     b_hidden = activate(tl.load(pre + offset, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
@@ -61,12 +62,12 @@ def form_hidden_kernel(
 
 
 @triton.jit
-def form_dpre_kernel(
+def activation_bwd_kernel(
     dhidden, pre, dpre, size, GATED: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
-    CHAINED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(size, BLOCK),) over the N · F elements."""
-    follow(CHAINED)
+    pdl_wait(PDL)
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < size
     b_dhidden = tl.load(dhidden + offset, mask=inside, other=0.0).to(tl.float32)

@@ -1,4 +1,4 @@
-"""The memory as the kernels read it: d-wide rows formed once, or the operands that a factored memory shares with the whole batch."""
+"""The memory as the kernels read it: d-wide rows materialised once, or the operands that a factored memory shares with the whole batch."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memvp_kernels.backends.triton.device.pdl import chained, follow
+from memvp_kernels.backends.triton.device.pdl import pdl_wait
 from memvp_kernels.backends.triton.device.segments import valid_slots
-from memvp_kernels.backends.triton.runtime import launch
+from memvp_kernels.backends.triton.runtime import launch, tma
+from memvp_kernels.backends.triton.runtime.pdl import pdl_options
 from memvp_kernels.problem import Problem
 
-__all__ = ["form_memory", "key_operand", "shared_operand", "value_operand"]
+__all__ = ["key_operand", "materialise_memory", "shared_operand", "value_operand"]
 
 # 16 numbers a thread: of 32, loaded one by one, sm_90 and sm_100 spilled 8 bytes.
 _BLOCK_SLOTS, _BLOCK_COLUMNS = 8, 256
 
 
-def form_memory(
+def materialise_memory(
     memory: Tensor, position: Tensor | None, lengths: Tensor | None, dtype: torch.dtype, *, descriptors: bool
 ) -> Tensor:
     """memory + position in float32, rounded once to `dtype`; slots past a row's length become zero.
@@ -34,24 +35,19 @@ def form_memory(
     Returns:
         (R, M, d) in `dtype`: `memory` itself where nothing has to be done.
     """
-    if (
-        position is None
-        and lengths is None
-        and memory.dtype == dtype
-        and (launch.describable(memory) or not descriptors)
-    ):
+    if position is None and lengths is None and memory.dtype == dtype and (tma.supports_tma(memory) or not descriptors):
         return memory
     memories, slots, width = memory.shape
-    formed = torch.empty(memories, slots, width, dtype=dtype, device=memory.device)
-    if formed.numel():
+    out = torch.empty(memories, slots, width, dtype=dtype, device=memory.device)
+    if out.numel():
         grid = (memories * launch.programs(slots, _BLOCK_SLOTS), launch.programs(width, _BLOCK_COLUMNS))
         with launch.on_device(memory):
-            form_memory_kernel[grid](
-                memory, position, lengths, formed, *memory.stride(), *(position.stride() if position is not None else (0, 0)),
+            materialise_memory_kernel[grid](
+                memory, position, lengths, out, *memory.stride(), *(position.stride() if position is not None else (0, 0)),
                 slots, width, _BLOCK_SLOTS, _BLOCK_COLUMNS, launch.element_type(dtype),
-                **chained(memory.device),
+                **pdl_options(memory.device),
             )  # fmt: skip
-    return formed
+    return out
 
 
 def shared_operand(basis: Tensor, position: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -62,7 +58,7 @@ def shared_operand(basis: Tensor, position: Tensor | None, dtype: torch.dtype) -
 
 
 def key_operand(problem: Problem) -> Tensor:
-    """[W; p^k] of a factored memory in x's dtype: the caller's where it was formed for many calls."""
+    """[W; p^k] of a factored memory in x's dtype: the caller's where many calls share it."""
     if problem.key_operand is not None:
         return problem.key_operand
     assert problem.visual_basis is not None
@@ -78,12 +74,12 @@ def value_operand(problem: Problem) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["M"])
-def form_memory_kernel(
-    memory, position, lengths, formed, stride_memory, stride_slot, stride_column, stride_position_slot, stride_position_column,
+def materialise_memory_kernel(
+    memory, position, lengths, out, stride_memory, stride_slot, stride_column, stride_position_slot, stride_position_column,
     M, d: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
-    CHAINED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    follow(CHAINED)
+    pdl_wait(PDL)
     slot_tiles = tl.cdiv(M, BLOCK_SLOTS)
     row = tl.program_id(0) // slot_tiles
     o_slot = (tl.program_id(0) % slot_tiles * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS))[:, None]
@@ -92,9 +88,9 @@ def form_memory_kernel(
     valid = inside & (o_slot < valid_slots(row, lengths, M))
     wide_slot, wide_column = o_slot.to(tl.int64), o_column.to(tl.int64)
     o_memory = row.to(tl.int64) * stride_memory + wide_slot * stride_slot + wide_column * stride_column
-    b_formed = tl.load(memory + o_memory, mask=valid, other=0.0).to(tl.float32)
+    b_memory = tl.load(memory + o_memory, mask=valid, other=0.0).to(tl.float32)
     if position is not None:
         o_position = wide_slot * stride_position_slot + wide_column * stride_position_column
-        b_formed += tl.load(position + o_position, mask=valid, other=0.0).to(tl.float32)
-    o_formed = (row.to(tl.int64) * M + wide_slot) * d + wide_column
-    tl.store(formed + o_formed, b_formed.to(DTYPE), mask=inside)
+        b_memory += tl.load(position + o_position, mask=valid, other=0.0).to(tl.float32)
+    o_out = (row.to(tl.int64) * M + wide_slot) * d + wide_column
+    tl.store(out + o_out, b_memory.to(DTYPE), mask=inside)

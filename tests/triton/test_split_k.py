@@ -11,7 +11,8 @@ from memvp_kernels import fused_ffn
 from memvp_kernels.backends.triton.heuristics import backward_tiles, tiles
 from memvp_kernels.backends.triton.heuristics.shape import Shape
 from memvp_kernels.backends.triton.heuristics.tiles import Tile
-from memvp_kernels.backends.triton.kernels.split_k import add_parts, empty_parts
+from memvp_kernels.backends.triton.kernels.split_k import empty_splits, reduce_splits
+from memvp_kernels.hardware import chip_of
 from tests import tolerance
 from tests.triton.test_backward import DEVICE, example
 
@@ -48,19 +49,19 @@ def test_fewer_steps_than_parts(cut: int) -> None:
 
 
 def test_the_parts_are_added_in_order_and_in_float32() -> None:
-    parts = empty_parts(3, torch.empty(5, 300, dtype=torch.bfloat16, device=DEVICE))
+    parts = empty_splits(3, torch.empty(5, 300, dtype=torch.bfloat16, device=DEVICE))
     assert parts is not None
     assert parts.dtype == torch.float32
-    assert empty_parts(1, parts) is None
+    assert empty_splits(1, parts) is None
     parts.copy_(torch.randn(parts.shape, generator=torch.Generator().manual_seed(2)))
     bias, residual = torch.randn(600, device=DEVICE)[::2], torch.randn(300, 5, device=DEVICE).T
     out = torch.empty(5, 300, dtype=torch.bfloat16, device=DEVICE)
     expected = ((((parts[0] + parts[1]) + parts[2]) + bias) + residual).bfloat16()
-    assert torch.equal(add_parts(parts, bias, residual, out), expected)
+    assert torch.equal(reduce_splits(parts, bias, residual, out), expected)
 
 
 def chosen(rows: int, *, width: int = 2048, pairs: int = 5632) -> Tile:
-    return tiles.output_tile(tiles.chip_of(90), shape(rows, width, pairs, 320))
+    return tiles.output_tile(chip_of(90), shape(rows, width, pairs, 320))
 
 
 def shape(rows: int, width: int, pairs: int, slots: int) -> Shape:
@@ -81,19 +82,19 @@ def test_only_thin_waves_are_cut() -> None:
 
 def test_a_cut_pays_for_its_second_launch() -> None:
     """Never chosen where the model has a whole loop at the same price or less."""
-    chip = tiles.chip_of(90)
+    chip = chip_of(90)
     for rows in (16, 64, 256, 512, 1024):
         cost = functools.partial(tiles.output_cycles, chip, shape=shape(rows, 2048, 5632, 320), cut=False)
         least = min(cost(t) for t in tiles.candidates(chip, torch.bfloat16, "ieee", descriptors=True))
         tile = chosen(rows)
         assert cost(tile) <= least if tile.splits == 1 else cost(tile) < least
-    assert tiles.joining_cycles(chip, 512 * 2048, 1) == 0
-    assert tiles.joining_cycles(chip, 512 * 2048, 2) > tiles.launch_cycles(chip)
+    assert tiles.reduce_cycles(chip, 512 * 2048, 1) == 0
+    assert tiles.reduce_cycles(chip, 512 * 2048, 2) > tiles.launch_cycles(chip)
 
 
 def test_one_memory_for_all_is_priced_once() -> None:
     """What all rows share is one sequence to the kernels, however the number of sequences is rounded."""
-    chip = tiles.chip_of(90)
+    chip = chip_of(90)
     for rows in (16, 64, 128):
         of = shape(rows, 4096, 11008, 456)
         every = tiles.candidates(chip, torch.bfloat16, "ieee", descriptors=True)

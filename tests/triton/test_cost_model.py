@@ -1,4 +1,4 @@
-"""The cost of the roads: launches as many as really happen, the library's rate as measured, the choice never the dearer one."""
+"""The cost model: it counts the launches that happen, prices cuBLAS as measured, and never chooses the dearer implementation."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memvp_kernels.backends import triton as backend
-from memvp_kernels.backends.triton import gemm as steps
-from memvp_kernels.backends.triton.heuristics import cost_model as roads
-from memvp_kernels.backends.triton.heuristics import tiles
-from memvp_kernels.backends.triton.heuristics.rates import RATES
+from memvp_kernels.backends.triton import gemm
+from memvp_kernels.backends.triton.heuristics import cost_model
 from memvp_kernels.backends.triton.heuristics.shape import Shape
+from memvp_kernels.hardware import RATES, chip_of
 from memvp_kernels.problem import Problem
 from tests.triton.conftest import INTERPRETED
 from tests.triton.test_backward_needs import dy, problem
 
-HOPPER = tiles.chip_of(90)
+HOPPER = chip_of(90)
 
 
 def shape(rows: int, *, dense: bool = True, **changes: Any) -> Shape:
@@ -34,61 +33,61 @@ def shape(rows: int, *, dense: bool = True, **changes: Any) -> Shape:
     return Shape(**{**given, **changes})  # type: ignore[arg-type]
 
 
-def cost(of: Shape, step: str, road: str) -> float:
-    return roads.step_cycles(HOPPER, of, step, road)
+def cost(of: Shape, step: str, name: str) -> float:
+    return cost_model.step_cycles(HOPPER, of, step, name)
 
 
-def test_the_librarys_rate_is_the_measured_one() -> None:
-    cycles = roads.product_cycles(HOPPER, torch.bfloat16, "ieee", 8192, 8192, 8192)
+def test_cublas_runs_at_the_measured_rate() -> None:
+    cycles = cost_model.product_cycles(HOPPER, torch.bfloat16, "ieee", 8192, 8192, 8192)
     assert 2 * 8192**3 / (cycles / HOPPER.clock / 1e9) == pytest.approx(790e12, rel=0.01)
 
 
 def test_no_product_is_faster_than_its_arithmetic_and_its_bytes() -> None:
     for rows, columns, depth in itertools.product((16, 512, 8192), (456, 4096, 11008), (320, 4096, 11008)):
-        cycles = roads.product_cycles(HOPPER, torch.bfloat16, "ieee", rows, columns, depth)
+        cycles = cost_model.product_cycles(HOPPER, torch.bfloat16, "ieee", rows, columns, depth)
         flops = 2 * rows * columns * depth
-        assert cycles >= flops / (HOPPER.tensor * HOPPER.multiprocessors * RATES.library)
+        assert cycles >= flops / (HOPPER.tensor * HOPPER.multiprocessors * RATES.cublas)
         assert cycles >= 2 * (rows * depth + depth * columns + rows * columns) / HOPPER.memory
 
 
 @pytest.mark.parametrize("dense", [True, False])
-def test_each_step_takes_the_cheaper_road(dense: bool) -> None:
+def test_each_step_takes_the_cheaper_implementation(dense: bool) -> None:
     for rows in (16, 64, 512, 1024, 4096, 8192):
         of = shape(rows, dense=dense)
-        for among in (roads.CHOSEN_FROM, roads.ROADS):
-            for step, road in zip(roads.STEPS, roads.choice(HOPPER, of, among), strict=True):
-                assert cost(of, step, road) == min(cost(of, step, other) for other in among)
+        for step, name in zip(cost_model.STEPS, cost_model.choice(HOPPER, of), strict=True):
+            assert cost(of, step, name) == min(cost(of, step, other) for other in cost_model.NAMES)
 
 
-def by_library(of: Shape) -> set[str]:
-    """The steps that the library takes of those that it and the fused kernels share."""
-    return {step for step, road in zip(roads.STEPS, roads.choice(HOPPER, of), strict=True) if road == "library"}
+def by_cublas(of: Shape) -> set[str]:
+    """The steps that are left to cuBLAS."""
+    chosen = zip(cost_model.STEPS, cost_model.choice(HOPPER, of), strict=True)
+    return {step for step, name in chosen if name == "cublas"}
 
 
 def test_what_decides() -> None:
     """Few rows: launches and passes. Many: a slower loop against a pass, five N·F numbers for dHidden and none for the output."""
-    assert "hidden" not in by_library(shape(64))
-    chosen = by_library(shape(8192))
+    assert "hidden" not in by_cublas(shape(64))
+    chosen = by_cublas(shape(8192))
     assert "output" in chosen
     assert "dhidden" not in chosen
-    assert not by_library(shape(45, width=40, pairs=72, slots=17))
+    assert not by_cublas(shape(45, width=40, pairs=72, slots=17))
 
 
-def test_ieee_float32_goes_by_the_library() -> None:
+def test_ieee_float32_is_left_to_cublas() -> None:
     for rows in (512, 4096):
-        assert by_library(shape(rows, dtype=torch.float32)) == set(roads.STEPS)
+        assert by_cublas(shape(rows, dtype=torch.float32)) == set(cost_model.STEPS)
 
 
-def test_hopper_without_descriptors_has_more_reason_for_the_library() -> None:
-    for step in roads.STEPS:
+def test_hopper_without_tma_has_more_reason_for_cublas() -> None:
+    for step in cost_model.STEPS:
         assert cost(shape(8192, descriptors=False), step, "fused") > cost(shape(8192), step, "fused")
-    assert by_library(shape(8192, descriptors=False)) == set(roads.STEPS)
+    assert by_cublas(shape(8192, descriptors=False)) == set(cost_model.STEPS)
 
 
 def test_more_rows_never_cost_less() -> None:
-    for step, road, dense in itertools.product(roads.STEPS, roads.ROADS, (True, False)):
-        times = [cost(shape(rows, dense=dense), step, road) for rows in (16, 64, 512, 1024, 4096, 8192)]
-        assert times == sorted(times), (step, road)
+    for step, name, dense in itertools.product(cost_model.STEPS, cost_model.NAMES, (True, False)):
+        times = [cost(shape(rows, dense=dense), step, name) for rows in (16, 64, 512, 1024, 4096, 8192)]
+        assert times == sorted(times), (step, name)
 
 
 class _Products(TorchDispatchMode):
@@ -106,8 +105,8 @@ class _Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("form", ["plain", "factored"])
-@pytest.mark.parametrize("road", roads.CHOSEN_FROM)
-def test_launches_are_counted_right(form: str, road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("implementation", cost_model.NAMES)
+def test_launches_are_counted_right(form: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model's launches of the four steps are those of a forward and a backward with a frozen FFN."""
     p = Problem(**{**vars(problem(form)), "key_position": None, "value_position": None})
     launched: list[str] = []
@@ -122,13 +121,13 @@ def test_launches_are_counted_right(form: str, road: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(known, method, counted)
 
     def of_steps(*names: str) -> int:
-        return sum(sum(roads.launches(steps.shape_of(p), name, road)) for name in names)
+        return sum(sum(cost_model.launches(gemm.shape_of(p), name, implementation)) for name in names)
 
     def kernels() -> int:
-        large = ("hidden", "output", "dinput")  # form_hidden and dhidden among them
-        return sum(any(word in name for word in large) or name == "form_dpre_kernel" for name in launched)
+        large = ("hidden", "output", "dinput", "activation")  # dhidden among them
+        return sum(any(word in name for word in large) for name in launched)
 
-    with steps.forced(road):
+    with gemm.override_implementation(implementation):
         with _Products() as products:
             _, pre, scores = backend.forward(p, save_hidden=True, save_scores=True)
         assert kernels() + products.found["launches"] == of_steps("hidden", "output")

@@ -1,8 +1,9 @@
-"""The library's road: the shared products by torch.mm, our passes and the memory's kernels around them, held to the same rules as the fused kernels."""
+"""The large products by cuBLAS, with the package's passes and memory kernels around them: held to the same rules as the fused kernels."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -13,12 +14,18 @@ from torch import Tensor
 
 from memvp_kernels import fused_ffn, philox
 from memvp_kernels.backends import triton as backend
-from memvp_kernels.backends.triton import gemm as steps
-from memvp_kernels.backends.triton import gemm_cublas as library
-from memvp_kernels.backends.triton.heuristics import cost_model as roads
-from memvp_kernels.backends.triton.heuristics import tiles
-from memvp_kernels.backends.triton.kernels import pointwise
+from memvp_kernels.backends.triton import gemm_cublas
+from memvp_kernels.backends.triton.gemm import (
+    IMPLEMENTATIONS,
+    GemmSteps,
+    choose_steps,
+    override_implementation,
+    shape_of,
+)
+from memvp_kernels.backends.triton.heuristics import cost_model, tiles
+from memvp_kernels.backends.triton.kernels import activation as passes
 from memvp_kernels.backends.triton.kernels.output import output_forward
+from memvp_kernels.hardware import chip_of
 from tests import cases, tolerance
 from tests.triton.test_backward_needs import (
     DEVICE,
@@ -36,8 +43,8 @@ run = functools.partial(fused_ffn, backend="triton")
 
 
 @pytest.fixture(autouse=True)
-def library_road(fused_road: None) -> Iterator[None]:
-    with steps.forced("library"):
+def cublas(fused: None) -> Iterator[None]:
+    with override_implementation("cublas"):
         yield
 
 
@@ -94,12 +101,12 @@ def test_saved_or_formed_again_the_same_bits_every_time(form: str, alone: bool) 
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_either_road_takes_up_what_the_other_kept(form: str) -> None:
+def test_each_implementation_takes_up_what_the_other_kept(form: str) -> None:
     """Forward and backward choose each for itself: both keep the same numbers, biases included, up to their own rounding."""
     a = arguments(form, torch.float32)
     p = problem_of(a)
     kept = backend.forward(p, save_hidden=True, save_scores=True)
-    with steps.forced("fused"):
+    with override_implementation("fused"):
         expected = backend.forward(p, save_hidden=True, save_scores=True)
         judge(backend.backward(p, dy(p), kept[1], kept[2], trainable(p)), a, dy(p))
     for found, wanted in zip(kept, expected, strict=True):
@@ -114,18 +121,18 @@ def test_the_passes_work_in_place(activation: str, branches: int) -> None:
     pre = torch.randn(branches, 13, 101, device=DEVICE).bfloat16()
     dhidden = torch.randn(13, 101, device=DEVICE).bfloat16()
     apart = torch.empty_like(pre)
-    pointwise.form_dpre(dhidden, pre, apart, activation)
-    hidden = pointwise.form_hidden(pre, activation)
+    passes.activation_backward(dhidden, pre, apart, activation)
+    hidden = passes.activation_forward(pre, activation)
 
     together = torch.empty_like(pre)
     together[-1] = dhidden
-    pointwise.form_dpre(together[-1], pre, together, activation)
+    passes.activation_backward(together[-1], pre, together, activation)
     assert torch.equal(together, apart)
     over = pre.clone()
-    pointwise.form_dpre(dhidden, over, over, activation)
+    passes.activation_backward(dhidden, over, over, activation)
     assert torch.equal(over, apart)
     over = pre.clone()
-    assert pointwise.form_hidden(over, activation, into=over[0]).data_ptr() == over.data_ptr()
+    assert passes.activation_forward(over, activation, into=over[0]).data_ptr() == over.data_ptr()
     assert torch.equal(over[0], hidden)
     assert torch.equal(over[1:], pre[1:])
 
@@ -135,17 +142,17 @@ def test_nothing_but_what_is_asked_for_is_allocated(monkeypatch: pytest.MonkeyPa
     p = problem("plain")
     assert p.key is not None
     ffn = (p.x, p.key, p.gate, p.key_bias, p.gate_bias, "silu", None, p.segments, None)
-    made = library.hidden(*ffn, save_hidden=False, save_scores=False)
-    assert made.pre is None
-    assert made.hidden is not None
-    assert made.hidden.untyped_storage().nbytes() == 2 * p.rows * p.pairs * 2
-    made = library.hidden(*ffn, save_hidden=True, save_scores=False, need_hidden=False)
-    assert made.hidden is None
-    assert made.pre is not None
-    gradients = library.dhidden(
-        dy(p), p.value, made.pre, "silu", None, 0, None, p.segments, None, need_visual=False, overwrite=True
+    out = gemm_cublas.hidden(*ffn, save_hidden=False, save_scores=False)
+    assert out.pre is None
+    assert out.hidden is not None
+    assert out.hidden.untyped_storage().nbytes() == 2 * p.rows * p.pairs * 2
+    out = gemm_cublas.hidden(*ffn, save_hidden=True, save_scores=False, need_hidden=False)
+    assert out.hidden is None
+    assert out.pre is not None
+    gradients = gemm_cublas.dhidden(
+        dy(p), p.value, out.pre, "silu", None, 0, None, p.segments, None, need_visual=False, overwrite=True
     )
-    assert gradients.dpre is made.pre
+    assert gradients.dpre is out.pre
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -159,18 +166,47 @@ def test_a_memory_per_sequence_is_added_in_place(splits: int, monkeypatch: pytes
     y = hidden @ p.value
     apart = output_forward(None, None, None, visual, memory, p.segments, y.clone(), p.x)
     assert not torch.equal(apart, y)
-    assert library._add_memory(y, visual, memory, p.segments).data_ptr() == y.data_ptr()
+    assert gemm_cublas._add_memory(y, visual, memory, p.segments).data_ptr() == y.data_ptr()
     assert torch.equal(y, apart)
-    assert torch.equal(library.output(hidden, p.value, None, visual, memory, p.segments, None, p.x), apart)
+    assert torch.equal(gemm_cublas.output(hidden, p.value, None, visual, memory, p.segments, None, p.x), apart)
 
 
 def test_which_steps_the_choice_gives() -> None:
-    """Unforced: IEEE float32 by the library, whose products block registers where `tl.dot` can't; a tiny problem in 16 bits fused."""
-    with steps.forced(None):
-        large: dict[str, Any] = {"rows": 8192, "width": 4096, "pairs": 11008}
-        chip = tiles.chip_of(90)
-        wide = steps.shape_of(problem(dtype=torch.float32))._replace(**large, precision="ieee")
-        assert set(roads.choice(chip, wide)) == {"library"}
-        fused = steps.steps_of(problem())
-        assert all(getattr(fused, step) is getattr(steps.Fused, step) for step in roads.STEPS)
-    assert steps.steps_of(problem()).hidden is library.hidden
+    """IEEE float32 by cuBLAS, whose products block registers where `tl.dot` can't; a tiny problem in 16 bits fused."""
+    with override_implementation(None):
+        chip = chip_of(90)
+        wide = shape_of(problem(dtype=torch.float32))._replace(rows=8192, width=4096, pairs=11008, precision="ieee")
+        assert set(cost_model.choice(chip, wide)) == {"cublas"}
+        assert choose_steps(problem()) == IMPLEMENTATIONS["fused"]
+    assert choose_steps(problem()) is IMPLEMENTATIONS["cublas"]
+
+
+def test_an_implementation_can_be_named_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*IMPLEMENTATIONS, "cutlass"):
+        monkeypatch.setenv("MEMVP_GEMM", name)
+        spec = importlib.util.find_spec("memvp_kernels.backends.triton.gemm")
+        assert spec is not None and spec.loader is not None
+        fresh = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(fresh)
+        if name in IMPLEMENTATIONS:
+            assert fresh.choose_steps(problem()) == IMPLEMENTATIONS[name]
+        else:
+            with pytest.raises(ValueError, match="MEMVP_GEMM: wanted one of fused, cublas, got 'cutlass'"):
+                fresh.choose_steps(problem())
+
+
+def test_a_caller_may_bring_steps_of_its_own() -> None:
+    """As the cuda backend does; the override is about the Triton backend's own."""
+    ran: list[str] = []
+
+    def recorded(step: str) -> Any:
+        def run_step(*arguments: Any, **options: Any) -> Any:
+            ran.append(step)
+            return getattr(IMPLEMENTATIONS["fused"], step)(*arguments, **options)
+
+        return run_step
+
+    p, steps = problem("factored"), GemmSteps(*map(recorded, GemmSteps._fields))
+    _, pre, scores = backend.forward(p, save_hidden=True, save_scores=True, steps=steps)
+    backend.backward(p, dy(p), pre, scores, trainable(p), steps=steps)
+    assert set(ran) == set(GemmSteps._fields)
