@@ -93,11 +93,11 @@ def main() -> int:
         prompts.input_ids, prompts.attention_mask, image_features=held_out.features[:1]
     )
     explained.plot(1 - held_out.pixels[0], path=arguments.out / "memory.png")
-    made = results.record(methods, runs, scores, blind, seconds=time.perf_counter() - started)
-    (arguments.out / "digits.json").write_text(json.dumps(made, indent=2) + "\n")
+    found = results.record(methods, runs, scores, blind, seconds=time.perf_counter() - started)
+    (arguments.out / "digits.json").write_text(json.dumps(found, indent=2) + "\n")
 
-    by_kind = [[row["name"], *(f"{100 * row['right'][kind]:.1f}" for kind in questions.KINDS)] for row in made["rows"]]
-    print(f"\n{len(held_out)} held-out images; {results.markdown(made)}")
+    by_kind = [[row["name"], *(f"{100 * row['right'][kind]:.1f}" for kind in questions.KINDS)] for row in found["rows"]]
+    print(f"\n{len(held_out)} held-out images; {results.markdown(found)}")
     print(f"\nright answers by kind of question, %\n\n{tabulate(by_kind, ['', *questions.KINDS])}")
     print(f"\n{explained}\n\ndigits.json, curves.png, answers.png and memory.png are in {arguments.out}/\n")
     return 0 if meets(plan, scores, blind, runs) else 1

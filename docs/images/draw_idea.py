@@ -17,14 +17,14 @@ ROW, TOKEN = 0.3, 0.13
 
 
 def label(axes: Axes, x: float, y: float, text: str, **style: object) -> None:
-    """Centred text."""
+    """Centered text."""
     axes.text(x, y, text, **{"ha": "center", "va": "center", "fontsize": 10, "color": INK, **style})
 
 
-def box(axes: Axes, x: float, y: float, width: float, height: float, colour: str, edge: str = "none") -> None:
+def box(axes: Axes, x: float, y: float, width: float, height: float, color: str, edge: str = "none") -> None:
     """A rounded box."""
     style = "round,pad=0,rounding_size=0.05"
-    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, fc=colour, ec=edge, lw=1.2))
+    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, fc=color, ec=edge, lw=1.2))
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
@@ -44,21 +44,21 @@ def picture(axes: Axes, x: float, y: float, size: float = 1.1) -> None:
     label(axes, x + size / 2, y - 0.22, "256 patches", fontsize=9, color=GREY)
 
 
-def tokens(axes: Axes, x: float, y: float, count: int, colour: str, text: str) -> None:
+def tokens(axes: Axes, x: float, y: float, count: int, color: str, text: str) -> None:
     """A row of tokens, each standing for eight."""
     pitch = TOKEN + 0.035
     for i in range(count):
-        box(axes, x + i * pitch, y, TOKEN, 0.5, colour)
+        box(axes, x + i * pitch, y, TOKEN, 0.5, color)
     label(axes, x + count * pitch / 2, y - 0.25, text, fontsize=9, color=GREY)
 
 
-def pairs(axes: Axes, x: float, y: float, count: int, colour: str, key: str, value: str) -> None:
+def pairs(axes: Axes, x: float, y: float, count: int, color: str, key: str, value: str) -> None:
     """Rows of keys, and the value that each adds."""
     middle = y + count * ROW / 2 - 0.03
     for left, text in ((x, key), (x + 1.7, value)):
         for row in range(count):
-            axes.add_patch(Rectangle((left, y + row * ROW), 1.3, ROW - 0.06, fc=colour, ec="none"))
-        label(axes, left + 0.65, middle, text, bbox={"fc": colour, "ec": "none", "pad": 1.5})
+            axes.add_patch(Rectangle((left, y + row * ROW), 1.3, ROW - 0.06, fc=color, ec="none"))
+        label(axes, left + 0.65, middle, text, bbox={"fc": color, "ec": "none", "pad": 1.5})
     arrow(axes, (x + 1.32, middle), (x + 1.68, middle))
 
 

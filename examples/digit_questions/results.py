@@ -69,11 +69,11 @@ def record(
     }
 
 
-def markdown(made: Mapping[str, Any]) -> str:
+def markdown(found: Mapping[str, Any]) -> str:
     """The record's origin and table, as `examples/README.md` shows the committed one."""
     origin = (
-        f"{made['machine']}, {made['threads']} threads, torch {made['torch']}, transformers {made['transformers']}, "
-        f"commit `{made['commit']}`; {made['seconds'] / 60:.0f} minutes in all:"
+        f"{found['machine']}, {found['threads']} threads, torch {found['torch']}, transformers {found['transformers']}, "
+        f"commit `{found['commit']}`; {found['seconds'] / 60:.0f} minutes in all:"
     )
     rows = [
         [
@@ -82,7 +82,7 @@ def markdown(made: Mapping[str, Any]) -> str:
             *((f"{row['ms_per_step']:.1f}", f"{row['text_tokens_per_second']:,.0f}", f"{row['trainable']:,}")
               if "trainable" in row else ("", "", "")),
         ]
-        for row in made["rows"]
+        for row in found["rows"]
     ]  # fmt: skip
     heads = ["", "right answers", "ms per step", "text tokens/s", "trainable"]
     table = tabulate(rows, heads, tablefmt="pipe", colalign=("left", *["right"] * 4), disable_numparse=True)

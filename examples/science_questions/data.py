@@ -64,7 +64,7 @@ def load_split(root: Path, split: str, *, captions: bool) -> list[Problem]:
 
 
 def read_image(path: Path, size: int) -> Tensor:
-    """(3, size, size): bicubic, squeezed to a square without cropping, normalised, as the official code does."""
+    """(3, size, size): bicubic, squeezed to a square without cropping, normalized, as the official code does."""
     with Image.open(path) as image:
         square = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
         pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)

@@ -78,10 +78,10 @@ def _run(recipe: str, folder: str, port: int) -> dict[str, Tensor]:
     apart = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if recipe != "tp" else (0, 1)
     memvp_kernels.MemVPConfig = functools.partial(MemVPConfig, dropout=0.0)  # type: ignore[assignment, misc]
     try:
-        made = runpy.run_path(f"{recipe}.py", {"batches": batches(*apart)}, run_name="__main__")
+        names = runpy.run_path(f"{recipe}.py", {"batches": batches(*apart)}, run_name="__main__")
     finally:
         memvp_kernels.MemVPConfig = MemVPConfig  # type: ignore[misc]
-    found = means(made["model"], made["optimizer"])
+    found = means(names["model"], names["optimizer"])
     if dist.is_initialized():
         dist.destroy_process_group()
     return found
@@ -170,9 +170,9 @@ def _unpacked(folder: Path) -> Callable[[torch.dtype, int | None], Any]:
 
     from memvp_kernels.models.parallel.quantized import QuantizedLinear, read_quantized
 
-    packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     source = AutoModelForCausalLM.from_pretrained(
-        folder / "your-llama", dtype=torch.bfloat16, quantization_config=packed
+        folder / "your-llama", dtype=torch.bfloat16, quantization_config=nf4
     )
     restored = {}
     for name, module in source.named_modules():
@@ -181,13 +181,13 @@ def _unpacked(folder: Path) -> Callable[[torch.dtype, int | None], Any]:
             restored[f"{name}.weight"] = found.dequantize(torch.bfloat16)
     assert restored
 
-    def made(dtype: torch.dtype, order: int | None) -> Any:
+    def base_of(dtype: torch.dtype, order: int | None) -> Any:
         base = language_model().to(torch.bfloat16)
         base.load_state_dict(restored, strict=False)
         base = (base if order is None else shuffled(base, order)).to(dtype)
         return peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
 
-    return made
+    return base_of
 
 
 def test_a_4_bit_base(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,10 +195,10 @@ def test_a_4_bit_base(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(memvp_kernels, "MemVPConfig", functools.partial(MemVPConfig, dropout=0.0))
-    made: dict[str, Any] = runpy.run_path("4 bits.py", {"batches": batches()}, run_name="__main__")
-    kinds = {type(ffn.up_proj).__name__ for _, ffn in made["model"].memory_ffns()}
+    names: dict[str, Any] = runpy.run_path("4 bits.py", {"batches": batches()}, run_name="__main__")
+    kinds = {type(ffn.up_proj).__name__ for _, ffn in names["model"].memory_ffns()}
     assert kinds == {"Linear4bit"}
-    found = means(made["model"], made["optimizer"])
+    found = means(names["model"], names["optimizer"])
     assert any("lora" in name for name in found)
     Alone(_unpacked(folder)).check(found)
     _check_saved(folder)

@@ -94,7 +94,7 @@ def test_the_data_is_read_from_the_official_layout(tmp_path: Path) -> None:
         data.load_split(root, "val", captions=True)
 
 
-def test_pixels_are_normalised_as_the_official_code_does(tmp_path: Path) -> None:
+def test_pixels_are_normalized_as_the_official_code_does(tmp_path: Path) -> None:
     root = write_data(tmp_path / "data")
     path = data.load_split(root, "train", captions=False)[0].image
     assert path is not None

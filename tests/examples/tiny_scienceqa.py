@@ -12,48 +12,48 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SUBJECTS = ("natural science", "social science", "language science")
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 210)}
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 210)}
 
 
 def problems() -> dict[str, dict[str, Any]]:
     """Every subject, grades 1 to 12, with and without hint, image and caption; the answers A, B and C in turn."""
-    made: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for number in range(12):
-        colour = list(COLOURS)[number % 3]
+        color = list(COLORS)[number % 3]
         pictured = number % 2 == 0
-        made[str(number + 1)] = {
-            "question": f"Which colour is thing {number}?",
-            "choices": [*COLOURS],
+        found[str(number + 1)] = {
+            "question": f"Which color is thing {number}?",
+            "choices": [*COLORS],
             "answer": number % 3,
-            "hint": "" if number % 4 in (0, 1) else f"The thing is {colour}.",
+            "hint": "" if number % 4 in (0, 1) else f"The thing is {color}.",
             "image": "image.png" if pictured else None,
             "task": "closed choice",
             "grade": f"grade{number + 1}",
             "subject": SUBJECTS[number % 3],
-            "topic": "colours",
-            "category": "colours",
+            "topic": "colors",
+            "category": "colors",
             "skill": "see",
             "lecture": "",
             "solution": "",
             "split": "train" if number < 8 else "test",
         }
-    return made
+    return found
 
 
 def write_data(folder: Path) -> Path:
     """The four parts of the official layout."""
     folder.mkdir(parents=True)
-    made = problems()
-    splits = {name: [key for key, entry in made.items() if entry["split"] == name] for name in ("train", "test")}
-    captions = {key: f"A {[*COLOURS][entry['answer']]} square." for key, entry in made.items() if entry["image"]}
-    (folder / "problems.json").write_text(json.dumps(made))
+    found = problems()
+    splits = {name: [key for key, entry in found.items() if entry["split"] == name] for name in ("train", "test")}
+    captions = {key: f"A {[*COLORS][entry['answer']]} square." for key, entry in found.items() if entry["image"]}
+    (folder / "problems.json").write_text(json.dumps(found))
     (folder / "pid_splits.json").write_text(json.dumps(splits))
     (folder / "captions.json").write_text(json.dumps({"captions": captions}))
-    for key, entry in made.items():
+    for key, entry in found.items():
         if entry["image"]:
             path = folder / "images" / entry["split"] / key / "image.png"
             path.parent.mkdir(parents=True)
-            Image.new("RGB", (20, 14), COLOURS[[*COLOURS][entry["answer"]]]).save(path)
+            Image.new("RGB", (20, 14), COLORS[[*COLORS][entry["answer"]]]).save(path)
     return folder
 
 
