@@ -171,9 +171,7 @@ def _unpacked(folder: Path) -> Callable[[torch.dtype, int | None], Any]:
     from memvp_kernels.models.parallel.quantized import QuantizedLinear, read_quantized
 
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    source = AutoModelForCausalLM.from_pretrained(
-        folder / "your-llama", dtype=torch.bfloat16, quantization_config=nf4
-    )
+    source = AutoModelForCausalLM.from_pretrained(folder / "your-llama", dtype=torch.bfloat16, quantization_config=nf4)
     restored = {}
     for name, module in source.named_modules():
         found = read_quantized(module)
