@@ -6,7 +6,8 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/
 KEPT := --benchmark-storage=file://./out/bench
 CXX_FILES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cu')
 
-.PHONY: help latency test test-slow lint format bench bench-compare report gpu-report digits clean
+.PRECIOUS: $(VENV)/.installed-% $(VENV)/triton-%/.installed
+.PHONY: help latency test test-slow test-gpu-stack lint format bench bench-compare report gpu-report digits clean
 
 help:
 	@echo "make latency     install, then time visual memory against visual tokens in the prompt"
@@ -14,6 +15,7 @@ help:
 	@echo "make test-slow   the exhaustive sweeps as well"
 	@echo "make test-triton-3.6  the Triton kernels, interpreted and as machine code, with the oldest supported Triton"
 	@echo "make test-triton-3.9  the same with the newest"
+	@echo "make test-gpu-stack  the suite with PyTorch 2.11, Triton 3.6 and Python 3.12, as a GPU machine may have them"
 	@echo "make lint        ruff, mypy, clang-format, import-linter"
 	@echo "make bench       host overhead and CPU paths, with pytest-benchmark; kept under out/bench"
 	@echo "make bench-compare  the same against the last of those; fails where a median is 25 % slower"
@@ -47,6 +49,13 @@ $(VENV)/triton-%/.installed: $(VENV)/.installed-test
 
 test-triton-%: $(VENV)/triton-%/.installed
 	PYTHONPATH=$(CURDIR)/$(VENV)/triton-$* $(PYTEST) tests/triton tests/machine_code/test_triton.py $(or $(ARGS),-m "not slow")
+
+# The stack of a GPU machine with CUDA 13.0, on a CPU: PyTorch and Triton as they are there, and Python where it exists.
+GPU_STACK := $(VENV)-gpu-stack
+test-gpu-stack:
+	test -x $(GPU_STACK)/bin/python || $(or $(shell command -v python3.12),$(PYTHON)) -m venv $(GPU_STACK)
+	$(GPU_STACK)/bin/python -m pip install -q --extra-index-url https://download.pytorch.org/whl/cpu -e '.[test]' torch==2.11.0 triton==3.6.0 transformers==5.17.0
+	$(PYTEST:$(BIN)%=$(GPU_STACK)/bin%) $(or $(ARGS),-m "not slow")
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

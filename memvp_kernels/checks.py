@@ -169,10 +169,16 @@ def _number(argument: str, number: Any) -> float:
     )
 
 
+# Asked once: torch.compile of PyTorch 2.10 and 2.11 can't trace the question.
+_HAVE_AUTOCAST = frozenset(
+    kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(kind)
+)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast casts to on this device; None outside it, and on a device that has no autocast (meta)."""
     kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in _HAVE_AUTOCAST or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

@@ -66,7 +66,7 @@ def parts(out: Path, *, rehearse: bool) -> list[Part]:
         benchmark("latency", 60, "--visual-tokens 256 --text-length 64 --batch 16 1"),
         benchmark("training", 60, "--visual-tokens 256 --text-length 64 --batch 16"),
         benchmark("kernels", 50, "--visual-tokens 256 --text-length 512 --batch 16"),
-        tests("tests-cuda", 55, "tests/csrc --ignore=tests/csrc/test_steps_gpu.py", workers=4),
+        tests("tests-cuda", 55, "tests/csrc tests/cuda --ignore=tests/csrc/test_steps_gpu.py", workers=4),
         tests("tests-triton", 45, "tests/triton --ignore=tests/triton/test_gpu.py", workers=12),
         tests("tests-hopper", 45, "tests/csrc/test_steps_gpu.py"),
         Part("memcheck", 30, f"{sanitizer} {sys.executable} -m tools.smoke calls", ("compute-sanitizer",), uncached),

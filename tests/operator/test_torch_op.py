@@ -50,6 +50,15 @@ def test_compile_fullgraph(name: str) -> None:
     torch.testing.assert_close(got, expected)
 
 
+def test_compile_traces_what_older_versions_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch 2.10 and 2.11 can't trace the question whether a device has autocast."""
+    untraceable = torch._dynamo.disable(torch.amp.is_autocast_available)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
+    torch._dynamo.reset()
+    a = cases.build("text_only", torch.float32)
+    torch.compile(fused_ffn, fullgraph=True, backend="aot_eager")(**a)
+
+
 def test_compile_once_for_every_length() -> None:
     """Forward and backward: whatever the first length took, the others take nothing."""
     torch._dynamo.reset()
