@@ -6,21 +6,21 @@
 #include <string>
 
 #include "decode/ffn_decode.h"
-#include "hopper/ffn_steps.h"
+#include "hopper/ffn_gemm.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using memvp::DecodeActivation;
+using memvp::Activation;
 using memvp::DecodeForm;
 using memvp::DecodeTensor;
-using memvp::DecodeType;
+using memvp::DType;
 using memvp::FfnDecodeParams;
-using memvp::FfnStepParams;
-using memvp::StepKind;
-using memvp::StepMatrix;
-using memvp::StepVector;
+using memvp::FfnGemmParams;
+using memvp::GemmKind;
+using memvp::GemmMatrix;
+using memvp::GemmVector;
 
 struct TensorField {
   const char* name;
@@ -59,7 +59,7 @@ DecodeTensor as_tensor(const char* name, py::handle description) {
     throw py::type_error(std::string(name) + ": wanted None or (address, type, one to three strides)");
   }
   tensor.data = as_pointer<const void>(fields[0].cast<uintptr_t>());
-  tensor.type = static_cast<DecodeType>(fields[1].cast<int32_t>());
+  tensor.type = static_cast<DType>(fields[1].cast<int32_t>());
   for (size_t i = 2; i < fields.size(); ++i) tensor.strides[i - 2] = fields[i].cast<int64_t>();
   return tensor;
 }
@@ -74,7 +74,7 @@ FfnDecodeParams make_params(const py::tuple& tensors, int32_t type, uintptr_t cu
   }
   FfnDecodeParams params;
   for (size_t i = 0; i < kTensorCount; ++i) params.*kTensors[i].member = as_tensor(kTensors[i].name, tensors[i]);
-  params.type = static_cast<DecodeType>(type);
+  params.type = static_cast<DType>(type);
   params.cu_seqlens = as_pointer<const int32_t>(cu_seqlens);
   params.visual_index = as_pointer<const int32_t>(visual_index);
   params.visual_lengths = as_pointer<const int32_t>(visual_lengths);
@@ -87,8 +87,8 @@ FfnDecodeParams make_params(const py::tuple& tensors, int32_t type, uintptr_t cu
   params.sequences = sequences;
   params.length = length;
   params.shared_memory = shared_memory;
-  params.activation = static_cast<DecodeActivation>(activation);
-  params.visual_activation = static_cast<DecodeActivation>(visual_activation);
+  params.activation = static_cast<Activation>(activation);
+  params.visual_activation = static_cast<Activation>(visual_activation);
   params.visual_scale = visual_scale;
   params.form = static_cast<DecodeForm>(form);
   params.multiprocessors = multiprocessors;
@@ -108,36 +108,36 @@ void launch(FfnDecodeParams& params, uintptr_t y, int64_t y_stride, uintptr_t wo
 }
 
 // (address, row stride), or None for an absent matrix.
-StepMatrix as_matrix(py::handle description) {
+GemmMatrix as_matrix(py::handle description) {
   if (description.is_none()) return {};
   const auto [address, stride] = description.cast<std::pair<uintptr_t, int64_t>>();
   return {as_pointer<const void>(address), stride};
 }
 
 // (address, whether float32), or None for an absent vector.
-StepVector as_vector(py::handle description) {
+GemmVector as_vector(py::handle description) {
   if (description.is_none()) return {};
   const auto [address, wide] = description.cast<std::pair<uintptr_t, bool>>();
   return {as_pointer<const void>(address), wide};
 }
 
-// Launches a step; the arguments are those of FfnStepParams, each product as (left, right, depth, across).
-void step(int32_t kind, int32_t type, int32_t activation, int32_t rows, int32_t columns, const py::tuple& products,
+// Launches one product; the arguments are those of FfnGemmParams, each term as (left, right, depth, across).
+void gemm(int32_t kind, int32_t type, int32_t activation, int32_t rows, int32_t columns, const py::tuple& products,
           const py::object& gate, const py::object& bias, const py::object& gate_bias, const py::object& residual,
           const py::object& result, uintptr_t pre, uintptr_t dpre, bool gated, const py::object& shared,
           const py::object& shared_result, int32_t shared_columns, int32_t multiprocessors, int32_t device,
           uintptr_t stream) {
-  if (products.size() > memvp::kMostProducts) throw py::type_error("products: wanted three at most");
-  FfnStepParams params;
+  if (products.size() > memvp::kMaxProducts) throw py::type_error("products: wanted three at most");
+  FfnGemmParams params;
   for (const py::handle description : products) {
     const auto fields = py::cast<py::tuple>(description);
     if (fields.size() != 4) throw py::type_error("products: wanted (left, right, depth, across) of each");
     params.products[params.product_count++] = {as_matrix(fields[0]), as_matrix(fields[1]), fields[2].cast<int32_t>(),
                                                fields[3].cast<bool>()};
   }
-  params.kind = static_cast<StepKind>(kind);
-  params.type = static_cast<DecodeType>(type);
-  params.activation = static_cast<DecodeActivation>(activation);
+  params.kind = static_cast<GemmKind>(kind);
+  params.type = static_cast<DType>(type);
+  params.activation = static_cast<Activation>(activation);
   params.rows = rows;
   params.columns = columns;
   params.gate = as_matrix(gate);
@@ -155,12 +155,12 @@ void step(int32_t kind, int32_t type, int32_t activation, int32_t rows, int32_t 
   params.device = device;
   int code = 0;
   {
-    const py::gil_scoped_release others;
-    code = memvp::ffn_step_launch(params, as_pointer<void>(stream));
+    const py::gil_scoped_release released;
+    code = memvp::ffn_gemm_launch(params, as_pointer<void>(stream));
   }
   if (code == 0) return;
-  const char* limit = code == memvp::kStepUnsupported ? memvp::ffn_step_unsupported(params) : nullptr;
-  throw std::runtime_error(std::string("ffn_step: ") + (limit ? limit : memvp::ffn_step_error_text(code)));
+  const char* limit = code == memvp::kGemmUnsupported ? memvp::ffn_gemm_unsupported(params) : nullptr;
+  throw std::runtime_error(std::string("ffn_gemm: ") + (limit ? limit : memvp::ffn_gemm_error_text(code)));
 }
 
 py::tuple tensor_names() {
@@ -176,34 +176,34 @@ int32_t code(Enum value) {
 
 py::dict type_codes() {
   py::dict codes;
-  codes["bfloat16"] = code(DecodeType::kBFloat16);
-  codes["float16"] = code(DecodeType::kFloat16);
-  codes["float32"] = code(DecodeType::kFloat32);
+  codes["bfloat16"] = code(DType::kBFloat16);
+  codes["float16"] = code(DType::kFloat16);
+  codes["float32"] = code(DType::kFloat32);
   return codes;
 }
 
 py::dict activation_codes() {
   py::dict codes;
-  codes["relu"] = code(DecodeActivation::kRelu);
-  codes["gelu"] = code(DecodeActivation::kGelu);
-  codes["gelu_tanh"] = code(DecodeActivation::kGeluTanh);
-  codes["silu"] = code(DecodeActivation::kSilu);
+  codes["relu"] = code(Activation::kRelu);
+  codes["gelu"] = code(Activation::kGelu);
+  codes["gelu_tanh"] = code(Activation::kGeluTanh);
+  codes["silu"] = code(Activation::kSilu);
   return codes;
 }
 
 py::dict form_codes() {
   py::dict codes;
   codes["auto"] = code(DecodeForm::kAuto);
-  codes["chained"] = code(DecodeForm::kChained);
-  codes["one launch"] = code(DecodeForm::kOneLaunch);
+  codes["pdl"] = code(DecodeForm::kPdl);
+  codes["cooperative"] = code(DecodeForm::kCooperative);
   return codes;
 }
 
-py::dict step_codes() {
+py::dict gemm_codes() {
   py::dict codes;
-  codes["hidden"] = code(StepKind::kHidden);
-  codes["output"] = code(StepKind::kOutput);
-  codes["dhidden"] = code(StepKind::kDHidden);
+  codes["hidden"] = code(GemmKind::kHidden);
+  codes["output"] = code(GemmKind::kOutput);
+  codes["dhidden"] = code(GemmKind::kDHidden);
   return codes;
 }
 
@@ -217,7 +217,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("type_codes") = type_codes();
   module.attr("activation_codes") = activation_codes();
   module.attr("form_codes") = form_codes();
-  module.attr("step_codes") = step_codes();
+  module.attr("gemm_codes") = gemm_codes();
 
   py::class_<FfnDecodeParams>(module, "FfnDecodeParams", py::module_local())
       .def(py::init(&make_params), py::arg("tensors"), py::kw_only(), py::arg("type"), py::arg("cu_seqlens"),
@@ -231,7 +231,7 @@ PYBIND11_MODULE(_C, module) {
       .def("launch", &launch, py::arg("y"), py::arg("y_stride"), py::arg("workspace"), py::arg("stream"),
            py::call_guard<py::gil_scoped_release>());
 
-  module.def("step", &step, py::kw_only(), py::arg("kind"), py::arg("type"), py::arg("activation"), py::arg("rows"),
+  module.def("gemm", &gemm, py::kw_only(), py::arg("kind"), py::arg("type"), py::arg("activation"), py::arg("rows"),
              py::arg("columns"), py::arg("products"), py::arg("gate") = py::none(), py::arg("bias") = py::none(),
              py::arg("gate_bias") = py::none(), py::arg("residual") = py::none(), py::arg("result") = py::none(),
              py::arg("pre") = 0, py::arg("dpre") = 0, py::arg("gated") = false, py::arg("shared") = py::none(),

@@ -53,7 +53,7 @@ def rows() -> list[tuple[str, str]]:
     )
     for name, missing in choose.available().items():
         facts.append((f"backend {name}", "ready" if missing is None else f"not here: {missing}"))
-    missing = extension.steps_status()
+    missing = extension.hopper_status()
     facts.append(("cuda, large steps", "ready" if missing is None else f"not here: {missing}"))
     return facts
 

@@ -1,61 +1,49 @@
-// The contract's activations in float32. NaN goes in and comes out.
+// The operator's activations in float32. NaN in gives NaN out.
 #pragma once
-#include "common/platform.cuh"
-#include "decode/ffn_decode.h"
+#include "common/intrinsics.cuh"
+#include "common/types.h"
 
 namespace memvp {
 
-MEMVP_DEVICE float exponential(float v) {
-#ifdef __CUDACC__
-  return __expf(v);
-#else
-  return std::exp(v);
-#endif
-}
+constexpr float kSqrtHalf = 0.70710678118654752f, kInvSqrtTwoPi = 0.39894228040143268f;
+constexpr float kGeluTanhScale = 1.5957691216057308f;  // 2 sqrt(2 / pi)
 
 // v * sigmoid(w)
 MEMVP_DEVICE float times_sigmoid(float v, float w) {
-#ifdef __CUDACC__
-  return __fdividef(v, 1.0f + exponential(-w));
-#else
-  return v / (1.0f + exponential(-w));
-#endif
+  return fast_divide(v, 1.0f + fast_exp(-w));
 }
 
-MEMVP_DEVICE float activate(DecodeActivation activation, float v) {
+MEMVP_DEVICE float activate(Activation activation, float v) {
   switch (activation) {
-    case DecodeActivation::kRelu:
+    case Activation::kRelu:
       return v < 0.0f ? 0.0f : v;
-    case DecodeActivation::kGelu:
-      return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f));
-    case DecodeActivation::kGeluTanh:  // (1 + tanh(u)) / 2 = sigmoid(2 u)
-      return times_sigmoid(v, 1.5957691216057308f * (v + 0.044715f * v * v * v));
+    case Activation::kGelu:
+      return 0.5f * v * (1.0f + erff(v * kSqrtHalf));
+    case Activation::kGeluTanh:  // (1 + tanh(u)) / 2 = sigmoid(2 u)
+      return times_sigmoid(v, kGeluTanhScale * (v + 0.044715f * v * v * v));
     default:
       return times_sigmoid(v, v);
   }
 }
 
-// act(v), and its derivative in `slope`: the two share most of their work. Of relu at 0 the slope is 0, as PyTorch's.
-MEMVP_DEVICE float activate_derivative(DecodeActivation activation, float v, float& slope) {
-  float active;
+// act(v), and its derivative in `slope`: the two share most of their work. The slope of relu at 0 is 0, as PyTorch's.
+MEMVP_DEVICE float activate_with_slope(Activation activation, float v, float& slope) {
   switch (activation) {
-    case DecodeActivation::kRelu:
+    case Activation::kRelu:
       slope = v <= 0.0f ? 0.0f : 1.0f;
       return v < 0.0f ? 0.0f : v;
-    case DecodeActivation::kGelu: {
-      const float below = 0.5f * (1.0f + erff(v * 0.70710678118654752f));
-      slope = below + v * 0.39894228040143268f * exponential(-0.5f * v * v);
+    case Activation::kGelu: {
+      const float below = 0.5f * (1.0f + erff(v * kSqrtHalf));
+      slope = below + v * kInvSqrtTwoPi * fast_exp(-0.5f * v * v);
       return v * below;
     }
-    case DecodeActivation::kGeluTanh: {
-      const float s = times_sigmoid(1.0f, 1.5957691216057308f * (v + 0.044715f * v * v * v));
-      active = v * s;
-      slope = s + active * (1.0f - s) * 1.5957691216057308f * (1.0f + 0.134145f * v * v);
+    case Activation::kGeluTanh: {
+      const float s = times_sigmoid(1.0f, kGeluTanhScale * (v + 0.044715f * v * v * v)), active = v * s;
+      slope = s + active * (1.0f - s) * kGeluTanhScale * (1.0f + 0.134145f * v * v);
       return active;
     }
     default: {
-      const float s = times_sigmoid(1.0f, v);
-      active = v * s;
+      const float s = times_sigmoid(1.0f, v), active = v * s;
       slope = s + active * (1.0f - s);
       return active;
     }

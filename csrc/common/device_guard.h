@@ -1,29 +1,20 @@
 // The device of a launch, made current for as long as it takes.
 #pragma once
-#include <cuda_runtime.h>
+#include "common/driver.h"
 
 namespace memvp {
 
-// Whether something on this device has a context yet. Asked of the driver, which answers without making one.
+// Whether a device has a context already. The driver answers without making one.
 inline bool has_context(int device) {
   using State = int (*)(int device, unsigned* flags, int* active);  // of cuda.h, where it returns a CUresult
-  static const State state = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-    cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &found, 7000, cudaEnableDefault, &result);
-#else
-    cudaGetDriverEntryPoint("cuDevicePrimaryCtxGetState", &found, cudaEnableDefault, &result);
-#endif
-    return reinterpret_cast<State>(found);
-  }();
+  static const State state = driver_function<State>("cuDevicePrimaryCtxGetState", 7000);
   unsigned flags = 0;
   int active = 0;
   return state != nullptr && state(device, &flags, &active) == 0 && active != 0;
 }
 
-// Makes the params' device current, and the caller's again at the end: unless nothing has used that one, for then
-// making it current would put a context of some hundred megabytes there.
+// Restores the caller's device at the end, unless nothing has used it: making it current would put a context of some
+// hundred megabytes there.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {

@@ -1,4 +1,4 @@
-// What the three kernels of a step are given, and the parts of it as device code reads them.
+// How device code reads the arguments: rows of any stride and type, element by element or 16 bytes at a time.
 #pragma once
 #include <type_traits>
 
@@ -21,7 +21,7 @@ struct Row {
 };
 
 MEMVP_DEVICE Row row_of(const DecodeTensor& t, int64_t offset, int64_t stride) {
-  const bool wide = t.type == DecodeType::kFloat32;
+  const bool wide = t.type == DType::kFloat32;
   return {t.data == nullptr ? nullptr : static_cast<const char*>(t.data) + offset * (wide ? 4 : 2), stride, wide};
 }
 // Row i of a matrix; slot m of memory i of a (memories, slots, ·) tensor.
@@ -43,17 +43,17 @@ MEMVP_DEVICE float element_or_zero(const DecodeTensor& t, int64_t k) {
   return t.data == nullptr ? 0.0f : element<T>(row_of(t, 0, t.strides[0]), k);
 }
 
-// What the compiler knows of a matrix: kNarrow, 16-byte pieces of T; kPieces, 16-byte pieces of T or float32;
-// kElements, nothing.
-enum class Reading { kNarrow, kPieces, kElements };
+// What the compiler knows of a matrix: kNarrow, rows of T read 16 bytes at a time; kChunks, rows of T or float32 read
+// so; kElements, nothing.
+enum class Reading { kNarrow, kChunks, kElements };
 
-// Elements k .. k + 7 of a row as float32, zero from `end` on. In pieces `end` is a multiple of 8.
+// Elements k .. k + 7 of a row as float32, zero from `end` on. By chunks `end` is a multiple of 8.
 template <class T, Reading kReading>
 MEMVP_DEVICE void load_floats(float (&f)[8], const Row& row, int64_t k, int64_t end) {
   if (kReading == Reading::kElements) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) f[i] = k + i < end ? element<T>(row, k + i) : 0.0f;
-  } else if (kReading == Reading::kPieces && row.wide) {
+  } else if (kReading == Reading::kChunks && row.wide) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const uint4 v = load_input16(row.data + 4 * (k + 4 * h), k < end);
@@ -78,7 +78,7 @@ MEMVP_DEVICE uint4 pack8(const float (&f)[8]) {
 // The same eight as an operand of an mma.
 template <class T, Reading kReading>
 MEMVP_DEVICE uint4 load8(const Row& row, int64_t k, int64_t end) {
-  if (kReading == Reading::kNarrow || (kReading == Reading::kPieces && !row.wide))
+  if (kReading == Reading::kNarrow || (kReading == Reading::kChunks && !row.wide))
     return load_input16(row.data + 2 * k, k < end);
   float f[8];
   load_floats<T, kReading>(f, row, k, end);
@@ -104,8 +104,8 @@ template <bool kBy16, class Body>
 MEMVP_DEVICE void with_reading(const DecodeTensor& first, const DecodeTensor& second, Body body) {
   if constexpr (!kBy16)
     body(ReadingIs<Reading::kElements>{});
-  else if (first.type == DecodeType::kFloat32 || second.type == DecodeType::kFloat32)
-    body(ReadingIs<Reading::kPieces>{});
+  else if (first.type == DType::kFloat32 || second.type == DType::kFloat32)
+    body(ReadingIs<Reading::kChunks>{});
   else
     body(ReadingIs<Reading::kNarrow>{});
 }

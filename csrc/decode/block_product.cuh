@@ -1,12 +1,33 @@
 // Products of at most eight tokens that one block computes straight from global memory: the memory's rows and columns,
-// and every weight that the ring cannot take. The warps share out k; their sums are added in the warps' order.
+// and every weight that the pipeline cannot take. Each warp has a share of k; their sums are added in the warps' order.
 #pragma once
 #include "common/mma.cuh"
 #include "decode/arguments.cuh"
 
 namespace memvp::decode {
 
-// Whose result a lane holds: accumulators c[0], c[1] are of tokens 2t, 2t + 1, operands are of token g.
+// c[16 rows x 8 tokens] += rows · tokens over 32 elements of k, each operand contiguous along k. Every lane brings the
+// 16 bytes at k = 8t of its two rows and of its token: the same order of k on both sides, so neither needs a shuffle.
+template <class T>
+MEMVP_DEVICE void mma_rows(float (&c)[4], const uint4& row, const uint4& row8, const uint4& token) {
+  mma_16x8x16(T{}, c, row.x, row8.x, row.y, row8.y, token.x, token.y);
+  mma_16x8x16(T{}, c, row.z, row8.z, row.w, row8.w, token.z, token.w);
+}
+
+// c[4][64 columns x 8 tokens] += the same over 16 elements of k for an operand contiguous along its columns. A lane
+// brings the 16 bytes at column 8g of the rows k = 4t .. 4t+3, and of its token those four k. Then c[i][0], c[i][1]
+// belong to column 8g + 2i and tokens 2t, 2t + 1, and c[i][2], c[i][3] to column 8g + 2i + 1.
+template <class T>
+MEMVP_DEVICE void mma_columns(float (&c)[4][4], const uint4 (&row)[4], const uint2& token) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t r0 = word_of(row[0], i), r1 = word_of(row[1], i), r2 = word_of(row[2], i), r3 = word_of(row[3], i);
+    mma_16x8x16(T{}, c[i], low_halves(r0, r1), high_halves(r0, r1), low_halves(r2, r3), high_halves(r2, r3), token.x,
+                token.y);
+  }
+}
+
+// A lane's group g and member t: accumulators c[0], c[1] are of tokens 2t, 2t + 1, operands are of token g.
 MEMVP_DEVICE int warp_of_thread() {
   return static_cast<int>(threadIdx.x) / 32;
 }
@@ -17,12 +38,11 @@ MEMVP_DEVICE int member_of_lane() {
   return static_cast<int>(threadIdx.x) % 4;
 }
 
-// How many steps of k have their loads under way at once. Anything but plain pieces has so many that one step is
-// enough.
+// How many steps of k have their loads in flight at once. Of anything but plain 16-byte rows one step has enough loads.
 template <Reading kReading>
 constexpr int kStepsAhead = kReading == Reading::kNarrow ? 4 : 1;
 
-// sum += 16 rows · 8 tokens over the pieces of 32 elements of k from `first` on, every `step`-th. load(k) gives a
+// sum += 16 rows · 8 tokens over blocks of 32 elements of k from number `first` on, every `step`-th. load(k) gives a
 // lane's eight elements from k of row g, of row g + 8 and of token g.
 struct RowOperands {
   uint4 row, row8, token;

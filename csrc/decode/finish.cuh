@@ -1,17 +1,17 @@
-// Third phase of a step: y = partial sums + b_V + residual, and where memory is factored + [u | visual] [W; p^v]. A
-// block has 64 columns of eight tokens.
+// Third phase: y = partial sums + b_V + residual, and where memory is factored + [u | visual] [W; p^v]. A block has 64
+// columns of eight tokens.
 #pragma once
 #include "decode/values.cuh"
 
 namespace memvp::decode {
 
-// Rows of a shared matrix into L2 while the phase ahead still runs: 64 columns are a line or two.
+// Brings rows of a shared matrix to L2 while the phase ahead still runs: 64 columns are a line or two.
 MEMVP_DEVICE void prefetch_columns(const DecodeTensor& t, int rows, int64_t first_column, int64_t width) {
   if (t.data == nullptr) return;
-  const int line = t.type == DecodeType::kFloat32 ? 32 : 64;
+  const int line = t.type == DType::kFloat32 ? 32 : 64;
   for (int row = threadIdx.x; row < rows; row += kThreads)
     for (int64_t column = first_column; column < least(first_column + kColumnTile, width); column += line)
-      prefetch_line(row_of(t, row * t.strides[0] + column * t.strides[1], 1).data);
+      prefetch_l2(row_of(t, row * t.strides[0] + column * t.strides[1], 1).data);
 }
 
 // [u | visual] [W; p^v] for one token and column, over what the token reads. The block's own product also multiplies
@@ -35,17 +35,17 @@ MEMVP_DEVICE float product_alone(const DecodeArgs& args, int64_t n, int64_t colu
   return sum;
 }
 
-template <class T, bool kBy16, class Order>
-MEMVP_DEVICE void finish_phase(const DecodeArgs& args, int block, Order& order) {
-  constexpr int kOutputs = kColumnTile * kTokenTile / kThreads, kEarlyParts = 8;  // more are rare
+template <class T, bool kBy16, class Sync>
+MEMVP_DEVICE void finish_phase(const DecodeArgs& args, int block, Sync& sync) {
+  constexpr int kOutputs = kColumnTile * kTokenTile / kThreads, kEarlyPartials = 8;  // more are rare
   const FfnDecodeParams& p = args.p;
   const DecodePlan& plan = args.plan;
   const int width_blocks = ceil_div(p.width, kColumnTile);
   const int64_t first_column = block % width_blocks * kColumnTile, column = first_column + group_of_lane() * 8;
   const int first_token = block / width_blocks * kTokenTile;
-  const bool factored = p.visual_basis.data != nullptr, formed = p.visual_key.data != nullptr && !factored;
-  const bool positions = (factored || plan.memory_ring) && p.value_position.data != nullptr;
-  // All that no launch of the step writes comes before the wait.
+  const bool factored = p.visual_basis.data != nullptr, materialised = p.visual_key.data != nullptr && !factored;
+  const bool positions = (factored || plan.memory_pipelined) && p.value_position.data != nullptr;
+  // Everything that the earlier phases do not write is read before the wait.
   if (factored) prefetch_columns(p.visual_basis, p.rank, first_column, p.width);
   if (positions) prefetch_columns(p.value_position, p.slots, first_column, p.width);
   const int64_t token = first_token + group_of_lane();  // of this lane's operands
@@ -53,22 +53,23 @@ MEMVP_DEVICE void finish_phase(const DecodeArgs& args, int block, Order& order) 
   const int64_t at = first_column + threadIdx.x % kColumnTile;  // of this thread's outputs
   const auto output_token = [&](int i) -> int64_t { return first_token + (threadIdx.x + i * kThreads) / kColumnTile; };
   const float bias = at < p.width ? element_or_zero<T>(p.value_bias, at) : 0.0f;
-  float residual[kOutputs], part[kOutputs][kEarlyParts];
-  int parts[kOutputs];
+  float residual[kOutputs], partial[kOutputs][kEarlyPartials];
+  int partials[kOutputs];
 #pragma unroll
   for (int i = 0; i < kOutputs; ++i) {
     const int64_t n = output_token(i);
     const bool mine = n < p.tokens && at < p.width;
-    const bool without = mine && formed && memory_of_token(p, n).row == kNoMemory;  // nobody wrote its last part
+    const bool without =
+        mine && materialised && memory_of_token(p, n).row == kNoMemory;  // nobody wrote its last partial sum
     residual[i] = mine && p.residual.data != nullptr ? element<T>(row_of(p.residual, n), at) : 0.0f;
-    parts[i] = !mine ? 0 : without ? plan.parts - 1 : plan.parts;
+    partials[i] = !mine ? 0 : without ? plan.partials - 1 : plan.partials;
   }
-  order.wait();
+  sync.wait();
 #pragma unroll
   for (int i = 0; i < kOutputs; ++i)
 #pragma unroll
-    for (int j = 0; j < kEarlyParts; ++j)
-      part[i][j] = j < parts[i] ? load_written<float>(part_of(args, j, output_token(i)) + at) : 0.0f;
+    for (int j = 0; j < kEarlyPartials; ++j)
+      partial[i][j] = j < partials[i] ? load_written<float>(partial_of(args, j, output_token(i)) + at) : 0.0f;
   float sum[4][4] = {};
   if (factored || positions) {
     const T* visual = in_workspace<T>(args, plan.at.visual) + token * plan.visual_stride;
@@ -91,9 +92,9 @@ MEMVP_DEVICE void finish_phase(const DecodeArgs& args, int block, Order& order) 
     float v = column_sum(threadIdx.x + i * kThreads);
     if (!(v - v == 0.0f)) v = product_alone<T>(args, n, at);
 #pragma unroll
-    for (int j = 0; j < kEarlyParts; ++j)
-      if (j < parts[i]) v += part[i][j];
-    for (int j = kEarlyParts; j < parts[i]; ++j) v += load_written<float>(part_of(args, j, n) + at);
+    for (int j = 0; j < kEarlyPartials; ++j)
+      if (j < partials[i]) v += partial[i][j];
+    for (int j = kEarlyPartials; j < partials[i]; ++j) v += load_written<float>(partial_of(args, j, n) + at);
     v += bias;
     v += residual[i];
     static_cast<T*>(p.y)[n * p.y_stride + at] = round_to<T>(v);
@@ -102,8 +103,8 @@ MEMVP_DEVICE void finish_phase(const DecodeArgs& args, int block, Order& order) 
 
 template <class T, bool kBy16>
 __global__ void __launch_bounds__(kThreads, kBy16 ? 2 : 1) finish_kernel(const __grid_constant__ DecodeArgs args) {
-  Chained order;
-  finish_phase<T, kBy16>(args, blockIdx.x, order);
+  PdlSync sync;
+  finish_phase<T, kBy16>(args, blockIdx.x, sync);
 }
 
 }  // namespace memvp::decode

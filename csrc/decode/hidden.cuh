@@ -1,16 +1,16 @@
-// First phase of a step: every product with x. Blocks of the FFN's activations,
+// First phase: every product with x. Blocks of the FFN's activations,
 //     hidden = act(x G^T + b_G) * (x K^T + b_K), or act(x K^T + b_K),
-// then blocks of the memory's scores: x W^T and x p^k^T where it is factored; x f^T, and x p^k^T apart, where the rings
-// read it; else visual = s vact(x Kv^T).
+// then blocks of the memory's scores: x W^T and x p^k^T where it is factored; x f^T and x p^k^T where the
+// pipelines read the images' rows f; else visual = s vact(x Kv^T).
 #pragma once
 #include "common/activations.cuh"
 #include "decode/block_product.cuh"
-#include "decode/ring.cuh"
+#include "decode/pipeline.cuh"
 #include "decode/token_memory.cuh"
 
 namespace memvp::decode {
 
-// Stores what pair `pair` of row sums means for `token`. Gated: the gate's and the key's sum of hidden unit `pair`;
+// Stores what the sums of row pair `pair` mean for `token`. Gated: the gate's and the key's sum of hidden unit `pair`;
 // plain: the sums of units 2 pair and 2 pair + 1. Units past F are zero: they pad the second product's k.
 template <class T>
 MEMVP_DEVICE void store_hidden(const DecodeArgs& args, int token, int pair, float low, float high) {
@@ -49,9 +49,9 @@ MEMVP_DEVICE void store_slot_scores(const DecodeArgs& args, int64_t token, int p
   scores[1] = high;
 }
 
-// The rows of gate and key, then those of the basis, then those of the key's positions: a block has some of one.
+// A block has rows of gate and key, or of the basis, or of the key's positions.
 template <class T, int kTokenTiles>
-MEMVP_DEVICE void products_by_ring(const DecodeArgs& args, int block) {
+MEMVP_DEVICE void hidden_by_pipeline(const DecodeArgs& args, int block) {
   const FfnDecodeParams& p = args.p;
   const DecodePlan& plan = args.plan;
   const bool of_ffn = block < plan.ffn_blocks, of_basis = !of_ffn && block < plan.ffn_blocks + plan.basis_blocks;
@@ -67,13 +67,13 @@ MEMVP_DEVICE void products_by_ring(const DecodeArgs& args, int block) {
     rows = neighbours<T>(p.visual_basis.data, p.visual_basis.strides[0], p.rank);
   else
     rows = neighbours<T>(p.key_position.data, p.key_position.strides[0], p.slots);
-  Ring<T, kTokenTiles, RowPairs<T>, TokenRows<T>> ring(plan.hidden, rows,
-                                                       {static_cast<const T*>(p.x.data), p.x.strides[0], p.tokens},
-                                                       (block - before) * plan.hidden.pairs_per_block, 0, p.width);
-  RingSums<kTokenTiles> sums;
-  ring.run(sums);
+  Pipeline<T, kTokenTiles, RowPairs<T>, TokenRows<T>> pipeline(
+      plan.hidden, rows, {static_cast<const T*>(p.x.data), p.x.strides[0], p.tokens},
+      (block - before) * plan.hidden.pairs_per_block, 0, p.width);
+  PipelineSums<kTokenTiles> sums;
+  pipeline.run(sums);
   const int hidden_pairs = p.gate.data != nullptr ? plan.hidden_stride : plan.hidden_stride / 2;
-  ring.store(sums, [&](int pair, int token, float low, float high) {
+  pipeline.store(sums, [&](int pair, int token, float low, float high) {
     if (!of_ffn)
       of_basis ? store_basis_scores<T>(args, token, pair, low, high) : store_slot_scores(args, token, pair, low, high);
     else if (pair < hidden_pairs)
@@ -106,7 +106,7 @@ MEMVP_DEVICE void hidden_by_block(const DecodeArgs& args, int block) {
       });
 }
 
-// Factored memory that the ring cannot take: 16 rows of [W; p^k], shared by all images, against eight tokens.
+// Factored memory that the pipeline cannot take: 16 rows of [W; p^k], shared by all images, against eight tokens.
 template <class T, Reading kReading>
 MEMVP_DEVICE void shared_scores(const DecodeArgs& args, int block) {
   const FfnDecodeParams& p = args.p;
@@ -144,32 +144,32 @@ MEMVP_DEVICE float visual_of_score(const FfnDecodeParams& p, float score) {
   return p.visual_scale * activate(p.visual_activation, score);
 }
 
-// Memory of width d: some slots of one image's f against the tokens that read it. What the positions add is the same
-// product for all, so it is one of the first ring's.
+// Memory of width d: some slots of one image's f against the tokens that read it. The positions
+// add the same product for all images, so the first pipeline computes it.
 template <class T>
 MEMVP_DEVICE void image_scores(const DecodeArgs& args, int block) {
   const FfnDecodeParams& p = args.p;
   const DecodePlan& plan = args.plan;
   const int32_t* members;
-  const TokenGroup group = find_group(p, block % plan.memory_groups, ring_bytes(plan.scores, 1), members);
+  const TokenGroup group = find_group(p, block % plan.memory_groups, pipeline_bytes(plan.scores, 1), members);
   const int first_pair = block / plan.memory_groups * plan.scores.pairs_per_block;
   if (2 * first_pair >= group.slots) return;
   const RowPairs<T> rows =
       neighbours<T>(slot_of(p.visual_key, group.memory, 0).data, p.visual_key.strides[1], group.slots);
-  Ring<T, 1, RowPairs<T>, TokenRows<T>> ring(plan.scores, rows,
-                                             {static_cast<const T*>(p.x.data), p.x.strides[0], group.count, members},
-                                             first_pair, 0, p.width);
-  RingSums<1> sums;
-  ring.run(sums);
+  Pipeline<T, 1, RowPairs<T>, TokenRows<T>> pipeline(
+      plan.scores, rows, {static_cast<const T*>(p.x.data), p.x.strides[0], group.count, members}, first_pair, 0,
+      p.width);
+  PipelineSums<1> sums;
+  pipeline.run(sums);
   float* scores = in_workspace<float>(args, plan.at.image_scores);
-  ring.store(sums, [&](int pair, int t, float low, float high) {
+  pipeline.store(sums, [&](int pair, int t, float low, float high) {
     if (2 * pair < plan.slot_stride)
       *reinterpret_cast<float2*>(scores + static_cast<int64_t>(members[t]) * plan.slot_stride + 2 * pair) =
           float2{low, high};
   });
 }
 
-// Memory of width d that the rings cannot take: 16 slots of one memory row, Kv formed on the way.
+// Memory of width d that the pipelines cannot take: 16 slots of one memory row, Kv summed on the way.
 template <class T, Reading kReading>
 MEMVP_DEVICE void memory_scores(const DecodeArgs& args, int block) {
   const FfnDecodeParams& p = args.p;
@@ -196,7 +196,7 @@ MEMVP_DEVICE void memory_scores(const DecodeArgs& args, int block) {
       });
 }
 
-// kTokenTiles 0: nothing can be read by 16 bytes, and the activations go the slow road too.
+// kTokenTiles 0: nothing can be read by 16 bytes.
 template <class T, int kTokenTiles>
 MEMVP_DEVICE void hidden_phase(const DecodeArgs& args, int block) {
   constexpr bool kBy16 = kTokenTiles > 0;
@@ -204,16 +204,16 @@ MEMVP_DEVICE void hidden_phase(const DecodeArgs& args, int block) {
   const int memory_block = block - args.plan.hidden_blocks;
   if (memory_block < 0) {
     if constexpr (kBy16)
-      products_by_ring<T, kTokenTiles>(args, block);
+      hidden_by_pipeline<T, kTokenTiles>(args, block);
     else
       hidden_by_block<T>(args, block);
     return;
   }
   if constexpr (kBy16) {
-    if (args.plan.memory_ring) return image_scores<T>(args, memory_block);
+    if (args.plan.memory_pipelined) return image_scores<T>(args, memory_block);
   }
-  let_next_grid_begin();
-  constexpr Reading kReading = kBy16 ? Reading::kPieces : Reading::kElements;  // what is narrow went by the rings
+  pdl_launch_dependents();
+  constexpr Reading kReading = kBy16 ? Reading::kChunks : Reading::kElements;  // narrow memory went by the pipelines
   if (p.visual_basis.data != nullptr)
     shared_scores<T, kReading>(args, memory_block);
   else

@@ -1,8 +1,8 @@
 // Which instance of each kernel a plan takes. Compiled once for each number type: kernels_bfloat16.cu,
 // kernels_float16.cu.
 #pragma once
+#include "decode/cooperative.cuh"
 #include "decode/launch.h"
-#include "decode/step.cuh"
 
 namespace memvp::decode {
 
@@ -43,8 +43,8 @@ DecodeKernel finish_kernel_of(const DecodePlan& plan) {
 }
 
 template <class T>
-DecodeKernel step_kernel_of(const DecodePlan& plan) {
-  return plan.token_tiles == 1 ? step_kernel<T, 1> : step_kernel<T, 2>;
+DecodeKernel cooperative_kernel_of(const DecodePlan& plan) {
+  return plan.token_tiles == 1 ? cooperative_kernel<T, 1> : cooperative_kernel<T, 2>;
 }
 
 }  // namespace memvp::decode

@@ -6,6 +6,6 @@ namespace memvp::decode {
 template DecodeKernel hidden_kernel_of<BFloat16>(const DecodePlan&);
 template DecodeKernel values_kernel_of<BFloat16>(const DecodePlan&);
 template DecodeKernel finish_kernel_of<BFloat16>(const DecodePlan&);
-template DecodeKernel step_kernel_of<BFloat16>(const DecodePlan&);
+template DecodeKernel cooperative_kernel_of<BFloat16>(const DecodePlan&);
 
 }  // namespace memvp::decode

@@ -1,5 +1,4 @@
-// What the decode kernels take, and which road through them: decided from the params alone, before anything is
-// launched.
+// What the decode kernels take, and what of it they read 16 bytes at a time: decided from the params alone.
 #pragma once
 #include "decode/ffn_decode.h"
 
@@ -22,12 +21,12 @@ inline const char* why_unsupported(const FfnDecodeParams& p) {
   const DecodeTensor* same[] = {&p.x, &p.key, &p.value, &p.gate, &p.residual};
   const DecodeTensor* wider[] = {&p.key_bias,     &p.gate_bias,    &p.value_bias,   &p.visual_key,
                                  &p.visual_value, &p.visual_basis, &p.key_position, &p.value_position};
-  if (p.type != DecodeType::kBFloat16 && p.type != DecodeType::kFloat16)
+  if (p.type != DType::kBFloat16 && p.type != DType::kFloat16)
     return "the decode kernels compute in bfloat16 or float16";
   for (const DecodeTensor* t : same)
     if (present(*t) && t->type != p.type) return "x, key, value, gate and residual need one dtype";
   for (const DecodeTensor* t : wider)
-    if (present(*t) && t->type != p.type && t->type != DecodeType::kFloat32)
+    if (present(*t) && t->type != p.type && t->type != DType::kFloat32)
       return "biases and memory need the dtype of x or float32";
   const int32_t sizes[] = {p.tokens, p.width, p.pairs, p.slots, p.rank, p.memories, p.sequences, p.length};
   for (int32_t size : sizes)

@@ -1,5 +1,5 @@
-// Which memory row a token reads, and which tokens read one together. Out-of-range indices and lengths mean no memory:
-// they come from the device and are never checked on the host.
+// Which memory row a token reads, and which tokens read the same one. Out-of-range indices and lengths mean no memory:
+// they are on the device and never checked on the host.
 #pragma once
 #include "common/memory.cuh"
 #include "decode/arguments.cuh"

@@ -1,18 +1,18 @@
-// Second phase of a step: partial sums of hidden · V, and what an image adds,
+// Second phase: partial sums of hidden · V, and what an image adds,
 //     factored: visual = s vact(x p^k^T + (x W^T) A_k^T) and u = visual A_v, from its core alone;
-//     else:     visual · f (read by the rings) or visual · Vv, one more partial sum of y.
+//     else:     visual · f (read by the pipelines) or visual · Vv, one more partial sum of y.
 #pragma once
 #include "decode/hidden.cuh"
-#include "decode/order.cuh"
+#include "decode/phase_sync.cuh"
 
 namespace memvp::decode {
 
-MEMVP_DEVICE float* part_of(const DecodeArgs& args, int part, int token) {
-  return in_workspace<float>(args, args.plan.at.parts) +
-         (static_cast<int64_t>(part) * args.p.tokens + token) * args.p.width;
+MEMVP_DEVICE float* partial_of(const DecodeArgs& args, int number, int token) {
+  return in_workspace<float>(args, args.plan.at.partials) +
+         (static_cast<int64_t>(number) * args.p.tokens + token) * args.p.width;
 }
 
-// The two columns of a pair of a ring whose rows run across.
+// The two columns of a pair of rows that run across.
 template <class T>
 MEMVP_DEVICE void store_across(const RowsAcross<T>& rows, float* sums, int pair, float low, float high) {
   const int64_t column = rows.low_row(pair);
@@ -20,65 +20,65 @@ MEMVP_DEVICE void store_across(const RowsAcross<T>& rows, float* sums, int pair,
   if (column + 8 < rows.count) sums[column + 8] = high;
 }
 
-template <class T, int kTokenTiles, bool kAcross, class Order>
-MEMVP_DEVICE void values_by_ring(const DecodeArgs& args, int block, Order& order) {
+template <class T, int kTokenTiles, bool kAcross, class Sync>
+MEMVP_DEVICE void values_by_pipeline(const DecodeArgs& args, int block, Sync& sync) {
   using Rows = std::conditional_t<kAcross, RowsAcross<T>, RowPairs<T>>;
   const FfnDecodeParams& p = args.p;
   const T* hidden = in_workspace<T>(args, args.plan.at.hidden);
-  const RingPlan& plan = args.plan.value;
+  const PipelinePlan& plan = args.plan.value;
   const int first_pair = block % plan.row_blocks * plan.pairs_per_block, split = block / plan.row_blocks;
   Rows rows;
   if constexpr (kAcross)
     rows = {static_cast<const T*>(p.value.data), p.value.strides[0], p.width};
   else
     rows = neighbours<T>(p.value.data, p.value.strides[1], p.width);
-  Ring<T, kTokenTiles, Rows, TokenRows<T>> ring(plan, rows, {hidden, args.plan.hidden_stride, p.tokens}, first_pair,
-                                                split, p.pairs);
-  RingSums<kTokenTiles> sums;
-  ring.start_rows();
-  order.wait();
-  ring.run(sums);
-  ring.store(sums, [&](int pair, int token, float low, float high) {
-    float* part = part_of(args, split, token);
+  Pipeline<T, kTokenTiles, Rows, TokenRows<T>> pipeline(plan, rows, {hidden, args.plan.hidden_stride, p.tokens},
+                                                        first_pair, split, p.pairs);
+  PipelineSums<kTokenTiles> sums;
+  pipeline.start_rows();
+  sync.wait();
+  pipeline.run(sums);
+  pipeline.store(sums, [&](int pair, int token, float low, float high) {
+    float* partial = partial_of(args, split, token);
     if constexpr (kAcross)
-      store_across(rows, part, pair, low, high);
+      store_across(rows, partial, pair, low, high);
     else if (2 * pair < p.width)
-      *reinterpret_cast<float2*>(part + 2 * pair) = float2{low, high};
+      *reinterpret_cast<float2*>(partial + 2 * pair) = float2{low, high};
   });
 }
 
-// 64 columns, one part of k, eight tokens, element by element.
-template <class T, class Order>
-MEMVP_DEVICE void values_by_block(const DecodeArgs& args, int block, Order& order) {
+// 64 columns, one split of k, eight tokens, element by element.
+template <class T, class Sync>
+MEMVP_DEVICE void values_by_block(const DecodeArgs& args, int block, Sync& sync) {
   constexpr Reading kReading = Reading::kElements;
   const FfnDecodeParams& p = args.p;
   const int width_blocks = ceil_div(p.width, kColumnTile), splits = args.plan.value.splits;
   const int64_t first_column = block % width_blocks * kColumnTile, column = first_column + group_of_lane() * 8;
   const int split = block / width_blocks % splits, first_token = block / width_blocks / splits * kTokenTile;
-  const int64_t part = static_cast<int64_t>(args.plan.value.slices_per_split) * kSlice;
-  const int64_t k_begin = split * part, k_end = least<int64_t>(k_begin + part, p.pairs);
+  const int64_t depth = static_cast<int64_t>(args.plan.value.slices_per_split) * kSlice;
+  const int64_t k_begin = split * depth, k_end = least<int64_t>(k_begin + depth, p.pairs);
   const int64_t token = least(first_token + group_of_lane(), p.tokens - 1);
   const T* hidden = in_workspace<T>(args, args.plan.at.hidden) + token * args.plan.hidden_stride;
-  order.wait();
+  sync.wait();
   float sum[4][4] = {};
   add_columns<T, ceil_div(kStepsAhead<kReading>, 2)>(sum, k_begin, k_end, hidden, [&](int64_t k) {
     return load8<T, kReading>(row_of(p.value, k), column, k < k_end ? p.width : 0);
   });
   store_columns(sum, [&](int c, int t, float v) {
     if (first_column + c < p.width && first_token + t < p.tokens)
-      part_of(args, split, first_token + t)[first_column + c] = v;
+      partial_of(args, split, first_token + t)[first_column + c] = v;
   });
 }
 
 // Factored memory, the tokens of one image: everything that depends on its core. Writes [u | visual] of every token.
-template <class T, Reading kReading, class Order>
-MEMVP_DEVICE void core_step(const DecodeArgs& args, int block, Order& order) {
+template <class T, Reading kReading, class Sync>
+MEMVP_DEVICE void core_step(const DecodeArgs& args, int block, Sync& sync) {
   const FfnDecodeParams& p = args.p;
   const int64_t rank_stride = args.plan.rank_stride, slot_stride = args.plan.slot_stride,
                 visual_stride = args.plan.visual_stride;
   const int32_t* members;
   const TokenGroup group = find_group(p, block, kColumnSumsBytes, members);
-  order.wait();
+  sync.wait();
   if (group.count == 0) return;
   T* out = in_workspace<T>(args, args.plan.at.visual);
   const float* slot_scores = in_workspace<float>(args, args.plan.at.slot_scores);
@@ -122,7 +122,8 @@ MEMVP_DEVICE void core_step(const DecodeArgs& args, int block, Order& order) {
   }
 }
 
-// The visual activations of a group's tokens as a ring's token side: each block makes them of the two scores.
+// The visual activations of a group's tokens as the token side of a pipeline: each block computes them from the two
+// scores.
 template <class T>
 struct VisualTokens {
   const DecodeArgs& args;
@@ -149,50 +150,51 @@ struct VisualTokens {
     return word;
   }
 
-  __device__ void bring(uint4* slice, int64_t k, int64_t) const {
+  __device__ void copy(uint4* slice, int64_t k, int64_t) const {
     const int word = threadIdx.x % (kSlice / 2);
     for (int t = threadIdx.x / (kSlice / 2); t < count; t += kThreads / (kSlice / 2))
       reinterpret_cast<uint32_t*>(slice + swizzled(t, word / 4))[word % 4] = both(t, k + 2 * word);
   }
 
-  // What no slice of the ring has: the rest of the rows that the third phase reads.
+  // The rest of the rows that the third phase reads, which no slice of the pipeline has.
   __device__ void keep_rest(int64_t k) const {
     const int words = greatest<int64_t>(args.plan.slot_stride - k, 0) / 2;
     for (int i = threadIdx.x; i < count * words; i += kThreads) both(i / words, k + 2 * (i % words));
   }
 };
 
-// Memory of width d: some columns of visual · f for the tokens of one image. What the value's positions add is the same
-// product for all, in the third phase.
-template <class T, class Order>
-MEMVP_DEVICE void image_values(const DecodeArgs& args, int block, Order& order) {
+// Memory of width d: some columns of visual · f for the tokens of one image. The value's positions
+// add the same product for all images, in the third phase.
+template <class T, class Sync>
+MEMVP_DEVICE void image_values(const DecodeArgs& args, int block, Sync& sync) {
   const FfnDecodeParams& p = args.p;
-  const RingPlan& plan = args.plan.values;
+  const PipelinePlan& plan = args.plan.values;
   const int32_t* members;
-  const TokenGroup group = find_group(p, block % args.plan.memory_groups, ring_bytes(plan, 1), members);
+  const TokenGroup group = find_group(p, block % args.plan.memory_groups, pipeline_bytes(plan, 1), members);
   const int strip = block / args.plan.memory_groups;
   const RowsAcross<T> rows{reinterpret_cast<const T*>(slot_of(p.visual_value, greatest(group.memory, 0), 0).data),
                            p.visual_value.strides[1], p.width};
   const VisualTokens<T> visual{args, members, group.count, group.slots, strip == 0 && p.value_position.data != nullptr};
-  Ring<T, 1, RowsAcross<T>, VisualTokens<T>> ring(plan, rows, visual, strip * plan.pairs_per_block, 0, group.slots);
-  RingSums<1> sums;
-  ring.start_rows();
-  order.wait();
-  ring.run(sums);
+  Pipeline<T, 1, RowsAcross<T>, VisualTokens<T>> pipeline(plan, rows, visual, strip * plan.pairs_per_block, 0,
+                                                          group.slots);
+  PipelineSums<1> sums;
+  pipeline.start_rows();
+  sync.wait();
+  pipeline.run(sums);
   if (group.count == 0) return;
   if (visual.keep) visual.keep_rest(round_up<int64_t>(group.slots, plan.slices_per_stage * kSlice));
-  ring.store(sums, [&](int pair, int t, float low, float high) {
-    store_across(rows, part_of(args, args.plan.parts - 1, members[t]), pair, low, high);
+  pipeline.store(sums, [&](int pair, int t, float low, float high) {
+    store_across(rows, partial_of(args, args.plan.partials - 1, members[t]), pair, low, high);
   });
 }
 
-// Memory of width d that the rings cannot take: 64 columns of visual · Vv, Vv formed on the way.
-template <class T, Reading kReading, class Order>
-MEMVP_DEVICE void memory_values(const DecodeArgs& args, int block, Order& order) {
+// Memory of width d that the pipelines cannot take: 64 columns of visual · Vv, Vv summed on the way.
+template <class T, Reading kReading, class Sync>
+MEMVP_DEVICE void memory_values(const DecodeArgs& args, int block, Sync& sync) {
   const FfnDecodeParams& p = args.p;
   const int32_t* members;
   const TokenGroup group = find_group(p, block % args.plan.memory_groups, kColumnSumsBytes, members);
-  order.wait();
+  sync.wait();
   if (group.count == 0) return;
   const int64_t first_column = block / args.plan.memory_groups * kColumnTile,
                 column = first_column + group_of_lane() * 8;
@@ -205,39 +207,39 @@ MEMVP_DEVICE void memory_values(const DecodeArgs& args, int block, Order& order)
   });
   store_columns(sum, [&](int c, int t, float v) {
     if (t < group.count && first_column + c < p.width)
-      part_of(args, args.plan.parts - 1, members[t])[first_column + c] = v;
+      partial_of(args, args.plan.partials - 1, members[t])[first_column + c] = v;
   });
 }
 
 // kTokenTiles 0: nothing can be read by 16 bytes. kAcross: value runs along the width.
-template <class T, int kTokenTiles, bool kAcross, class Order>
-MEMVP_DEVICE void values_phase(const DecodeArgs& args, int block, Order& order) {
+template <class T, int kTokenTiles, bool kAcross, class Sync>
+MEMVP_DEVICE void values_phase(const DecodeArgs& args, int block, Sync& sync) {
   constexpr bool kBy16 = kTokenTiles > 0;
   const FfnDecodeParams& p = args.p;
   const int memory_block = block - args.plan.value_blocks;
   if (memory_block < 0) {
     if constexpr (kBy16)
-      values_by_ring<T, kTokenTiles, kAcross>(args, block, order);
+      values_by_pipeline<T, kTokenTiles, kAcross>(args, block, sync);
     else
-      values_by_block<T>(args, block, order);
+      values_by_block<T>(args, block, sync);
     return;
   }
   if constexpr (kBy16) {
-    if (args.plan.memory_ring) return image_values<T>(args, memory_block, order);
+    if (args.plan.memory_pipelined) return image_values<T>(args, memory_block, sync);
   }
-  let_next_grid_begin();
+  pdl_launch_dependents();
   if (p.visual_basis.data != nullptr)
     with_reading<kBy16>(p.visual_key, p.visual_value,
-                        [&](auto reading) { core_step<T, reading.value>(args, memory_block, order); });
+                        [&](auto reading) { core_step<T, reading.value>(args, memory_block, sync); });
   else
-    memory_values<T, kBy16 ? Reading::kPieces : Reading::kElements>(args, memory_block, order);
+    memory_values<T, kBy16 ? Reading::kChunks : Reading::kElements>(args, memory_block, sync);
 }
 
 template <class T, int kTokenTiles, bool kAcross>
 __global__ void __launch_bounds__(kThreads, kTokenTiles > 0 ? 2 : 1)
     values_kernel(const __grid_constant__ DecodeArgs args) {
-  Chained order;
-  values_phase<T, kTokenTiles, kAcross>(args, blockIdx.x, order);
+  PdlSync sync;
+  values_phase<T, kTokenTiles, kAcross>(args, blockIdx.x, sync);
 }
 
 }  // namespace memvp::decode

@@ -1,14 +1,14 @@
-// What becomes of a tile's sums: biases, activation, the gradients of both, and how they are stored. Of a gated kHidden
-// the first 64 of a thread's accumulators are gate's and the other 64 key's, of the same rows and columns.
+// Epilogues: what becomes of a tile's sums. In a gated kHidden the first 64 of a thread's accumulators are gate's and
+// the other 64 key's, of the same rows and columns.
 #pragma once
 #include "common/activations.cuh"
-#include "hopper/pieces.cuh"
+#include "hopper/subtiles.cuh"
 
 namespace memvp::hopper {
 
-// acc += bias of 8 kBlocks columns from `column` on; outside of the result, where nothing is stored, some other's.
+// acc += bias of 8 kBlocks columns from `column` on. Past the last column, where nothing is stored, any bias will do.
 template <class T, int kFirst, int kBlocks>
-MEMVP_DEVICE void add_bias(float (&acc)[kColumns / 2], const StepVector& bias, int column, int columns) {
+MEMVP_DEVICE void add_bias(float (&acc)[kColumns / 2], const GemmVector& bias, int column, int columns) {
   const auto add = [&](auto pair_at) {
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j) {
@@ -37,35 +37,35 @@ MEMVP_DEVICE void add_bias(float (&acc)[kColumns / 2], const StepVector& bias, i
 
 // body(the activation as a constant).
 template <class Body>
-MEMVP_DEVICE void with_activation(DecodeActivation activation, Body body) {
+MEMVP_DEVICE void with_activation(Activation activation, Body body) {
   switch (activation) {
-    case DecodeActivation::kRelu:
-      return body(std::integral_constant<DecodeActivation, DecodeActivation::kRelu>{});
-    case DecodeActivation::kGelu:
-      return body(std::integral_constant<DecodeActivation, DecodeActivation::kGelu>{});
-    case DecodeActivation::kGeluTanh:
-      return body(std::integral_constant<DecodeActivation, DecodeActivation::kGeluTanh>{});
+    case Activation::kRelu:
+      return body(std::integral_constant<Activation, Activation::kRelu>{});
+    case Activation::kGelu:
+      return body(std::integral_constant<Activation, Activation::kGelu>{});
+    case Activation::kGeluTanh:
+      return body(std::integral_constant<Activation, Activation::kGeluTanh>{});
     default:
-      return body(std::integral_constant<DecodeActivation, DecodeActivation::kSilu>{});
+      return body(std::integral_constant<Activation, Activation::kSilu>{});
   }
 }
 
 template <class T, bool kGated>
-MEMVP_DEVICE void end_hidden(float (&acc)[kColumns / 2], const StepArgs& args, Staging& staging, const Tile& at) {
-  constexpr int kOwn = kGated ? kPieces / 2 : kPieces;  // pieces of one branch
-  constexpr int kKey = kGated ? kColumns / 4 : 0;       // key's first accumulator
-  const StepPlan& plan = args.plan;
+MEMVP_DEVICE void hidden_epilogue(float (&acc)[kColumns / 2], const GemmArgs& args, Staging& staging, const Tile& at) {
+  constexpr int kOwn = kGated ? kSubtiles / 2 : kSubtiles;  // subtiles of one branch
+  constexpr int kKey = kGated ? kColumns / 4 : 0;           // key's first accumulator
+  const GemmPlan& plan = args.plan;
   if (kGated) add_bias<T, 0, 8 * kOwn>(acc, args.gate_bias, at.column, plan.columns);
   add_bias<T, kKey, 8 * kOwn>(acc, args.bias, at.column, plan.columns);
   uint32_t words[kWords];
   if (plan.keeps_pre) {
-    for_pieces<kOwn>(at.column, plan.columns, [&](auto piece) {
-      constexpr int kFirst = decltype(piece)::value * 32;
+    for_subtiles<kOwn>(at.column, plan.columns, [&](auto subtile) {
+      constexpr int kFirst = decltype(subtile)::value * 32;
       const int column = at.column + 2 * kFirst;
-      pack_piece<T, kFirst>(words, acc);
+      pack_subtile<T, kFirst>(words, acc);
       staging.store(words, args.maps[kPre], plan.rows, at.row, column, 0);
       if constexpr (kGated) {
-        pack_piece<T, kKey + kFirst>(words, acc);
+        pack_subtile<T, kKey + kFirst>(words, acc);
         staging.store(words, args.maps[kPre], plan.rows, at.row, column, 1);
       }
     });
@@ -76,60 +76,61 @@ MEMVP_DEVICE void end_hidden(float (&acc)[kColumns / 2], const StepArgs& args, S
     for (int i = 0; i < 32 * kOwn; ++i)
       acc[i] = activate(decltype(activation)::value, acc[i]) * (kGated ? acc[kKey + i] : 1.0f);
   });
-  for_pieces<kOwn>(at.column, plan.columns, [&](auto piece) {
-    constexpr int kFirst = decltype(piece)::value * 32;
-    pack_piece<T, kFirst>(words, acc);
+  for_subtiles<kOwn>(at.column, plan.columns, [&](auto subtile) {
+    constexpr int kFirst = decltype(subtile)::value * 32;
+    pack_subtile<T, kFirst>(words, acc);
     staging.store(words, args.maps[kResult], plan.rows, at.row, at.column + 2 * kFirst);
   });
 }
 
 template <class T>
-MEMVP_DEVICE void end_shared(const float (&acc)[kColumns / 2], const StepArgs& args, Staging& staging, const Tile& at) {
+MEMVP_DEVICE void shared_epilogue(const float (&acc)[kColumns / 2], const GemmArgs& args, Staging& staging,
+                                  const Tile& at) {
   uint32_t words[kWords];
-  for_pieces<kPieces>(at.column, args.plan.shared_columns, [&](auto piece) {
-    constexpr int kFirst = decltype(piece)::value * 32;
-    pack_piece<T, kFirst>(words, acc);
+  for_subtiles<kSubtiles>(at.column, args.plan.shared_columns, [&](auto subtile) {
+    constexpr int kFirst = decltype(subtile)::value * 32;
+    pack_subtile<T, kFirst>(words, acc);
     staging.store(words, args.maps[kSharedResult], args.plan.rows, at.row, at.column + 2 * kFirst);
   });
 }
 
 template <class T>
-MEMVP_DEVICE void end_output(float (&acc)[kColumns / 2], const StepArgs& args, const Shared& shared, Turn& turn,
-                             Staging& staging, const Tile& at, int group) {
-  const StepPlan& plan = args.plan;
-  add_bias<T, 0, 8 * kPieces>(acc, args.bias, at.column, plan.columns);
+MEMVP_DEVICE void output_epilogue(float (&acc)[kColumns / 2], const GemmArgs& args, const SharedStorage& shared,
+                                  PipelineState& state, Staging& staging, const Tile& at, int group) {
+  const GemmPlan& plan = args.plan;
+  add_bias<T, 0, 8 * kSubtiles>(acc, args.bias, at.column, plan.columns);
   uint32_t words[kWords];
-  for_pieces<kPieces>(at.column, plan.columns, [&](auto piece) {
-    constexpr int kFirst = decltype(piece)::value * 32;
+  for_subtiles<kSubtiles>(at.column, plan.columns, [&](auto subtile) {
+    constexpr int kFirst = decltype(subtile)::value * 32;
     if (plan.reads) {
-      wait(shared.full[turn.stage], turn.parity);
-      read_piece(words, shared.ring + turn.stage * kStageBytes + group * kBlockBytes);
+      wait(shared.full[state.stage], state.parity);
+      read_subtile(words, shared.stages + state.stage * kStageBytes + group * kBlockBytes);
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
         acc[kFirst + 2 * i] += low_float<T>(words[i]);
         acc[kFirst + 2 * i + 1] += high_float<T>(words[i]);
       }
     }
-    pack_piece<T, kFirst>(words, acc);
+    pack_subtile<T, kFirst>(words, acc);
     staging.store(words, args.maps[kResult], plan.rows, at.row, at.column + 2 * kFirst);
     if (plan.reads) {  // behind the barriers of the store: all lanes have read
-      end_stage(plan, shared, turn.stage);
-      turn.next();
+      release_stage(plan, shared, state.stage);
+      state.next();
     }
   });
 }
 
 template <class T, bool kGated>
-MEMVP_DEVICE void end_dhidden(const float (&acc)[kColumns / 2], const StepArgs& args, const Shared& shared, Turn& turn,
-                              Staging& staging, const Tile& at, int group) {
-  const StepPlan& plan = args.plan;
+MEMVP_DEVICE void dhidden_epilogue(const float (&acc)[kColumns / 2], const GemmArgs& args, const SharedStorage& shared,
+                                   PipelineState& state, Staging& staging, const Tile& at, int group) {
+  const GemmPlan& plan = args.plan;
   uint32_t first[kWords], key[kWords];  // gate's pre-activations and key's, or key's alone; then their gradients
-  for_pieces<kPieces>(at.column, plan.columns, [&](auto piece) {
-    constexpr int kFirst = decltype(piece)::value * 32;
-    wait(shared.full[turn.stage], turn.parity);
-    const unsigned char* const stage = shared.ring + turn.stage * kStageBytes + group * kBlockBytes;
-    read_piece(first, stage);
-    if (kGated) read_piece(key, stage + kLeftBytes);
+  for_subtiles<kSubtiles>(at.column, plan.columns, [&](auto subtile) {
+    constexpr int kFirst = decltype(subtile)::value * 32;
+    wait(shared.full[state.stage], state.parity);
+    const unsigned char* const stage = shared.stages + state.stage * kStageBytes + group * kBlockBytes;
+    read_subtile(first, stage);
+    if (kGated) read_subtile(key, stage + kLeftBytes);
     with_activation(args.activation, [&](auto activation) {
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
@@ -139,7 +140,7 @@ MEMVP_DEVICE void end_dhidden(const float (&acc)[kColumns / 2], const StepArgs& 
           const float pre = half == 0 ? low_float<T>(first[i]) : high_float<T>(first[i]);
           const float dhidden = acc[kFirst + 2 * i + half];
           float slope;
-          const float active = activate_derivative(decltype(activation)::value, pre, slope);
+          const float active = activate_with_slope(decltype(activation)::value, pre, slope);
           of_key[half] = dhidden * active;
           of_first[half] = dhidden * slope;
           if (kGated) of_first[half] *= half == 0 ? low_float<T>(key[i]) : high_float<T>(key[i]);
@@ -150,8 +151,8 @@ MEMVP_DEVICE void end_dhidden(const float (&acc)[kColumns / 2], const StepArgs& 
     });
     const int column = at.column + 2 * kFirst;
     staging.store(first, args.maps[kPre], plan.rows, at.row, column, 0);
-    end_stage(plan, shared, turn.stage);  // behind the barriers of the store: all lanes have read
-    turn.next();
+    release_stage(plan, shared, state.stage);  // behind the barriers of the store: all lanes have read
+    state.next();
     if (kGated) staging.store(key, args.maps[kPre], plan.rows, at.row, column, 1);
   });
 }

@@ -1,18 +1,18 @@
-// Which instance a step takes. Compiled once for each number type: kernels_bfloat16.cu, kernels_float16.cu.
+// Which instance a product takes. Compiled once for each number type: kernels_bfloat16.cu, kernels_float16.cu.
 #pragma once
-#include "hopper/step_kernel.cuh"
+#include "hopper/gemm_kernel.cuh"
 
 namespace memvp::hopper {
 
 template <class T>
-StepKernel step_kernel_of(StepKind kind, bool gated) {
+GemmKernel gemm_kernel_of(GemmKind kind, bool gated) {
   switch (kind) {
-    case StepKind::kHidden:
-      return gated ? ffn_step_kernel<T, StepKind::kHidden, true> : ffn_step_kernel<T, StepKind::kHidden, false>;
-    case StepKind::kDHidden:
-      return gated ? ffn_step_kernel<T, StepKind::kDHidden, true> : ffn_step_kernel<T, StepKind::kDHidden, false>;
+    case GemmKind::kHidden:
+      return gated ? ffn_gemm_kernel<T, GemmKind::kHidden, true> : ffn_gemm_kernel<T, GemmKind::kHidden, false>;
+    case GemmKind::kDHidden:
+      return gated ? ffn_gemm_kernel<T, GemmKind::kDHidden, true> : ffn_gemm_kernel<T, GemmKind::kDHidden, false>;
     default:
-      return ffn_step_kernel<T, StepKind::kOutput, false>;
+      return ffn_gemm_kernel<T, GemmKind::kOutput, false>;
   }
 }
 

@@ -1,8 +1,8 @@
-// The steps' kernels for float16: a file of its own, so that the two number types compile side by side.
+// The Hopper kernels for float16: a file of its own, so that the two number types compile side by side.
 #include "hopper/kernels.cuh"
 
 namespace memvp::hopper {
 
-template StepKernel step_kernel_of<Float16>(StepKind, bool);
+template GemmKernel gemm_kernel_of<Float16>(GemmKind, bool);
 
 }  // namespace memvp::hopper

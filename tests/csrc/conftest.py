@@ -7,7 +7,6 @@ import fcntl
 import functools
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +17,7 @@ from types import ModuleType
 import pytest
 
 from tests.csrc import fake_gpu
+from tests.csrc.emulate_decode import EMULATION, SOURCES, compile_emulation, compiler
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
@@ -68,40 +68,25 @@ def built_extension(library: Path) -> ModuleType:
 
 
 @functools.cache
-def build_host_extension() -> ModuleType:
-    """csrc/bindings.cpp over the host run: a module whose pointers are the host's. Compiled where a source is newer."""
+def build_emulated_extension() -> ModuleType:
+    """csrc/bindings.cpp over the CPU emulation: a module whose pointers are the host's. Compiled where a source is newer."""
     pybind11 = pytest.importorskip("pybind11")
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
+    if compiler() is None:
         pytest.skip("needs a C++ compiler")
     with build_folder() as folder:
-        output = folder / "host_extension" / "_C.so"
+        output = folder / "emulated_extension" / "_C.so"
         output.parent.mkdir(exist_ok=True)
-        newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file())
-        if not output.exists() or output.stat().st_mtime < newest:
-            build = ['-DMEMVP_CUDA_VERSION="none"', '-DMEMVP_CUDA_ARCHS="90"', "-Wno-psabi"]
-            includes = [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-            sources = [str(ROOT / "csrc" / source) for source in ("bindings.cpp", "host_run/extension.cpp")]
-            command = [
-                compiler,
-                "-std=c++17",
-                "-O1",
-                "-shared",
-                "-fPIC",
-                *build,
-                *includes,
-                *sources,
-                "-o",
-                str(output),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-        return load_extension(output, "host_run")
+        files = (path for top in (SOURCES, EMULATION) for path in top.rglob("*") if path.is_file())
+        if not output.exists() or output.stat().st_mtime < max(path.stat().st_mtime for path in files):
+            how = ["-O1", "-shared", "-fPIC", '-DMEMVP_CUDA_VERSION="none"', '-DMEMVP_CUDA_ARCHS="90"', "-Wno-psabi"]
+            includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+            compile_emulation(EMULATION / "extension.cpp", output, *how, *includes, str(SOURCES / "bindings.cpp"))
+        return load_extension(output, "emulated")
 
 
 @pytest.fixture(scope="session")
-def host_extension() -> ModuleType:
-    return build_host_extension()
+def emulated_extension() -> ModuleType:
+    return build_emulated_extension()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Inputs for the decode kernels: shapes that reach every road, odd sizes, and each argument of the contract."""
+"""Inputs for the decode kernels: shapes that reach every path, odd sizes, and each argument of the contract."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.csrc.host_run import Case
+from tests.csrc.emulate_decode import Case
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -82,15 +82,15 @@ def make(
     return a
 
 
-# One case for every argument and road: (name, make's arguments). Kept small, for the sanitizers and the planted bugs run them all.
+# One case for every argument and path: (name, make's arguments). Kept small: the sanitizers and the mutations run them all.
 SMALL: dict[str, dict[str, Any]] = {
     "text_gated": {"tokens": 3, "residual": True},
     "text_plain_biased": {"tokens": 2, "gated": False, "bias": True, "bias_dtype": FP32, "activation": "gelu"},
     "long_rows": {"tokens": 1, "width": 584, "pairs": 392},
     "many_pairs": {"tokens": 9, "width": 328, "pairs": 456, "gated": False, "activation": "relu"},
-    "formed": {"tokens": 5, "slots": 35, "images": 3, "positions": True, "lengths": [35, 17, 0], "index": [0, -1, 1, 0, 2], "visual_scale": 0.7},
-    "formed_one_image": {"tokens": 19, "width": 64, "pairs": 16, "slots": 17, "images": 1, "positions": True, "shared": True},
-    "formed_wide_memory": {"tokens": 2, "slots": 20, "images": 2, "positions": True, "memory_dtype": FP32, "visual_activation": "relu"},
+    "materialised": {"tokens": 5, "slots": 35, "images": 3, "positions": True, "lengths": [35, 17, 0], "index": [0, -1, 1, 0, 2], "visual_scale": 0.7},
+    "materialised_one_image": {"tokens": 19, "width": 64, "pairs": 16, "slots": 17, "images": 1, "positions": True, "shared": True},
+    "materialised_wide_memory": {"tokens": 2, "slots": 20, "images": 2, "positions": True, "memory_dtype": FP32, "visual_activation": "relu"},
     "factored": {"tokens": 5, "slots": 35, "images": 3, "rank": 24, "positions": True, "lengths": [35, 17, 0], "index": [0, -1, 1, 0, 2], "visual_scale": 0.7},
     "factored_wide_rank": {"tokens": 3, "width": 136, "slots": 150, "images": 2, "rank": 136, "positions": True, "residual": True},
     "factored_wide_memory": {"tokens": 2, "slots": 20, "images": 2, "rank": 8, "memory_dtype": FP32},
@@ -99,13 +99,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "value_contiguous": {"tokens": 10, "width": 136, "pairs": 264, "value_contiguous": True, "slots": 18, "rank": 8},
     "odd_text": {"tokens": 3, "width": 37, "pairs": 21, "bias": True, "residual": True},
     "odd_plain": {"tokens": 9, "width": 35, "pairs": 23, "gated": False, "activation": "gelu_tanh", "value_contiguous": True},
-    "odd_formed": {"tokens": 3, "width": 37, "pairs": 21, "slots": 19, "positions": True, "lengths": [19, 5]},
+    "odd_materialised": {"tokens": 3, "width": 37, "pairs": 21, "slots": 19, "positions": True, "lengths": [19, 5]},
     "odd_factored": {"tokens": 3, "width": 37, "pairs": 21, "slots": 19, "rank": 13, "positions": True, "lengths": [19, 5], "memory_dtype": FP32},
     "misaligned": {"tokens": 2, "slots": 18, "rank": 16, "positions": True, "misaligned": True},
     "half": {"tokens": 5, "slots": 18, "rank": 16, "positions": True, "dtype": FP16, "bias": True},
-    "half_formed_odd": {"tokens": 3, "width": 37, "pairs": 21, "slots": 18, "positions": True, "dtype": FP16},
+    "half_materialised_odd": {"tokens": 3, "width": 37, "pairs": 21, "slots": 18, "positions": True, "dtype": FP16},
     "across_many": {"tokens": 40, "width": 200, "pairs": 136, "value_contiguous": True, "gated": False},
-    "ring_wraps": {"tokens": 3, "width": 1024, "pairs": 264, "slots": 20, "rank": 24, "positions": True, "multiprocessors": 12},
+    "stages_wrap": {"tokens": 3, "width": 1024, "pairs": 264, "slots": 20, "rank": 24, "positions": True, "multiprocessors": 12},
     "images_wrap": {"tokens": 4, "width": 520, "pairs": 16, "slots": 330, "images": 2, "positions": True, "lengths": [330, 290], "index": [0, 1, 1, -1]},
     "images_without_positions": {"tokens": 10, "width": 264, "pairs": None, "slots": 37, "images": 1, "lengths": [36]},
     "tokens_64": {"tokens": 64, "width": 136, "pairs": 72, "slots": 18, "images": 5, "rank": 16, "positions": True},
@@ -115,7 +115,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def small(name: str, *, form: str = "auto") -> Case:
-    """The case of that name; made for a large chip's three multiprocessors where it does not say otherwise."""
+    """The case of that name; on three multiprocessors of a large chip where it does not say otherwise."""
     sizes = dict(SMALL[name])
     chip = {"multiprocessors": 3} | {n: sizes.pop(n) for n in ("multiprocessors", "shared_bytes") if n in sizes}
     return Case(make(**sizes), form=form, **chip)

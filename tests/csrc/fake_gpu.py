@@ -86,7 +86,7 @@ def forget() -> None:
     """Clears what the package remembers of the extension and the GPU."""
     decode._latest = None
     remembered = (decode._type_codes, decode._tensors, decode._chip)
-    known = (_LOAD, extension.device_limit, extension.steps_limit, extension._machine_limit, choose._missing_on_gpu)
+    known = (_LOAD, extension.device_limit, extension.hopper_limit, extension._machine_limit, choose._missing_on_gpu)
     for function in (*remembered, *known):
         function.cache_clear()
 

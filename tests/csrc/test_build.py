@@ -169,7 +169,7 @@ def test_ninja_compiles_what_changed(checkout: Path, make_nvcc: MakeNvcc) -> Non
         assert done.returncode == 0, done.stdout + done.stderr
         return log.read_text().splitlines()
 
-    hopper = {"csrc/hopper/ffn_steps.cu"}  # without 90a among the targets its kernels are left out
+    hopper = {"csrc/hopper/ffn_gemm.cu"}  # without 90a among the targets its kernels are left out
     sources = [*(checkout / "csrc").glob("*.cpp"), *(checkout / "csrc/decode").glob("*.cu"), *hopper]
     first = build()
     assert len(first) == len(sources) + 1  # and the link
@@ -191,7 +191,7 @@ def test_hopper_kernels_are_compiled_for_hopper_alone(archs: str, functions: Fun
     folder = ROOT / "build"
     rules = functions["ninja_rules"]("nvcc", (13, 0), archs.split(";"), sources, folder, folder / "_C.so")
     flags = dict(re.findall(r"compile \S+/csrc/(\S+)\n flags = (.*)", rules))
-    wanted = {"ffn_steps.cu", "kernels_bfloat16.cu", "kernels_float16.cu"} if "90a" in archs else {"ffn_steps.cu"}
+    wanted = {"ffn_gemm.cu", "kernels_bfloat16.cu", "kernels_float16.cu"} if "90a" in archs else {"ffn_gemm.cu"}
     of_hopper = {name: text for name, text in flags.items() if name.startswith("hopper/")}
     assert set(of_hopper) == {f"hopper/{name}" for name in wanted}
     for text in of_hopper.values():

@@ -16,8 +16,8 @@ from tests.csrc.fake_gpu import Machine, on_gpu, problem_of
 
 
 @pytest.fixture(autouse=True)
-def _on_the_host(host_extension: types.ModuleType, monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:
-    Machine(host_extension, multiprocessors=3).install(monkeypatch)
+def _on_the_host(emulated_extension: types.ModuleType, monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:
+    Machine(emulated_extension, multiprocessors=3).install(monkeypatch)
 
 
 def run(arguments: dict[str, Any]) -> Tensor:
@@ -48,7 +48,7 @@ def test_any_strides(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(LAYOUTS[layout], monkeypatch)
 
 
-@pytest.mark.parametrize("form", ["auto", "chained", "one launch"])
+@pytest.mark.parametrize("form", ["auto", "pdl", "cooperative"])
 def test_the_fast_path_with_every_argument(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = cases.memory(cases.ffn(torch.bfloat16, S=4, T=3, d=64, F=128, biased=True), R=3, M=16, r=8, wide=True)
     arguments |= {
@@ -76,18 +76,18 @@ def test_a_launch_past_the_limits_says_which() -> None:
         decode.forward(problem)
 
 
-def test_bindings_refuse_what_is_no_tensor(host_extension: types.ModuleType) -> None:
+def test_bindings_refuse_what_is_no_tensor(emulated_extension: types.ModuleType) -> None:
     fields = dict.fromkeys(
         ("type", "cu_seqlens", "visual_index", "visual_lengths", "tokens", "width", "pairs", "slots", "rank", "memories",
          "sequences", "length", "activation", "visual_activation", "form", "multiprocessors", "shared_bytes", "device"), 0
     )  # fmt: skip
     fields |= {"shared_memory": False, "visual_scale": 1.0}
-    absent = [None] * len(host_extension.tensor_names)
-    host_extension.FfnDecodeParams(tuple(absent), **fields)
+    absent = [None] * len(emulated_extension.tensor_names)
+    emulated_extension.FfnDecodeParams(tuple(absent), **fields)
     with pytest.raises(TypeError, match="tensors: wanted 13, got 12"):
-        host_extension.FfnDecodeParams(tuple(absent[1:]), **fields)
+        emulated_extension.FfnDecodeParams(tuple(absent[1:]), **fields)
     for wrong in ((1, 0), 17, (1, 0, 1, 1, 1, 1), torch.ones(2)):
         with pytest.raises(TypeError, match="key: wanted None or"):
-            host_extension.FfnDecodeParams((None, wrong, *absent[2:]), **fields)
+            emulated_extension.FfnDecodeParams((None, wrong, *absent[2:]), **fields)
     with pytest.raises(TypeError):
-        host_extension.FfnDecodeParams(tuple(absent), **dict(fields, tokens=2**31))
+        emulated_extension.FfnDecodeParams(tuple(absent), **dict(fields, tokens=2**31))

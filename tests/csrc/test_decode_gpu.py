@@ -43,7 +43,7 @@ def installed() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(params=["chained", "one launch"])
+@pytest.fixture(params=["pdl", "cooperative"])
 def phases(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each form that a step's phases may have, whichever this GPU would take."""
     with forced(request.param):
@@ -96,8 +96,8 @@ def test_every_case(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("phases")
 @pytest.mark.parametrize("form", ["none", "plain", "factored"])
-def test_the_ring_goes_round(form: str) -> None:
-    """Six and more steps of the ring on a large GPU, and the wider matrices of the fast road: for the sanitizer too."""
+def test_the_pipeline_wraps(form: str) -> None:
+    """Six and more stages on a large GPU, and the wider matrices of the fast path: for the sanitizer too."""
     check(decode_step(3, form=form, sizes=SIZES[-1]))
 
 
@@ -115,7 +115,7 @@ def test_value_runs_either_way(layout: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("form", ["none", "plain", "factored"])
 def test_grid(form: str, sizes: tuple[int, int, int, int], dtype: torch.dtype, phases: str) -> None:
-    for tokens in TOKENS if phases == "chained" else [n for n in TOKENS if n <= 16]:
+    for tokens in TOKENS if phases == "pdl" else [n for n in TOKENS if n <= 16]:
         arguments = decode_step(tokens, form=form, sizes=sizes, gated=tokens % 2 == 1, biased=tokens % 3 == 0)
         check({name: _as(value, dtype) for name, value in arguments.items()})
 
@@ -166,8 +166,8 @@ def test_in_a_cuda_graph(form: str) -> None:
 
 @pytest.mark.usefixtures("phases")
 @pytest.mark.parametrize("form", ["none", "plain", "factored"])
-def test_chained_steps_in_a_cuda_graph(form: str) -> None:
-    """Each step reads what the one before it wrote, and their workspaces may be one piece of memory."""
+def test_dependent_steps_in_a_cuda_graph(form: str) -> None:
+    """Each step reads what the one before it wrote, and their workspaces may be the same memory."""
     arguments = moved(decode_step(9, form=form, sizes=SIZES[-1]))
 
     def steps() -> Tensor:
@@ -277,7 +277,7 @@ def test_sanitizer(tool: str) -> None:
         "-x",
         str(Path(__file__)),
         "-k",
-        "(test_every_case and bf16) or goes_round",
+        "(test_every_case and bf16) or pipeline_wraps",
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -49,7 +49,7 @@ def test_imports_without_torch_and_driver(library: Path) -> None:
 def test_speaks_the_operators_language(built_extension: ModuleType) -> None:
     assert set(built_extension.activation_codes) == set(ACTIVATIONS)
     assert set(built_extension.type_codes) == {"bfloat16", "float16", "float32"}
-    assert set(built_extension.step_codes) == {"hidden", "output", "dhidden"}
+    assert set(built_extension.gemm_codes) == {"hidden", "output", "dhidden"}
     fields = {field.name for field in dataclasses.fields(Problem)}
     assert set(built_extension.tensor_names) == fields - {
         "seed", "segments", "activation", "visual_activation", "visual_scale", "dropout_p", "key_operand", "value_operand",
@@ -73,7 +73,7 @@ def test_a_launch_without_a_gpu_says_so(extension: ModuleType, monkeypatch: pyte
 
 
 def product(x: torch.Tensor, y: torch.Tensor, **changes: Any) -> dict[str, Any]:
-    """Arguments of `step` for x · x, into y."""
+    """Arguments of `gemm` for x · x, into y."""
     matrix = (x.data_ptr(), x.stride(0))
     arguments = {
         "kind": 1,
@@ -88,20 +88,20 @@ def product(x: torch.Tensor, y: torch.Tensor, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_step_without_a_gpu_says_so(built_extension: ModuleType) -> None:
+def test_a_gemm_without_a_gpu_says_so(built_extension: ModuleType) -> None:
     x = torch.zeros(64, 64, dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match=r"^ffn_step: .*(driver|device)"):
-        built_extension.step(**product(x, torch.empty_like(x)))
+    with pytest.raises(RuntimeError, match=r"^ffn_gemm: .*(driver|device)"):
+        built_extension.gemm(**product(x, torch.empty_like(x)))
 
 
-def test_a_step_says_what_it_can_not_take(host_extension: ModuleType) -> None:
+def test_a_gemm_says_what_it_can_not_take(emulated_extension: ModuleType) -> None:
     x = torch.zeros(64, 64, dtype=torch.bfloat16)
     y = torch.full_like(x, float("nan"))
-    host_extension.step(**product(x, y))
+    emulated_extension.gemm(**product(x, y))
     assert torch.equal(x, y)
-    with pytest.raises(RuntimeError, match=r"^ffn_step: .*multiple of 8"):
-        host_extension.step(**product(x, y, columns=63))
+    with pytest.raises(RuntimeError, match=r"^ffn_gemm: .*multiple of 8"):
+        emulated_extension.gemm(**product(x, y, columns=63))
     with pytest.raises(TypeError, match="three at most"):
-        host_extension.step(**product(x, y, products=((None, None, 64, True),) * 4))
+        emulated_extension.gemm(**product(x, y, products=((None, None, 64, True),) * 4))
     with pytest.raises(TypeError, match="left, right, depth, across"):
-        host_extension.step(**product(x, y, products=((None, None, 64),)))
+        emulated_extension.gemm(**product(x, y, products=((None, None, 64),)))

@@ -15,7 +15,7 @@ from memvp_kernels import dispatch, fused_ffn
 from memvp_kernels.backends.cuda import decode, extension, gemm
 from memvp_kernels.problem import Segments
 from tests import cases, tolerance
-from tests.csrc.conftest import build_host_extension
+from tests.csrc.conftest import build_emulated_extension
 from tests.csrc.fake_gpu import Machine, forget, on_gpu, problem_of
 from tests.triton.conftest import INTERPRETED, poisoned
 
@@ -31,14 +31,14 @@ run = functools.partial(fused_ffn, backend="cuda")
 @pytest.fixture(autouse=True)
 def launched(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
     """A machine with an H100, as far as the package can tell, whose kernels are the emulated ones: how often each kind ran."""
-    built = build_host_extension()
-    names = {code: name for name, code in built.step_codes.items()}
+    built = build_emulated_extension()
+    names = {code: name for name, code in built.gemm_codes.items()}
     found: collections.Counter[str] = collections.Counter()
 
     def step(**arguments: Any) -> None:
         assert arguments["stream"] == 77
         found[names[arguments["kind"]]] += 1
-        built.step(**arguments)
+        built.gemm(**arguments)
 
     shown = types.SimpleNamespace(**{**vars(built), "step": step})
     monkeypatch.setattr(extension, "load", lambda: shown)

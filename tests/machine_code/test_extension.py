@@ -52,10 +52,10 @@ def each(code: Code, pattern: str = "") -> list[tuple[str, Kernel]]:
 
 
 # Of the mangled names: hidden_kernel<T, kTokenTiles>, values_kernel<T, kTokenTiles, kAcross>, finish_kernel<T, kBy16>,
-# step_kernel<T, kTokenTiles>.
+# cooperative_kernel<T, kTokenTiles>.
 BFLOAT16, FLOAT16 = "8BFloat16", "7Float16"
-#: ffn_step_kernel<T, StepKind, kGated>.
-STEP, HIDDEN, OUTPUT, DHIDDEN = "ffn_step_kernel", "StepKindE0", "StepKindE1", "StepKindE2"
+#: ffn_gemm_kernel<T, GemmKind, kGated>.
+STEP, HIDDEN, OUTPUT, DHIDDEN = "ffn_gemm_kernel", "GemmKindE0", "GemmKindE1", "GemmKindE2"
 RING = r"(hidden|values)_kernelI\w+Li[1-9]E"
 SLOW = r"(hidden_kernelI\w+Li0EE|values_kernelI\w+Li0ELb0E|finish_kernelI\w+Lb0E)"
 
@@ -70,7 +70,7 @@ def test_every_architecture_has_every_kernel(library: Path, code: Code, tmp_path
     names = [set(kernels) for kernels in code.values()]
     assert all(found == names[0] for found in names)
     assert sass.ptx_kernels(library, tmp_path) == names[0]
-    for kernel in ("hidden_kernel", "values_kernel", "finish_kernel", "step_kernel"):
+    for kernel in ("hidden_kernel", "values_kernel", "finish_kernel", "cooperative_kernel"):
         for number in (BFLOAT16, FLOAT16):
             assert any(kernel in name and number in name for name in names[0]), (kernel, number)
 
@@ -97,7 +97,7 @@ def test_two_blocks_fit_a_multiprocessor(code: Code) -> None:
 
 
 def test_weights_are_read_16_bytes_at_a_time(code: Code) -> None:
-    for what, kernel in each(code, f"{RING}|step_kernel"):
+    for what, kernel in each(code, f"{RING}|cooperative_kernel"):
         assert kernel.count("LDGSTS", "128") > 0, f"{what}: no asynchronous 16-byte copy"
         assert kernel.count("LDGSTS") == kernel.count("LDGSTS", "128"), f"{what}: narrower asynchronous copies"
     for architecture, kernels in code.items():
@@ -107,9 +107,11 @@ def test_weights_are_read_16_bytes_at_a_time(code: Code) -> None:
 
 
 def test_shared_memory_is_read_by_matrices(code: Code) -> None:
-    for what, kernel in each(code, f"{RING}|step_kernel"):
+    for what, kernel in each(code, f"{RING}|cooperative_kernel"):
         assert kernel.count("LDSM") > 0, f"{what}: no ldmatrix"
-    for what, kernel in each(code, r"(values|step)_kernelI\w+Li[1-9]E"):  # an image's rows run across, value's may
+    for what, kernel in each(
+        code, r"(values|cooperative)_kernelI\w+Li[1-9]E"
+    ):  # an image's rows run across, value's may
         assert kernel.count("LDSM", "MT88") > 0, f"{what}: no ldmatrix.trans"
 
 
@@ -126,7 +128,7 @@ def test_launches_are_chained_where_the_chip_can(code: Code) -> None:
 
 def test_one_launch_meets_by_atomics_and_fences(code: Code) -> None:
     """A barrier of all blocks: each adds itself to a counter, behind a fence, and reads it until all have."""
-    for what, kernel in each(code, "step_kernel"):
+    for what, kernel in each(code, "cooperative_kernel"):
         assert kernel.count("ACQBULK") == 0, f"{what} waits for a launch of the step, and there is none"
         assert kernel.count("ATOMG") + kernel.count("ATOM") > 0, f"{what}: no atomic"
         assert kernel.count("MEMBAR") >= 2, f"{what}: no fence"
@@ -134,7 +136,7 @@ def test_one_launch_meets_by_atomics_and_fences(code: Code) -> None:
 
 @pytest.mark.parametrize(("number", "suffix"), [(BFLOAT16, {"BF16"}), (FLOAT16, set())], ids=["bf16", "fp16"])
 def test_products_run_on_tensor_cores(code: Code, number: str, suffix: set[str]) -> None:
-    for what, kernel in each(code, rf"(hidden|values|step)_kernelI\w*{number}"):
+    for what, kernel in each(code, rf"(hidden|values|cooperative)_kernelI\w*{number}"):
         products = [opcode.split(".") for opcode in kernel.opcodes if opcode.startswith("HMMA")]
         assert products, f"{what}: no tensor-core instruction"
         for _, *modifiers in products:

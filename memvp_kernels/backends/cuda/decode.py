@@ -34,10 +34,10 @@ _form = "auto"
 
 @contextlib.contextmanager
 def forced(form: str) -> Iterator[None]:
-    """Within it the phases of a step pdl_wait one another in this form, for tests and benchmarks that compare them.
+    """Within it the phases of a step follow one another in this form, for tests and benchmarks that compare them.
 
     Args:
-        form: "pdl_options", "one launch" (of up to 16 tokens, where the shapes allow it) or "auto", which goes by the chip: DecodeForm
+        form: "pdl", "cooperative" (of up to 16 tokens, where the shapes allow it) or "auto", which goes by the chip: DecodeForm
             in csrc/decode/ffn_decode.h.
     """
     global _form, _latest

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Status", "device_limit", "load", "runs_on", "status", "steps_limit", "steps_status"]
+__all__ = ["Status", "device_limit", "hopper_limit", "hopper_status", "load", "runs_on", "status"]
 
 _NAME = "memvp_kernels._C"
 #: The one architecture whose instructions the kernels of csrc/hopper are made of, and the chip that has them.
@@ -84,8 +84,8 @@ def device_limit(index: int) -> str | None:
 
 
 @functools.cache
-def steps_limit(index: int) -> str | None:
-    """Why GPU `index` cannot run the extension's kernels of the large steps, which are Hopper's alone; None: it can."""
+def hopper_limit(index: int) -> str | None:
+    """Why GPU `index` cannot run the extension's Hopper kernels, which are Hopper's alone; None: it can."""
     limit = device_limit(index)
     if limit is not None:
         return limit
@@ -121,6 +121,6 @@ def status() -> Status:
     return Status(reason is None, reason or "", build)
 
 
-def steps_status() -> str | None:
-    """Why this machine cannot run the kernels of the large steps; None: it can."""
-    return _machine_limit() or steps_limit(torch.cuda.current_device())
+def hopper_status() -> str | None:
+    """Why this machine cannot run the Hopper kernels; None: it can."""
+    return _machine_limit() or hopper_limit(torch.cuda.current_device())

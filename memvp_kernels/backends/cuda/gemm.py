@@ -44,7 +44,7 @@ def unsupported(problem: Problem) -> str | None:
     x = problem.x
     if x.device.type != "cuda":
         return f"x is on {x.device}, and the extension's kernels need an NVIDIA GPU"
-    limit = extension.steps_limit(x.get_device())
+    limit = extension.hopper_limit(x.get_device())
     if limit is not None:
         return limit
     if x.dtype not in _TYPES:
@@ -263,12 +263,12 @@ def _address(tensor: Tensor | None) -> int:
 def _launch(
     kind: str, x: Tensor, columns: int, products: list[_Product], *, activation: str = "silu", **options: Any
 ) -> None:
-    """One launch on x's device and its current stream; options: the rest of `_C.step`'s arguments."""
+    """One launch on x's device and its current stream; options: the rest of `_C.gemm`'s arguments."""
     built = extension.load()
     assert built is not None, "dispatch asked unsupported() first"
     device = x.device
-    built.step(
-        kind=built.step_codes[kind], type=built.type_codes[str(x.dtype).removeprefix("torch.")],
+    built.gemm(
+        kind=built.gemm_codes[kind], type=built.type_codes[str(x.dtype).removeprefix("torch.")],
         activation=built.activation_codes[activation], rows=x.shape[0], columns=columns,
         products=tuple((_matrix(p.left), _matrix(p.right), p.left.shape[1], p.across) for p in products),
         multiprocessors=launch.chip(device).multiprocessors, device=x.get_device(),

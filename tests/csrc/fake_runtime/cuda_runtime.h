@@ -1,5 +1,5 @@
-// As much of the CUDA runtime as the launchers in csrc call, on a machine that the test makes up: what a kernel
-// was compiled for, which devices have a context, and a record of what was set and launched.
+// As much of the CUDA runtime as the launchers in csrc call, on a machine that the test makes up, and a record of what
+// was set and launched.
 #pragma once
 #include <cstddef>
 #include <map>
@@ -29,7 +29,7 @@ enum cudaFuncAttribute {
   cudaFuncAttributePreferredSharedMemoryCarveout = 9
 };
 constexpr int cudaSharedmemCarveoutMaxShared = 100;
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeCooperative = 2,
   cudaLaunchAttributeClusterDimension = 4,
@@ -59,14 +59,15 @@ namespace fake {
 struct Launch {
   const void* kernel;
   int device;
-  size_t shared_bytes, allowed_bytes;
-  bool early, cooperative;
+  size_t shared_bytes;
+  bool pdl, cooperative;
   unsigned blocks, cluster;
 };
 
 struct Machine {
   std::mutex mutex;
   int ptx_version = 90, binary_version = 90;  // of every kernel
+  int capability = 9, driver = 13000;         // major
   int shared_bytes = 99 << 10;                // that a block may have
   unsigned resident = 132;                    // blocks at a time
   cudaError_t last_error = cudaSuccess;       // until it is asked for
@@ -100,8 +101,12 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function
   *function = reinterpret_cast<void*>(&fake::context_state);
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = fake::machine.shared_bytes;
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = fake::machine.driver;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? fake::machine.capability : fake::machine.shared_bytes;
   return cudaSuccess;
 }
 template <class Kernel>
@@ -130,16 +135,17 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, 
       if (config->attrs[i].id == id) return static_cast<unsigned>(read(config->attrs[i].val));
     return otherwise;
   };
-  const bool early = value(
+  const bool pdl = value(
       cudaLaunchAttributeProgrammaticStreamSerialization,
       [](const auto& v) { return v.programmaticStreamSerializationAllowed; }, 0);
   const bool cooperative = value(cudaLaunchAttributeCooperative, [](const auto& v) { return v.cooperative; }, 0);
   const unsigned cluster = value(cudaLaunchAttributeClusterDimension, [](const auto& v) { return v.clusterDim.x; }, 1);
   if (cooperative && config->gridDim.x > fake::machine.resident)
     return fake::machine.last_error = cudaErrorCooperativeLaunchTooLarge;
+  if (config->dynamicSmemBytes > allowed) return cudaErrorInvalidValue;
   fake::machine.launches.push_back(
-      {key, fake::current_device, config->dynamicSmemBytes, allowed, early, cooperative, config->gridDim.x, cluster});
-  return config->dynamicSmemBytes <= allowed ? cudaSuccess : cudaErrorInvalidValue;
+      {key, fake::current_device, config->dynamicSmemBytes, pdl, cooperative, config->gridDim.x, cluster});
+  return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() {
   return std::exchange(fake::machine.last_error, cudaSuccess);
