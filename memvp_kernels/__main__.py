@@ -49,7 +49,7 @@ def rows() -> list[tuple[str, str]]:
     facts += [(p, _version(p)) for p in _PACKAGES]
     facts += [("CUDA of torch", torch.version.cuda or "none"), *_gpus()]
     facts.append(
-        ("extension", f"built with CUDA {build['cuda']} for {build['archs']}" if build else f"not built: {reason}")
+        ("extension", f"built with CUDA {build['cuda']} for {build['archs']}" if build else f"not here: {reason}")
     )
     for name, missing in choose.available().items():
         facts.append((f"backend {name}", "ready" if missing is None else f"not here: {missing}"))

@@ -71,8 +71,9 @@ class Machine:
                 multi_processor_count=self.multiprocessors, shared_memory_per_multiprocessor=self.shared_bytes
             )
 
-        for module in (decode, extension):
-            monkeypatch.setattr(module, "load", lambda: self.extension)
+        monkeypatch.setattr(
+            extension, "_import", lambda: (self.extension, "" if self.extension else extension._NOT_BUILT)
+        )
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -86,12 +87,12 @@ def forget() -> None:
     """Clears what the package remembers of the extension and the GPU."""
     decode._latest = None
     remembered = (decode._type_codes, decode._tensors, decode._chip)
-    known = (_LOAD, extension.device_limit, extension.hopper_limit, extension._machine_limit, choose._missing_on_gpu)
+    known = (_IMPORT, extension.device_limit, extension.hopper_limit, extension._machine_limit, choose._missing_on_gpu)
     for function in (*remembered, *known):
         function.cache_clear()
 
 
-_LOAD = extension.load  # itself, whatever a test puts in its place
+_IMPORT = extension._import  # itself, whatever a test puts in its place
 
 
 def problem_of(

@@ -17,7 +17,7 @@ from tests.csrc.conftest import ROOT, run_setup
 # Answers --version, and "compiles" by writing the output and an empty depfile; each call is one line of $0.log.
 FAKE_NVCC = """#!/bin/sh
 if [ "$1" = --version ]; then echo "Cuda compilation tools, release {release}, V{release}.1"; exit 0; fi
-echo "$@" >> "$0.log"
+echo "$@ $NVCC_APPEND_FLAGS" >> "$0.log"
 while [ $# -gt 0 ]; do
   case "$1" in
     -o) out="$2"; shift;;
@@ -53,7 +53,7 @@ def make_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeNvcc:
 @pytest.fixture
 def functions(monkeypatch: pytest.MonkeyPatch) -> Functions:
     """setup.py's functions, without the call to setup()."""
-    for name in ("MEMVP_CUDA", "MEMVP_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH"):
+    for name in ("MEMVP_CUDA", "MEMVP_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH", "MAX_JOBS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     return runpy.run_path(str(ROOT / "setup.py"))
@@ -118,6 +118,62 @@ def test_without_a_usable_nvcc(
         functions["extensions"]()
 
 
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("#!/bin/sh\necho 'cicc: cannot execute' >&2\nexit 1\n", "nvcc does not run: cicc: cannot execute"),
+        ("#!/nowhere/sh\n", "nvcc does not run: No such file or directory"),
+        ("#!/bin/sh\necho hello\n", "nvcc --version does not say which release it is"),
+    ],
+)
+def test_an_nvcc_that_can_not_run(
+    functions: Functions, make_nvcc: MakeNvcc, monkeypatch: pytest.MonkeyPatch, script: str, says: str
+) -> None:
+    make_nvcc("12.8").write_text(script)
+    monkeypatch.setenv("MEMVP_CUDA", "require")
+    with pytest.raises(SystemExit, match=f"^MEMVP_CUDA=require: .*{says}$"):
+        functions["extensions"]()
+
+
+def test_a_wrong_cuda_home(
+    functions: Functions, make_nvcc: MakeNvcc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(make_nvcc("12.8").parent), prepend=":")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "gone"))
+    monkeypatch.setenv("MEMVP_CUDA", "require")
+    with pytest.raises(
+        SystemExit, match=r"CUDA_HOME is \S+gone, and there is no \S+gone/bin/nvcc; correct or unset it"
+    ):
+        functions["extensions"]()
+
+
+@pytest.mark.parametrize("mode", ["0", "auto"])
+def test_a_library_of_an_earlier_build_is_named(
+    mode: str, checkout: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (checkout / "memvp_kernels/_C.cpython-311-x86_64-linux-gnu.so").write_text("stale")
+    done = run_setup("--version", folder=checkout, MEMVP_CUDA=mode, CUDA_HOME=str(tmp_path / "gone"))
+    assert done.returncode == 0, done.stderr
+    assert "_C.cpython-311-x86_64-linux-gnu.so is of an earlier build" in done.stderr
+    assert "delete it" in done.stderr
+
+
+def test_an_old_setuptools(functions: Functions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setuptools, "__version__", "68.2.2")
+    with pytest.raises(SystemExit, match=r"setuptools 77 or newer is needed, and this is 68\.2\.2: .*isolation"):
+        functions["check_setuptools"]()
+
+
+def test_max_jobs(checkout: Path, make_nvcc: MakeNvcc, functions: Functions, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Path(f"{make_nvcc('12.8')}.log")
+    done = run_setup("build_ext", "--build-lib", "lib", folder=checkout, MAX_JOBS="1", MEMVP_CUDA_ARCHS="80")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all("--threads=1" in line for line in log.read_text().splitlines())
+    monkeypatch.setenv("MAX_JOBS", "many")
+    with pytest.raises(SystemExit, match=r"MAX_JOBS: wanted a positive number of processes, got 'many'"):
+        functions["max_jobs"]()
+
+
 def test_unknown_mode(functions: Functions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMVP_CUDA", "1")
     with pytest.raises(SystemExit, match=r"MEMVP_CUDA: wanted auto, 0 or require, got '1'"):
@@ -128,8 +184,8 @@ def test_unknown_mode(functions: Functions, monkeypatch: pytest.MonkeyPatch) -> 
     ("asked", "version", "archs"),
     [
         ("", (12, 0), ["80", "90a", "90+PTX"]),
-        ("", (12, 8), ["80", "90a", "100a", "90+PTX"]),
-        ("", (13, 0), ["80", "90a", "100a", "90+PTX"]),
+        ("", (12, 8), ["80", "90a", "100a", "120", "90+PTX"]),
+        ("", (13, 0), ["80", "90a", "100a", "120", "90+PTX"]),
         ("90a", (12, 0), ["90a"]),
         ("80, 86;120f;", (13, 0), ["80", "86", "120f"]),
     ],
@@ -145,6 +201,13 @@ def test_target_archs(
 def test_unknown_archs(functions: Functions, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
     monkeypatch.setenv("MEMVP_CUDA_ARCHS", asked)
     with pytest.raises(SystemExit, match="MEMVP_CUDA_ARCHS: wanted targets such as 80;90a;90\\+PTX, got"):
+        functions["target_archs"]((13, 0))
+
+
+@pytest.mark.parametrize("asked", ["75", "70+PTX"])
+def test_archs_that_are_too_old(functions: Functions, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    monkeypatch.setenv("MEMVP_CUDA_ARCHS", f"80;{asked}")
+    with pytest.raises(SystemExit, match=f"MEMVP_CUDA_ARCHS: wanted targets of 80 or newer, got '{re.escape(asked)}'"):
         functions["target_archs"]((13, 0))
 
 

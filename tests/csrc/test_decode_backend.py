@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from memvp_kernels import dispatch
+from memvp_kernels import __main__, dispatch, fused_ffn
 from memvp_kernels.backends import cuda
 from memvp_kernels.backends.cuda import decode, extension
 from memvp_kernels.problem import Problem
@@ -61,6 +61,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> Machine:
         type_codes={"bfloat16": 0, "float16": 1, "float32": 2},
         activation_codes={"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3},
         form_codes={"auto": 0, "pdl": 1, "cooperative": 2},
+        gemm_codes={"hidden": 0, "output": 1, "dhidden": 2},
+        gemm=None,
         FfnDecodeParams=Params,
     )
     monkeypatch.setattr(Params, "made", [])
@@ -304,9 +306,12 @@ def test_runs_on(archs: str, capability: tuple[int, int], runs: bool) -> None:
 
 
 def fails_with(error: Exception) -> Any:
-    def import_module(name: str) -> None:
-        assert name == "memvp_kernels._C"
-        raise error
+    real = importlib.import_module
+
+    def import_module(name: str) -> Any:
+        if name == "memvp_kernels._C":
+            raise error
+        return real(name)
 
     return import_module
 
@@ -316,13 +321,38 @@ def test_a_missing_extension_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = ModuleNotFoundError("No module named 'memvp_kernels._C'", name="memvp_kernels._C")
     monkeypatch.setattr(importlib, "import_module", fails_with(missing))
     assert extension.load() is None
+    assert "was not built" in extension.status().reason
 
 
 @pytest.mark.usefixtures("forgetful")
 @pytest.mark.parametrize(
-    "error", [ImportError("undefined symbol: launch"), ModuleNotFoundError("No module named 'other'", name="other")]
+    "error",
+    [
+        ImportError("undefined symbol: launch"),
+        ModuleNotFoundError("No module named 'other'", name="other"),
+        SystemError("initialization of _C raised unreported exception"),
+    ],
+    ids=lambda error: type(error).__name__,
 )
-def test_a_broken_extension_is_not_hidden(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_a_broken_extension_is_a_missing_part_that_says_why(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(importlib, "import_module", fails_with(error))
-    with pytest.raises(ImportError, match=str(error)):
-        extension.load()
+    assert extension.load() is None
+    available, reason, build = extension.status()
+    assert (available, build) == (False, {})
+    assert f"the CUDA extension does not load ({type(error).__name__}: {error}); install memvp_kernels again" in reason
+    assert dispatch.available()["cuda"] == reason
+    x, weight = torch.ones(1, 2, 8), torch.ones(4, 8)
+    assert fused_ffn(x, weight, weight).shape == x.shape
+    with pytest.raises(RuntimeError, match=r"backend: wanted 'cuda', but .*"):
+        fused_ffn(x, weight, weight, backend="cuda")
+    assert ("extension", f"not here: {reason}") in __main__.rows()
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_an_extension_of_another_version_is_a_missing_part(gpu: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    old = types.ModuleType("memvp_kernels._C")
+    vars(old).update({name: value for name, value in vars(gpu.extension).items() if name != "gemm"})
+    monkeypatch.setattr(importlib, "import_module", lambda _: old)
+    assert extension.load() is None
+    assert "of another version of memvp_kernels (it has no gemm)" in extension.status().reason

@@ -12,6 +12,10 @@ import torch
 __all__ = ["Status", "device_limit", "hopper_limit", "hopper_status", "load", "runs_on", "status"]
 
 _NAME = "memvp_kernels._C"
+#: What the backend reads of the extension. A library left from an earlier build may lack some of it.
+_INTERFACE = (
+    "cuda", "archs", "max_tokens", "tensor_names", "type_codes", "activation_codes", "form_codes", "gemm_codes", "FfnDecodeParams", "gemm",
+)  # fmt: skip
 #: The one architecture whose instructions the kernels of csrc/hopper are made of, and the chip that has them.
 _HOPPER, _HOPPER_CAPABILITY = "90a", (9, 0)
 _NOT_BUILT = (
@@ -35,14 +39,24 @@ class Status(NamedTuple):
 
 
 @functools.cache
-def load() -> ModuleType | None:
-    """The extension, or None where it was not built. One that is there and fails to import raises its own error."""
+def _import() -> tuple[ModuleType | None, str]:
+    """(the extension, "") or (None, why there is none that works)."""
+    again = "install memvp_kernels again, with MEMVP_CUDA=require to see what fails"
     try:
-        return importlib.import_module(_NAME)
-    except ModuleNotFoundError as error:
-        if error.name != _NAME:
-            raise
-        return None
+        module = importlib.import_module(_NAME)
+    except Exception as error:  # a library that does not load may raise anything: then it is a missing part
+        if isinstance(error, ModuleNotFoundError) and error.name == _NAME:
+            return None, _NOT_BUILT
+        return None, f"the CUDA extension does not load ({type(error).__name__}: {error}); {again}"
+    lacking = [name for name in _INTERFACE if not hasattr(module, name)]
+    if lacking:
+        return None, f"the CUDA extension is of another version of memvp_kernels (it has no {lacking[0]}); {again}"
+    return module, ""
+
+
+def load() -> ModuleType | None:
+    """The extension, or None where it was not built, does not load or is of another version."""
+    return _import()[0]
 
 
 def runs_on(archs: str, capability: tuple[int, int]) -> bool:
@@ -67,9 +81,9 @@ def _target_runs(arch: str, capability: tuple[int, int]) -> bool:
 @functools.cache
 def device_limit(index: int) -> str | None:
     """Why GPU `index` cannot run the extension; None: it can."""
-    extension = load()
+    extension, missing = _import()
     if extension is None:
-        return _NOT_BUILT
+        return missing
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
         return (
@@ -104,8 +118,9 @@ def hopper_limit(index: int) -> str | None:
 @functools.cache
 def _machine_limit() -> str | None:
     """Why no GPU of this machine can run the extension."""
-    if load() is None:
-        return _NOT_BUILT
+    extension, missing = _import()
+    if extension is None:
+        return missing
     if torch.version.cuda is None:
         return f"this PyTorch ({torch.__version__}) was built without CUDA"
     if not torch.cuda.is_available():
