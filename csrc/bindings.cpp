@@ -2,8 +2,10 @@
 // needed and one build serves every torch. The caller keeps every tensor alive until launch() has returned.
 #include <pybind11/pybind11.h>
 
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "decode/ffn_decode.h"
 #include "hopper/ffn_gemm.h"
@@ -170,41 +172,10 @@ py::tuple tensor_names() {
 }
 
 template <class Enum>
-int32_t code(Enum value) {
-  return static_cast<int32_t>(value);
-}
-
-py::dict type_codes() {
-  py::dict codes;
-  codes["bfloat16"] = code(DType::kBFloat16);
-  codes["float16"] = code(DType::kFloat16);
-  codes["float32"] = code(DType::kFloat32);
-  return codes;
-}
-
-py::dict activation_codes() {
-  py::dict codes;
-  codes["relu"] = code(Activation::kRelu);
-  codes["gelu"] = code(Activation::kGelu);
-  codes["gelu_tanh"] = code(Activation::kGeluTanh);
-  codes["silu"] = code(Activation::kSilu);
-  return codes;
-}
-
-py::dict form_codes() {
-  py::dict codes;
-  codes["auto"] = code(DecodeForm::kAuto);
-  codes["pdl"] = code(DecodeForm::kPdl);
-  codes["cooperative"] = code(DecodeForm::kCooperative);
-  return codes;
-}
-
-py::dict gemm_codes() {
-  py::dict codes;
-  codes["hidden"] = code(GemmKind::kHidden);
-  codes["output"] = code(GemmKind::kOutput);
-  codes["dhidden"] = code(GemmKind::kDHidden);
-  return codes;
+py::dict codes(std::initializer_list<std::pair<const char*, Enum>> values) {
+  py::dict found;
+  for (const auto& [name, value] : values) found[name] = static_cast<int32_t>(value);
+  return found;
 }
 
 }  // namespace
@@ -214,10 +185,16 @@ PYBIND11_MODULE(_C, module) {
   module.attr("archs") = MEMVP_CUDA_ARCHS;
   module.attr("max_tokens") = memvp::kDecodeMaxTokens;
   module.attr("tensor_names") = tensor_names();
-  module.attr("type_codes") = type_codes();
-  module.attr("activation_codes") = activation_codes();
-  module.attr("form_codes") = form_codes();
-  module.attr("gemm_codes") = gemm_codes();
+  module.attr("type_codes") =
+      codes<DType>({{"bfloat16", DType::kBFloat16}, {"float16", DType::kFloat16}, {"float32", DType::kFloat32}});
+  module.attr("activation_codes") = codes<Activation>({{"relu", Activation::kRelu},
+                                                       {"gelu", Activation::kGelu},
+                                                       {"gelu_tanh", Activation::kGeluTanh},
+                                                       {"silu", Activation::kSilu}});
+  module.attr("form_codes") = codes<DecodeForm>(
+      {{"auto", DecodeForm::kAuto}, {"pdl", DecodeForm::kPdl}, {"cooperative", DecodeForm::kCooperative}});
+  module.attr("gemm_codes") =
+      codes<GemmKind>({{"hidden", GemmKind::kHidden}, {"output", GemmKind::kOutput}, {"dhidden", GemmKind::kDHidden}});
 
   py::class_<FfnDecodeParams>(module, "FfnDecodeParams", py::module_local())
       .def(py::init(&make_params), py::arg("tensors"), py::kw_only(), py::arg("type"), py::arg("cu_seqlens"),

@@ -60,15 +60,7 @@ inline void sync_cluster(MEMVP_SITE) {
   Block& first = block_of_cluster(0, me.site);
   for (unsigned i = 0; i < size; ++i)
     if (block_of_cluster(i, me.site).done > 0) fail(name_of(me.site) + ": after a thread of the cluster returned");
-  release(&first.cluster_object);
-  first.at_cluster.push_back(&me);
-  if (first.at_cluster.size() == size * me.block->threads.size()) {
-    wake_all(first.at_cluster);
-    sleep(State::kReady);
-  } else {
-    sleep(State::kBarrier);
-  }
-  acquire(&first.cluster_object);
+  meet(first.cluster, size * me.block->threads.size(), State::kBarrier);
 }
 
 }  // namespace memvp

@@ -166,21 +166,10 @@ inline void sync_grid(MEMVP_SITE) {
   Thread& me = this_thread();
   Quiet quiet(me.fiber);
   const Launch& launch = run().launches[me.block->launch];
-  Progress& progress = run().progress[me.block->launch];
   if (!launch.cooperative)
     fail("sync_grid in a launch that is not cooperative: its blocks need not be resident together");
   me.site = MEMVP_HERE("sync_grid");
-  void* object = &progress.meeting_object[progress.meetings % 2];
-  release(object);
-  progress.met.push_back(&me);
-  if (progress.met.size() == static_cast<size_t>(launch.blocks) * launch.threads) {
-    progress.meetings++;
-    wake_all(progress.met);
-    sleep(State::kReady);
-  } else {
-    sleep(State::kGrid);
-  }
-  acquire(object);
+  meet(run().progress[me.block->launch].grid, static_cast<size_t>(launch.blocks) * launch.threads, State::kGrid);
 }
 
 }  // namespace memvp

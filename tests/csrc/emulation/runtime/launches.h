@@ -72,7 +72,7 @@ inline void thread_body() {
     r.error = name_of(me) + " returned with copies not waited for";
   } else if (r.launches[block.launch].pdl && !me.waited_for_grid) {
     r.error = name_of(me) + " returned without pdl_wait";
-  } else if (!block.at_barrier.empty()) {
+  } else if (!block.barrier.arrived.empty()) {
     r.error = name_of(me) + " returned while others of its block wait in __syncthreads" + state_table();
   } else {
     for (const auto& unit : block.units)

@@ -120,26 +120,31 @@ struct Landing {
   std::function<void()> land;
 };
 
+// Where a known number of threads meet, again and again.
+struct Rendezvous {
+  std::vector<Thread*> arrived;
+  unsigned meetings = 0;
+  char objects[2];  // for the thread sanitizer: of this meeting and the next
+};
+
 struct Block {
   Index3 index;
-  unsigned launch = 0, done = 0, barriers = 0;
+  unsigned launch = 0, done = 0;
   bool let_next_begin = false;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
-  std::vector<Thread*> at_barrier;
-  std::vector<Thread*> at_cluster;  // of a cluster's first block: threads of all of them
-  std::map<size_t, Carve> shared;   // by offset; each an allocation of its own
+  Rendezvous barrier, cluster;     // of its threads; of a cluster's first block: of the threads of all
+  std::map<size_t, Carve> shared;  // by offset; each an allocation of its own
   std::unique_ptr<BlockUnit> units[kUnits];
-  char barrier_object[2];  // for the thread sanitizer: this barrier and the next
-  char cluster_object;     // likewise
-  char end_object;         // likewise: its threads' ends, which the reuse of their stacks comes after
+  char end_object;  // for the thread sanitizer: its threads' ends, which the reuse of their stacks comes after
 };
 
 struct Progress {  // of one launch
   std::vector<unsigned> order;
-  unsigned begun = 0, let = 0, done = 0, meetings = 0;
-  std::vector<Thread*> waiting, met;   // threads of the next launch; of this one, where all its blocks meet
-  char object = 0, meeting_object[2];  // for the thread sanitizer, as a block's
+  unsigned begun = 0, let = 0, done = 0;
+  std::vector<Thread*> waiting;  // threads of the next launch
+  Rendezvous grid;               // of all threads, where it is cooperative
+  char object = 0;               // for the thread sanitizer
 };
 
 struct Run {
@@ -311,6 +316,20 @@ inline void sleep_for(const void* what, const Site& site) {
   me.waits_for = what;
   sleep(State::kEvent);
   me.waits_for = nullptr;
+}
+
+// Until `all` threads are there.
+inline void meet(Rendezvous& where, size_t all, State state) {
+  void* object = &where.objects[where.meetings % 2];
+  release(object);
+  where.arrived.push_back(&this_thread());
+  if (where.arrived.size() == all) {
+    where.meetings++;
+    wake_all(where.arrived);
+    state = State::kReady;
+  }
+  sleep(state);
+  acquire(object);
 }
 
 // Called by primitives: under Order::kRandom something may land, and the thread may give way.

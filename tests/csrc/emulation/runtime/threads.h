@@ -18,21 +18,12 @@ inline void sync_block(const Site& site) {
   Block& block = *me.block;
   if (block.done > 0)
     fail(name_of(site) + text(" after %u thread(s) of the block returned", block.done) + state_table());
-  if (!block.at_barrier.empty() && !(block.at_barrier[0]->site == site))
+  const auto& waiting = block.barrier.arrived;
+  if (!waiting.empty() && !(waiting[0]->site == site))
     fail("divergent __syncthreads: " + name_of(me) + " in " + name_of(site) + " while others wait in " +
-         name_of(block.at_barrier[0]->site) + state_table());
+         name_of(waiting[0]->site) + state_table());
   me.site = site;
-  void* object = &block.barrier_object[block.barriers % 2];
-  release(object);
-  block.at_barrier.push_back(&me);
-  if (block.at_barrier.size() == block.threads.size()) {
-    block.barriers++;
-    wake_all(block.at_barrier);
-    sleep(State::kReady);
-  } else {
-    sleep(State::kBarrier);
-  }
-  acquire(object);
+  meet(block.barrier, block.threads.size(), State::kBarrier);
 }
 
 // All 32 lanes meet; the last one does `complete(warp)` for all, with what each brought and where each wants its
