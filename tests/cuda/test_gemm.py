@@ -35,12 +35,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
     names = {code: name for name, code in built.gemm_codes.items()}
     found: collections.Counter[str] = collections.Counter()
 
-    def step(**arguments: Any) -> None:
+    def launch(**arguments: Any) -> None:
         assert arguments["stream"] == 77
         found[names[arguments["kind"]]] += 1
         built.gemm(**arguments)
 
-    shown = types.SimpleNamespace(**{**vars(built), "step": step})
+    shown = types.SimpleNamespace(**{**vars(built), "gemm": launch})
     monkeypatch.setattr(extension, "load", lambda: shown)
     monkeypatch.setattr(dispatch, "missing", lambda name, device: None)
     monkeypatch.setattr(decode, "unsupported", lambda problem: "not the subject here")
