@@ -168,16 +168,6 @@ def test_the_score_counts_per_kind() -> None:
     }  # fmt: skip
 
 
-def test_the_pictures_are_drawn(tmp_path: Path, split: Any) -> None:
-    _, held_out = split
-    asked, rows = training.held_out_questions(held_out, questions.IMAGE)
-    results.draw_answers(held_out, asked, [question.answer for question in asked], rows, tmp_path / "answers.png")
-    runs = [training.Run(name, [2.0, 1.0, 0.5], [0.1] * 3, [(1, 0.2), (3, 0.9)], 30) for name in ("one", "two")]
-    results.draw_curves(runs, tmp_path / "curves.png")
-    for name in ("answers.png", "curves.png"):
-        assert 10_000 < (tmp_path / name).stat().st_size < 200_000
-
-
 @pytest.mark.parametrize(
     ("memory", "prompt", "blind", "ratio", "met"),
     [
