@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ import scienceqa
 import torch
 from safetensors.torch import load_file
 
-from tests.examples.conftest import EXAMPLES
 from tests.examples.tiny_scienceqa import write_data, write_models
 from tests.models.clip import official_state, save_official
 from tests.scale.processes import Group, free_port
@@ -121,15 +119,20 @@ def test_bfloat16_models_train_a_float32_adapter(parts: list[str], tmp_path: Pat
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
-def launch(*arguments: str) -> None:
-    """The program in two processes, as it is launched."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
-    done = subprocess.run(
-        [*launcher, str(EXAMPLES / "scienceqa.py"), *arguments],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.fixture(scope="module")
+def two() -> Iterator[Group]:
+    """Two processes that accelerate introduces to each other."""
+    group = Group(2, meet=False)
+    yield group
+    group.stop()
+
+
+def _main(port: int, arguments: list[str]) -> int:
+    from accelerate.state import AcceleratorState
+
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return scienceqa.main(arguments)
 
 
 def moments(out: Path) -> dict[int, torch.Tensor]:
@@ -138,7 +141,9 @@ def moments(out: Path) -> dict[int, torch.Tensor]:
     return {index: state["exp_avg"].double() for index, state in states.items()}
 
 
-def test_two_processes_train_like_one(parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_train_like_one(
+    two: Group, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three steps of eight rows; dropout is off, whose draws depend on the process. Losses and every parameter's gradients.
 
     How far float32 may be from float64 is what one process shows that splits the eight rows in other ways.
@@ -154,7 +159,7 @@ def test_two_processes_train_like_one(parts: list[str], tmp_path: Path, monkeypa
     exact_losses, exact = alone("exact", 8, "--dtype", "float64")
     splits = [alone(f"by {rows}", rows) for rows in (8, 4, 2)]
     together = ["train", *parts, "--out", str(tmp_path / "two"), "--rows", "4", *options]
-    launch(*together)
+    assert two.run(_main, free_port(), together) == [0, 0]
     found = moments(tmp_path / "two")
     assert found.keys() == exact.keys()
     for index, wanted in exact.items():
@@ -164,12 +169,6 @@ def test_two_processes_train_like_one(parts: list[str], tmp_path: Path, monkeypa
     for step, wanted_loss in enumerate(exact_losses):
         limit = 2 * max(abs(run[step] - wanted_loss) for run, _ in splits)
         assert abs(losses(tmp_path / "two")[step] - wanted_loss) <= limit, step
-
-    resumed = ["train", *parts, "--out", str(tmp_path / "resumed"), "--rows", "4", *options]
-    launch(*resumed, "--stop-after", "1")
-    launch(*resumed)
-    assert losses(tmp_path / "resumed") == losses(tmp_path / "two")
-    assert all(torch.equal(moment, found[index]) for index, moment in moments(tmp_path / "resumed").items())
 
 
 def _refused(folder: str, port: int) -> str:
@@ -188,11 +187,7 @@ def _refused(folder: str, port: int) -> str:
     return "accepted"
 
 
-def test_other_settings_are_refused_by_every_process(tmp_path: Path) -> None:
+def test_other_settings_are_refused_by_every_process(two: Group, tmp_path: Path) -> None:
     """A process that went on alone would wait for the first one's gradients."""
-    group = Group(2, meet=False)
-    try:
-        answers = group.run(_refused, str(tmp_path), free_port())
-    finally:
-        group.stop()
+    answers = two.run(_refused, str(tmp_path), free_port())
     assert all("take another folder" in answer for answer in answers), answers
