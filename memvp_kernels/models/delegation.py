@@ -1,16 +1,18 @@
 """What tools around a model ask of it, answered as its language model would: by an explicit list, and no further.
 
-A method that would run the language model without the image (its encoder, its inner model) is not on the list.
+What would run the language model without the image (its encoder, its layers) is not on the list.
 """
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from memvp_kernels.models.inputs import Images
 from memvp_kernels.models.patching.attach import transformers_model
 
 __all__ = ["LanguageModelInterface", "loss_per_item"]
@@ -68,6 +70,8 @@ class LanguageModelInterface:
     is_loaded_in_8bit = _Delegated()
     set_attn_implementation = _Delegated()
     _no_split_modules = _Delegated()
+    _skip_keys_device_placement = _Delegated()
+    _keys_to_ignore_on_save = _Delegated()
     # sharded by from_pretrained(distributed_config=...): Trainer then averages the memory's gradients itself, as LoRA's
     is_distributed_loading_by_transformers = _Delegated()
     _is_fsdp_managed_module = _Delegated()
@@ -90,45 +94,36 @@ class LanguageModelInterface:
     def generation_config(self, value: Any) -> None:
         transformers_model(self.language_model).generation_config = value
 
+    @property
+    def base_model(self) -> Callable[..., Any]:
+        """The language model without its head, as a function that takes what :meth:`MemVPModel.forward` takes, images too.
+
+        Raises:
+            NotImplementedError: below PEFT's prompt tuning, whose tokens PEFT adds outside.
+        """
+        if getattr(getattr(self.language_model, "active_peft_config", None), "is_prompt_learning", False):
+            raise NotImplementedError("base_model: PEFT adds its prompt's tokens outside it; call the model itself")
+        backbone = transformers_model(self.language_model).base_model
+
+        def run(input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **inputs: Any) -> Any:
+            self._refuse_reentrant_checkpointing()  # type: ignore[attr-defined]
+            images = Images(*(inputs.pop(name, None) for name in Images._fields))
+            given = {"input_ids": input_ids, "attention_mask": attention_mask}
+            inputs |= {name: tensor for name, tensor in given.items() if tensor is not None}
+            return self._run(backbone, inputs, images)  # type: ignore[attr-defined]
+
+        return run
+
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """As transformers counts: the language model's, the memory's and the vision model's."""
-        from transformers import PreTrainedModel
-
         return PreTrainedModel.num_parameters(self, only_trainable, exclude_embeddings)  # type: ignore[arg-type]
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Bytes of all parameters and buffers, as transformers counts them."""
-        from transformers import PreTrainedModel
-
         return int(PreTrainedModel.get_memory_footprint(self, return_buffers))  # type: ignore[arg-type,no-untyped-call]
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Upload MemVP adapter",
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-    ) -> Any:
-        """Upload what :meth:`MemVPModel.save_pretrained` writes, the adapter alone; the commit's information."""
-        from huggingface_hub import HfApi
-
-        hub = HfApi(token=token)
-        repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)  # type: ignore[attr-defined]
-            return hub.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message,
-                revision=revision,
-                create_pr=create_pr,
-            )
-
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not supported.
+        """Not supported: it has no image per request.
 
         Raises:
             NotImplementedError: always.

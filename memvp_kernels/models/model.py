@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +11,13 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from memvp_kernels.models.activation_checkpointing import ActivationCheckpointing
+from memvp_kernels.models.assisted import DraftModel
 from memvp_kernels.models.attribution import MemoryAttribution, MemoryRecorder
 from memvp_kernels.models.config import MemVPConfig
 from memvp_kernels.models.delegation import LanguageModelInterface, loss_per_item
 from memvp_kernels.models.inputs import Images, MemorySource, samples_of
-from memvp_kernels.models.io import adapter as files
-from memvp_kernels.models.io.official_checkpoint import CheckpointReport, load_official_checkpoint
+from memvp_kernels.models.io.adapter import Adapter
+from memvp_kernels.models.io.pretrained import PretrainedAdapter
 from memvp_kernels.models.memory.images import ImageFeatures, Pixels
 from memvp_kernels.models.memory.projector import Projector
 from memvp_kernels.models.memory.visual_memory import Memory, VisualMemory
@@ -31,7 +31,7 @@ from memvp_kernels.models.scopes import Scopes
 __all__ = ["MemVPModel"]
 
 
-class MemVPModel(LanguageModelInterface, ActivationCheckpointing, Scopes, nn.Module):
+class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpointing, Scopes, nn.Module):
     """Memory-space visual prompting on a language model (Jie et al., ICML 2024, arXiv 2405.05615).
 
     Acts on this instance alone: its layers and FFNs are patched in place, parameter names and state_dict keys stay,
@@ -195,6 +195,8 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, Scopes, nn.Mod
         Returns:
             What generate() returns.
 
+        A draft model (``assistant_model=``) that is a MemVPModel reads the same images by its own memory, another none.
+
         Raises:
             RuntimeError: in training mode with activation checkpointing on.
         """
@@ -203,6 +205,8 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, Scopes, nn.Mod
         names = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
         kwargs.update({n: value for n, value in zip(names, (inputs, *args), strict=False) if value is not None})
         images = Images(image_features, pixel_values, visual_core, visual_index)
+        if kwargs.get("assistant_model") is not None:
+            kwargs["assistant_model"] = self._draft(kwargs["assistant_model"], kwargs, images)
         return self._run(self.language_model.generate, kwargs, images)
 
     @like_forward
@@ -231,55 +235,6 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, Scopes, nn.Mod
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.parameters())
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
-
-    def adapter_tensors(self) -> dict[str, Tensor]:
-        """The adapter's own tensors by name, as they are: sharding leaves this rank a part of each."""
-        return self.adapter().tensors()
-
-    def adapter_state_dict(self) -> dict[str, Tensor]:
-        """What :meth:`save_pretrained` writes: the memory, and the vision model's trainable parameters.
-
-        In full: where they are sharded, every rank must call this.
-        """
-        return self.adapter().state_dict()
-
-    def load_adapter_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse of :meth:`adapter_state_dict`.
-
-        Raises:
-            ValueError: a key too many or too few, or another shape; every one is named, and nothing is loaded.
-        """
-        files.load_into(self.adapter(), state)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter alone: ``memvp_config.json`` and ``memvp_model.safetensors``.
-
-        Of several processes the first writes; where the adapter is sharded, every one must call this.
-        """
-        files.save(folder, self.adapter())
-
-    @classmethod
-    def from_pretrained(
-        cls, language_model: nn.Module, folder: str | Path, vision_model: nn.Module | None = None, **options: Any
-    ) -> MemVPModel:
-        """Wrap ``language_model`` with an adapter that :meth:`save_pretrained` wrote.
-
-        Raises:
-            FileNotFoundError: the folder lacks one of the two files.
-            ValueError: an adapter for another size; language model and vision model are given back as they were.
-        """
-        config, state, settings = files.load(folder)
-        model = cls(language_model, config, vision_model, **options)
-        try:
-            files.load_into(model.adapter(), state, settings)
-        except Exception:
-            model.unload()
-            raise
-        return model
-
-    def load_official_checkpoint(self, path: str | Path, *, vision_adapters: bool = True) -> CheckpointReport:
-        """Load one of the official repository's ``.pth`` files; see :func:`~.official_checkpoint.load_official_checkpoint`."""
-        return load_official_checkpoint(self.adapter(), path, vision_adapters=vision_adapters)
 
     def unload(self) -> nn.Module:
         """Give the language model back as it was: same modules, classes, state_dict keys, trainable flags and outputs.
@@ -331,9 +286,9 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, Scopes, nn.Mod
                 module.training = True
         return recorder.result()
 
-    def adapter(self) -> files.Adapter:
+    def adapter(self) -> Adapter:
         """The memory and the vision model, as files see them."""
-        return files.Adapter(self._visual_memory(), self._tower)
+        return Adapter(self._visual_memory(), self._tower)
 
     def _run(self, call: Callable[..., Any], inputs: dict[str, Any], images: Images) -> Any:
         """``call(**inputs)``, a forward or a generation, whose layers read the images."""
@@ -349,6 +304,20 @@ class MemVPModel(LanguageModelInterface, ActivationCheckpointing, Scopes, nn.Mod
         assert self._attachment is not None
         check_all_read(self.language_model, memory, len(self._attachment.layers))
         return output
+
+    def _draft(self, model: Any, inputs: dict[str, Any], images: Images) -> DraftModel:
+        """``model`` as assisted decoding calls it, which reads its own memory of the images, or none."""
+        if not isinstance(model, MemVPModel):
+            return DraftModel(model)
+        if model._is_disabled() or self._is_disabled():
+            return DraftModel(model.language_model)
+        if images.visual_core is not None:
+            raise ValueError(
+                "visual_core: wanted image_features or pixel_values beside an assistant_model that is a MemVPModel, whose "
+                "cores are others; or pass its language_model, which reads no image"
+            )
+        memory, index = model._read(inputs, images)
+        return DraftModel(model.language_model, visual_memory=memory, memory_index=index)
 
     def _read(self, inputs: dict[str, Any], images: Images) -> tuple[Memory, Tensor | None]:
         """The memory of a batch, and the row that each of its samples reads."""

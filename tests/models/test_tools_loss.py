@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memvp_kernels import MemVPModel
 from tests.models.tiny import ENCODER_DECODERS, FAMILIES, features, language_model, tokens, with_memory
 
 KINDS = ["Trainer", "MemVPTrainer"]
@@ -138,7 +137,3 @@ def test_a_loss_per_item_as_a_tuple(family: str) -> None:
     loss, logits = model(**batch, return_dict=False, num_items_in_batch=torch.tensor(22))[:2]
     torch.testing.assert_close(loss, mean * count / 22)
     assert torch.equal(logits, model(**batch).logits)
-
-
-def test_the_name_of_the_class_stays() -> None:
-    assert repr(MemVPModel(language_model(), with_memory(language_model()).memvp_config)).startswith("MemVPModel(\n")

@@ -15,7 +15,7 @@ from memvp_kernels.models.io.state import assign, full_tensor
 from memvp_kernels.models.memory.visual_memory import VisualMemory
 from memvp_kernels.models.patching.vision_adapters import VisionTower, adapter_settings, adapters
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "Adapter", "load", "load_into", "save", "write"]
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "Adapter", "load", "load_into", "save", "upload", "write"]
 
 CONFIG_NAME = "memvp_config.json"
 WEIGHTS_NAME = "memvp_model.safetensors"
@@ -65,7 +65,7 @@ def save(
     adapter: Adapter,
     state: dict[str, Tensor] | None = None,
     is_main_process: bool | None = None,
-) -> None:
+) -> bool:
     """Write both files, creating the folder.
 
     Args:
@@ -73,12 +73,40 @@ def save(
         adapter: what.
         state: its tensors in full; None: gathered where they are sharded, so that every process must call this.
         is_main_process: whether this process writes; None: of several processes, the first does.
+
+    Returns:
+        Whether this process wrote.
     """
     state = adapter.state_dict() if state is None else state
     if is_main_process is None:
         is_main_process = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
     if is_main_process:
         write(folder, adapter, state)
+    return is_main_process
+
+
+def upload(
+    folder: str | Path,
+    *,
+    repo_id: str,
+    commit_message: str = "Upload MemVP adapter",
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> None:
+    """Upload both files to the Hugging Face hub, into a repository that is created if there is none."""
+    from huggingface_hub import HfApi
+
+    hub = HfApi(token=token)
+    hub.upload_folder(
+        repo_id=hub.create_repo(repo_id, private=private, exist_ok=True).repo_id,
+        folder_path=folder,
+        commit_message=commit_message,
+        revision=revision,
+        create_pr=create_pr,
+        allow_patterns=[CONFIG_NAME, WEIGHTS_NAME],
+    )
 
 
 def write(folder: str | Path, adapter: Adapter, state: dict[str, Tensor]) -> None:

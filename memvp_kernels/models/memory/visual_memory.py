@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,10 @@ class Memory(NamedTuple):
     readers: Readers | None = None
     shard: Memory | None = None
     shared: SharedMemory | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
+        """Itself: assisted decoding copies all arguments, and nobody writes to a memory."""
+        return self
 
     def positions(self, layer: int) -> tuple[Tensor, Tensor]:
         """(p^k, p^v), each (M, d), of the layer-th FFN that has memory."""

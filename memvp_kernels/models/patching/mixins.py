@@ -31,6 +31,15 @@ class MemoryLanguageModel(Patch):
         finally:
             model_kwargs.update(kept)
 
+    def generate_batch(self, *args: Any, visual_memory: Memory | None = None, **kwargs: Any) -> Any:
+        """Continuous batching, which ``cache_implementation="paged"`` asks for as well; without memory alone."""
+        if visual_memory is not None:
+            raise NotImplementedError(
+                "continuous batching (generate_batch, or a paged cache) packs requests into one row and has no image per "
+                "request; use another cache_implementation, or the vLLM plug-in for serving"
+            )
+        return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
     ) -> Any:
