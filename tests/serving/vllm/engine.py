@@ -1,0 +1,111 @@
+"""An engine in a process of its own: `answers` starts one, asks it round after round, and returns what it said.
+
+Runner V2, which GPUs use, runs on a CPU where vLLM believes in a Triton for CPUs (`triton_stub`) whose kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[3]
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "INFO",
+}  # fmt: skip
+
+
+class Request(NamedTuple):
+    """A prompt, and its image: features, a dict as vLLM takes it, or none."""
+
+    prompt: list[int]
+    image: Tensor | dict[str, Tensor] | None = None
+
+
+class Answer(NamedTuple):
+    tokens: list[int]
+    cached: int
+
+
+class Report(NamedTuple):
+    """What an engine said.
+
+    Attributes:
+        rounds: of answers, in the order of the requests.
+        preemptions: of requests, in all rounds together.
+        log: of the engine.
+    """
+
+    rounds: list[list[Answer]]
+    preemptions: int
+    log: str
+
+
+def environment(runner: str) -> dict[str, str]:
+    """Variables for a process with this model runner, "v1" or "v2"."""
+    found = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    if runner == "v2":
+        found |= {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{Path(__file__).parent / 'triton_stub'}"}
+    return found
+
+
+def answers(
+    folder: Path, rounds: Sequence[Sequence[Request]], *, tokens: int, runner: str = "v1", **options: Any
+) -> Report:
+    """Greedy float32 answers of an engine that serves `folder`.
+
+    Args:
+        tokens: of every answer.
+        options: of vLLM's LLM.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, said = Path(scratch, "asked.pt"), Path(scratch, "said.json")
+        torch.save([[tuple(request) for request in requests] for requests in rounds], asked)
+        defaults = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 8}
+        command = [
+            sys.executable,
+            __file__,
+            str(folder),
+            str(asked),
+            str(said),
+            str(tokens),
+            json.dumps(defaults | options),
+        ]
+        done = subprocess.run(command, env=environment(runner), capture_output=True, text=True, cwd=ROOT)
+        log = done.stdout + done.stderr
+        assert done.returncode == 0, log[-4000:]
+        found = json.loads(said.read_text())
+    assert ("Using V2 Model Runner" in log) == (runner == "v2"), "the other runner ran"
+    return Report([[Answer(*a) for a in answers] for answers in found["rounds"]], found["preemptions"], log)
+
+
+def _main(folder: str, asked: str, said: str, tokens: str, options: str) -> None:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=folder, skip_tokenizer_init=True, dtype="float32", disable_log_stats=False, **json.loads(options))
+    sampling = SamplingParams(temperature=0, max_tokens=int(tokens), detokenize=False, ignore_eos=True)
+    rounds = []
+    for requests in torch.load(asked):
+        inputs = []
+        for prompt, image in requests:
+            data = {"image_features": image} if isinstance(image, Tensor) else image
+            inputs.append(
+                {"prompt_token_ids": prompt} | ({} if data is None else {"multi_modal_data": {"image": data}})
+            )
+        outputs = llm.generate(inputs, sampling, use_tqdm=False)
+        rounds.append([(list(o.outputs[0].token_ids), o.num_cached_tokens) for o in outputs])
+    preemptions = sum(getattr(m, "value", 0) for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+    Path(said).write_text(json.dumps({"rounds": rounds, "preemptions": preemptions}))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

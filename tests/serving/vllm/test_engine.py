@@ -1,0 +1,90 @@
+"""vLLM with a memory says token for token what MemVPModel.generate says, whatever the scheduler does."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from memvp_kernels import MemVPModel
+from memvp_kernels.serving.vllm import save_for_vllm
+from tests.serving import tiny
+from tests.serving.vllm.engine import Report, Request, answers
+
+RUNNERS = ("v1", "v2")
+SHORT, LONG = list(range(40, 60)), [(i * 37) % 400 + 10 for i in range(150)]
+
+
+def assert_equal(model: MemVPModel, rounds: list[list[Request]], report: Report) -> None:
+    known: dict[tuple[object, ...], list[int]] = {}
+    for number, (requests, found) in enumerate(zip(rounds, report.rounds, strict=True)):
+        for i, (request, answer) in enumerate(zip(requests, found, strict=True)):
+            key = (tuple(request.prompt), id(request.image))
+            if key not in known:
+                image = {} if request.image is None else _image(request)
+                known[key] = tiny.answer(model, request.prompt, len(answer.tokens), **image)
+            assert answer.tokens == known[key], f"round {number}, request {i}"
+
+
+def _image(request: Request) -> dict[str, object]:
+    if isinstance(request.image, dict):
+        return {name: tensor[None] for name, tensor in request.image.items()}
+    assert request.image is not None
+    return {"image_features": request.image[None]}
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family(family: str, runner: str, tmp_path: Path) -> None:
+    """Mixed batches; prefix-cache hits with the same image, another one and none; prompts longer than a step."""
+    options = {} if family == "Llama" else {"layers": (0, 2), "shared_positions": False}
+    model = tiny.model(family, **options)
+    save_for_vllm(model, tmp_path)
+    one, two, few = tiny.images(3)
+    core = {"visual_core": model.encode_images(image_features=[two])[0].detach()}
+    rounds = [
+        [Request(SHORT, one), Request(SHORT), Request(SHORT, two), Request(SHORT, few), Request(SHORT, core)],
+        [Request(LONG, one), Request(LONG[:70], two), Request(SHORT)],
+        [Request(LONG, one), Request(LONG[:70], two), Request(SHORT)],
+        [Request(LONG, two), Request(LONG), Request(LONG, one), Request(LONG, few)],
+    ]
+    report = answers(tmp_path, rounds, tokens=16, runner=runner, max_num_batched_tokens=64)
+    assert_equal(model, rounds, report)
+    assert len({tuple(a.tokens) for a in report.rounds[0][:4]}) == 4, "the images change the answers"
+    assert report.rounds[2][0].cached > 0 and report.rounds[3][0].cached == 0 and report.rounds[3][2].cached > 0
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_two_hundred_requests(runner: str, tmp_path: Path) -> None:
+    """In random order over a KV cache that holds few of them: preemption, eviction, images that come back."""
+    model = tiny.model()
+    save_for_vllm(model, tmp_path)
+    images, order = [None, *tiny.images(12)], random.Random(0)
+    requests = []
+    while len(requests) < 200:
+        start = order.randrange(3) * 30
+        requests.append(Request(LONG[start : start + order.choice((7, 25, 60))], order.choice(images)))
+        requests += requests[-1:] * order.randrange(2)  # asked again at once, so that some prefix is still cached
+    rounds = [requests[:100], requests[100:]]
+    report = answers(
+        tmp_path,
+        rounds,
+        tokens=8,
+        runner=runner,
+        num_gpu_blocks_override=8,
+        block_size=32,
+        max_num_batched_tokens=32,
+        max_model_len=100,
+    )
+    assert_equal(model, rounds, report)
+    assert report.preemptions > 0 and any(a.cached for a in report.rounds[1])
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_compiled(runner: str, tmp_path: Path) -> None:
+    model = tiny.model("Qwen3")
+    save_for_vllm(model, tmp_path)
+    rounds = [[Request(SHORT, image) for image in (None, *tiny.images(3))]] * 2
+    report = answers(tmp_path, rounds, tokens=8, runner=runner, enforce_eager=False)
+    assert_equal(model, rounds, report)
