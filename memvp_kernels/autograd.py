@@ -29,9 +29,12 @@ __all__ = [
     "can_bypass_dispatcher",
     "draw_seed",
     "gradient_like",
+    "join_memory",
     "kept",
+    "one_by_one",
     "run_backward",
     "run_forward",
+    "split_memory",
 ]
 
 #: What the forward keeps for the backward, as bits.
@@ -40,11 +43,12 @@ KEEP_HIDDEN, KEEP_SCORES = 1, 2
 #: Inputs whose gradients are those of `SHARED`; their values are never read.
 ACCUMULATORS = ("core_accumulator", "key_accumulator", "value_accumulator")
 _ACCUMULATED = dict(zip(ACCUMULATORS, SHARED, strict=True))
+_AS_KNOWN_TO_BACKENDS = {**_ACCUMULATED, "memory": "core"}
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 #: Arguments that may be trained.
-_TRAINED = TENSORS[: TENSORS.index("residual") + 1]
+_TRAINED = (*TENSORS[: TENSORS.index("residual") + 1], "memory")
 _KEEPS_HIDDEN = BEHIND_PRE | {"value"}
 _KEEPS_SCORES = BEHIND_SCORES | BEHIND_VISUAL | set(ACCUMULATORS)
 
@@ -70,6 +74,20 @@ def kept(tensors: _Tensors, recompute: bool, dequantize: bool = False) -> int:
     hidden = (tensors["key"] is not None or dequantize) and not required.isdisjoint(_KEEPS_HIDDEN)
     scores = tensors["visual_key"] is not None and not required.isdisjoint(_KEEPS_SCORES)
     return KEEP_HIDDEN * hidden | KEEP_SCORES * scores
+
+
+def join_memory(tensors: dict[str, Tensor | None]) -> None:
+    """One tensor passed as visual_key and visual_value is one to autograd, `memory`: its gradient is summed before it is rounded."""
+    key = tensors.get("visual_key")
+    if key is not None and tensors["visual_value"] is key:
+        tensors["memory"] = key
+        tensors["visual_key"] = tensors["visual_value"] = None
+
+
+def split_memory(tensors: dict[str, Tensor | None]) -> None:
+    """The inverse of :func:`join_memory`."""
+    if tensors.get("memory") is not None:
+        tensors["visual_key"] = tensors["visual_value"] = tensors["memory"]
 
 
 def _prepare(tensors: _Tensors, options: Options, training: bool) -> tuple[Problem, ModuleType]:
@@ -118,7 +136,7 @@ def run_forward(
 def gradient_like(name: str, tensors: _Tensors) -> tuple[Tensor, torch.dtype]:
     """A tensor of the gradient's shape and device, and its dtype."""
     x = tensors["x"]
-    argument = tensors["visual_key" if name == "core_accumulator" else _ACCUMULATED.get(name, name)]
+    argument = tensors["visual_key" if name in ("core_accumulator", "memory") else _ACCUMULATED.get(name, name)]
     assert x is not None and argument is not None
     return argument, torch.promote_types(x.dtype, torch.float32) if name in _ACCUMULATED else argument.dtype
 
@@ -136,7 +154,7 @@ def run_backward(
     Args:
         grad: of y.
         tensors: what the forward had, and its `pre` and `scores` where it kept them.
-        wanted: names of `tensors`, or `ACCUMULATORS`, whose gradients are float32 at least.
+        wanted: names of `tensors`; `memory` for visual_key and visual_value in one; `ACCUMULATORS`, whose gradients are float32 at least.
         sums: by the names of `SHARED`, in that dtype and contiguous: what their gradients are added to, in place.
         module: the backend, where the forward has chosen it.
 
@@ -145,14 +163,14 @@ def run_backward(
     """
     problem = normalise(tensors, options.scalars, options.autocast)
     # An empty memory was dropped from the problem: its gradients are zeros.
-    names = {name: _ACCUMULATED.get(name, name) for name in wanted}
+    names = {name: _AS_KNOWN_TO_BACKENDS.get(name, name) for name in wanted}
     known = frozenset(n for n in names.values() if getattr(problem, n) is not None)
     given = {n: t for n, t in (sums or {}).items() if t is not None}
     grads: dict[str, Tensor] = {}
     if problem.rows and known:
         with _without_autocast(grad.device, autocast_dtype(grad.device)):
             module = module or choose(problem, options.backend, training=True)
-            flat = grad.reshape(problem.rows, problem.width)
+            flat = grad.resolve_neg().reshape(problem.rows, problem.width)
             grads = module.backward(problem, flat, tensors.get("pre"), tensors.get("scores"), known, given)
     out = {}
     for name, known_as in names.items():
@@ -225,7 +243,8 @@ def call_directly(
     if not training:
         return _run(problem, module, options, 0, x.shape)[0], ()
     keep = kept(tensors, options.recompute, dequantize is not None)
-    names = (*(n for n in _TRAINED if tensors[n] is not None), *(n for n in ACCUMULATORS if n in tensors))
+    join_memory(tensors)
+    names = (*(n for n in _TRAINED if tensors.get(n) is not None), *(n for n in ACCUMULATORS if n in tensors))
     trained = [tensors.pop(name) for name in names]
     call = _Call(problem, module, names, tensors, options, keep, dequantize)
     y, *accumulators = FusedFFN.apply(call, *trained)  # type: ignore[no-untyped-call]
@@ -294,11 +313,7 @@ class FusedFFN(torch.autograd.Function):
         # Under autocast it may be wider than y: autograd casts a gradient to the dtype of its input.
         residual = grad if wants.pop("residual", False) else None
         step = _Backward(ctx.call, ctx.saved, tuple(n for n, want in wants.items() if want), len(incoming))
-        given = (grad, *incoming, *ctx.saved_tensors)
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            gradients = _Gradients.apply(step, *given)  # type: ignore[no-untyped-call]
-        else:
-            gradients = step.run(given)
+        gradients = one_by_one(step.apply, (grad, *incoming, *ctx.saved_tensors))
         found = dict(zip(step.wanted, gradients, strict=True))
         return None, *(residual if name == "residual" else found.get(name) for name in names)
 
@@ -319,13 +334,20 @@ class _Backward:
     wanted: tuple[str, ...]
     accumulators: int
 
-    def run(self, given: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    def apply(self, *given: Tensor | None) -> tuple[Tensor, ...]:
+        """The gradients, recorded where autograd or a transform has to see them."""
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return _Gradients.apply(self, *given)  # type: ignore[no-untyped-call]
+        return self.run(*given)
+
+    def run(self, *given: Tensor | None) -> tuple[Tensor, ...]:
         """The gradients; those of the accumulators are written to."""
         call, (grad, *rest) = self.call, given
         assert grad is not None
         incoming, saved = rest[: self.accumulators], rest[self.accumulators :]
         tensors: dict[str, Tensor | None] = dict.fromkeys(TENSORS)
         tensors.update(zip(self.saved, saved, strict=True))
+        split_memory(tensors)
         tensors = _with_weights(tensors, call.dequantize)
         sums = dict(zip(SHARED, incoming, strict=False))
         return tuple(run_backward(grad, tensors, call.options, self.wanted, sums, call.module).values())
@@ -339,7 +361,7 @@ class _Gradients(torch.autograd.Function):
         # Sums of their own: what came in stays as it is.
         grad, *rest = given
         sums = (t if t is None else t.clone() for t in rest[: step.accumulators])
-        return step.run((grad, *sums, *rest[step.accumulators :]))
+        return step.run(grad, *sums, *rest[step.accumulators :])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -361,3 +383,26 @@ class _Gradients(torch.autograd.Function):
             for i in range(info.batch_size)
         ]
         return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(step.wanted)
+
+
+def one_by_one(function: Callable[..., Sequence[Tensor]], given: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    """`function(*given)`, once for each member of a batch of gradients.
+
+    `torch.autograd.grad(is_grads_batched=True)` and `jacobian(vectorize=True)` batch with PyTorch's older vmap, for which neither a
+    custom op nor an autograd function can have a rule.
+    """
+    batched = [t for t in given if t is not None and torch._C._functorch.is_legacy_batchedtensor(t)]
+    if not batched:
+        return function(*given)
+    # A tensor without a batch at this level is expanded to the size given here, which no batch has.
+    level = next(n for n in range(1, 64) if torch._remove_batch_dim(batched[0], n, 0, 0).shape[0])
+    size = torch._remove_batch_dim(batched[0], level, 0, 0).shape[0]
+    members = [
+        t if not any(t is b for b in batched) else torch._remove_batch_dim(t, level, size, 0)  # type: ignore[arg-type]
+        for t in given
+    ]
+    calls = [
+        one_by_one(function, [m[i] if m is not None and m is not t else t for m, t in zip(members, given, strict=True)])
+        for i in range(size)
+    ]
+    return tuple(torch._add_batch_dim(torch.stack(parts), 0, level) for parts in zip(*calls, strict=True))

@@ -20,12 +20,15 @@ __all__ = [
     "SHARED",
     "Problem",
     "Segments",
+    "contain",
     "has_slots",
+    "known_finite",
     "narrow",
     "normalise",
 ]
 
-#: Gradients of :mod:`memvp_kernels.shared_memory`, each summed over all the calls that read it: float32 at least, added in place.
+#: Gradients that may be asked for in float32 at least, added to those of other calls: of a memory whose key and value are one tensor,
+#: and of the joined operands of :mod:`memvp_kernels.shared_memory`.
 SHARED = ("core", "key_operand", "value_operand")
 
 #: What the visual branch reads besides x.
@@ -96,8 +99,8 @@ class Problem:
 
     @property
     def core(self) -> Tensor | None:
-        """(R, M, r), the key's and the value's in one, of a memory that many calls read."""
-        return None if self.key_operand is None else self.visual_key
+        """The memory where key and value are one tensor."""
+        return self.visual_key if self.visual_value is self.visual_key else None
 
     @property
     def rows(self) -> int:
@@ -143,8 +146,10 @@ class Problem:
 
 
 def narrow(t: Tensor | None) -> Tensor | None:
-    """int32, with what doesn't fit kept out of range rather than wrapped into it."""
-    return t if t is None or t.dtype == torch.int32 else t.clamp(-(2**31), 2**31 - 1).to(torch.int32)
+    """int32 and contiguous; what doesn't fit stays out of range rather than wrap into it."""
+    if t is None:
+        return None
+    return (t if t.dtype == torch.int32 else t.clamp(-(2**31), 2**31 - 1).to(torch.int32)).contiguous()
 
 
 def has_slots(visual_key: Tensor) -> bool:
@@ -156,12 +161,50 @@ def _rows(t: Tensor | None, width: int) -> Tensor | None:
     return None if t is None else t.reshape(math.prod(t.shape[:-1]), width)
 
 
+def contain(memory: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A factored memory with what is not finite in its basis and positions moved into its cores.
+
+    Products with basis and positions run over all rows and slots, where 0 · NaN of a slot that a row doesn't read would be NaN.
+    A core is only multiplied for the rows that read it. A row that reads such a slot becomes NaN as a whole.
+
+    Args:
+        memory: visual_key, visual_value, visual_basis, key_position, value_position.
+
+    Returns:
+        `memory` itself where everything is known to be finite, which on a GPU would take a synchronisation.
+    """
+    shared = {n: memory[n] for n in ("visual_basis", "key_position", "value_position")}
+    given = [t for t in shared.values() if t is not None]
+    if known_finite(*given):
+        return memory
+    # NaN or 0: (M, 1) by slots, (1, 1) of the basis.
+    of_key, of_value = (0.0 if p is None else (p * 0).sum(1, keepdim=True) for p in list(shared.values())[1:])
+    basis = (shared["visual_basis"] * 0).sum().view(1, 1)
+    key, value = memory["visual_key"], memory["visual_value"]
+    if key is value:
+        key = value = key + (basis + of_key + of_value).to(key.dtype)
+    else:
+        key, value = key + (basis + of_key).to(key.dtype), value + (basis + of_value).to(value.dtype)
+    finite = {n: t if t is None else t.nan_to_num(0.0, 0.0, 0.0) for n, t in shared.items()}
+    return {"visual_key": key, "visual_value": value, **finite}
+
+
+def known_finite(*tensors: Tensor) -> bool:
+    """Whether all values are known to be finite; False where looking would synchronise, or nothing is to be seen yet."""
+    if tensors[0].device.type != "cpu" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return all(bool(t.sum(dtype=torch.promote_types(t.dtype, torch.float32)).isfinite()) for t in tensors)
+
+
 def normalise(
     tensors: Mapping[str, Tensor | None], scalars: Mapping[str, Any], autocast: torch.dtype | None = None
 ) -> Problem:
-    """Checked arguments (and dropout's seed) to a Problem: x as rows, memory as (R, M, ·), empty memory as none."""
-    if autocast is not None:
-        tensors = {n: t if t is None else t.to(cast_dtype(n, t.dtype, autocast)) for n, t in tensors.items()}
+    """Checked arguments (and dropout's seed) to a Problem: x as rows, memory as (R, M, ·), empty memory as none.
+
+    A tensor passed as both visual_key and visual_value stays one. Lazy signs are resolved, since kernels read memory by address.
+    """
+    same = tensors["visual_value"] is tensors["visual_key"]
+    tensors = {n: t if t is None else _cast(n, t, autocast) for n, t in tensors.items()}
     x, seed = tensors["x"], tensors.get("seed")
     assert x is not None
     width = x.shape[-1]
@@ -170,24 +213,26 @@ def normalise(
     memory = {
         name: tensors[name] for name in ("visual_key", "visual_value", "visual_basis", "key_position", "value_position")
     }
-    key = memory["visual_key"]
-    if key is None or not has_slots(key):
+    key, value = memory["visual_key"], memory["visual_value"]
+    if key is None or value is None or not has_slots(key):
         memory = dict.fromkeys(memory)
         key_operand = value_operand = None
         segments = Segments(rows, 1, rows, shared=True)
         seed = None
     else:
         index, cu_seqlens = narrow(tensors["visual_index"]), narrow(tensors["cu_seqlens"])
+        lengths = narrow(tensors["visual_lengths"])
         if index is None and (key.dim() == 2 or (key.shape[0] == 1 and cu_seqlens is None)):
-            segments = Segments(rows, 1, rows, lengths=narrow(tensors["visual_lengths"]), shared=True)
+            segments = Segments(rows, 1, rows, lengths=lengths, shared=True)
         else:
             sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             length = x.shape[1] if cu_seqlens is None else None
-            segments = Segments(rows, sequences, length, cu_seqlens, index, narrow(tensors["visual_lengths"]))
-        if key.dim() == 2:
-            same = memory["visual_value"] is key
-            memory["visual_key"] = key[None]
-            memory["visual_value"] = memory["visual_key"] if same else memory["visual_value"][None]  # type: ignore[index]
+            segments = Segments(rows, sequences, length, cu_seqlens, index, lengths)
+        memory["visual_key"] = key if key.dim() == 3 else key[None]
+        memory["visual_value"] = memory["visual_key"] if same else value if value.dim() == 3 else value[None]
+        partial = index is not None or cu_seqlens is not None or lengths is not None
+        if partial and memory["visual_basis"] is not None and key_operand is None:
+            memory = dict(contain(memory))
     return Problem(
         x=x.reshape(rows, width),
         residual=_rows(tensors["residual"], width),
@@ -199,3 +244,8 @@ def normalise(
         **memory,  # type: ignore[arg-type]
         **scalars,
     )
+
+
+def _cast(name: str, t: Tensor, autocast: torch.dtype | None) -> Tensor:
+    t = t.resolve_neg()
+    return t if autocast is None else t.to(cast_dtype(name, t.dtype, autocast))

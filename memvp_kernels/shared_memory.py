@@ -18,6 +18,7 @@ from torch import Tensor
 
 from memvp_kernels.autograd import ACCUMULATORS, Dequantize, call_directly
 from memvp_kernels.checks import TENSORS, autocast_dtype, cast_dtype, check
+from memvp_kernels.problem import contain, known_finite
 from memvp_kernels.torch_op import call_op
 
 __all__ = ["Dequantize", "SharedMemory", "fused_ffn_shared"]
@@ -45,34 +46,49 @@ class SharedMemory:
         # The backward of a slice for every caller would fill and add the whole of it for every caller.
         self._keys = self._key.unbind() if self._layered else (self._key,)
         self._values = self._value.unbind() if self._layered else (self._value,)
-        self._operands = {dtype: self._cast(dtype)}
+        self._operands = {(dtype, False): self._cast(dtype, False)}
         self._open = True
         self._callers: set[int] = set()
         self._latest: _Accumulators | None = None
 
-    def _cast(self, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    def _cast(self, dtype: torch.dtype, partial: bool) -> list[dict[str, Tensor]]:
         core, key, value = (t.detach().to(dtype) for t in (self._core, self._key, self._value))
         pairs = zip(key.unbind(), value.unbind(), strict=True) if self._layered else [(key, value)]
-        return [
-            {
-                "visual_key": core,
-                "visual_value": core,
-                "visual_basis": key[: self._rank],
-                "key_position": key[self._rank :],
-                "value_position": value[self._rank :],
-                "key_operand": key,
-                "value_operand": value,
-            }
-            for key, value in pairs
-        ]
+        found = [self._parts(core, key, value) for key, value in pairs]
+        contained = not partial or core.numel() == 0 or known_finite(key, value)
+        return found if contained else [self._contained(parts) for parts in found]
 
-    def operands(self, caller: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The operator's arguments by name; [W; p] are (r + M, d) and contiguous, and their parts are views."""
-        found = self._operands.get(dtype)
-        if found is None:  # autocast inside the model, or sharding that casts
-            found = self._cast(dtype)
+    def _parts(self, core: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+        return {
+            "visual_key": core,
+            "visual_value": core,
+            "visual_basis": key[: self._rank],
+            "key_position": key[self._rank :],
+            "value_position": value[self._rank :],
+            "key_operand": key,
+            "value_operand": value,
+        }
+
+    def _contained(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        contained = contain(parts)
+        core, basis, *positions = (
+            contained[n] for n in ("visual_key", "visual_basis", "key_position", "value_position")
+        )
+        return self._parts(core, *(_joined(basis, position) for position in positions))
+
+    def operands(self, caller: int, dtype: torch.dtype, partial: bool) -> dict[str, Tensor]:
+        """The operator's arguments by name; [W; p] are (r + M, d) and contiguous, and their parts are views.
+
+        Args:
+            caller: this FFN's position.
+            dtype: x's.
+            partial: some row may read no memory, which :func:`contain` is for.
+        """
+        found = self._operands.get((dtype, partial))
+        if found is None:  # rows without an image, autocast inside the model, or sharding that casts
+            found = self._cast(dtype, partial)
             if not torch.compiler.is_compiling():
-                self._operands[dtype] = found
+                self._operands[dtype, partial] = found
         return found[caller if self._layered else 0]
 
     def roots(self, caller: int) -> _Accumulators:
@@ -138,7 +154,9 @@ def fused_ffn_shared(
     tensors: dict[str, Tensor | None] = dict.fromkeys(TENSORS)
     tensors.update(weights, x=x, residual=residual, visual_index=visual_index)
     if isinstance(x, Tensor):
-        tensors.update(memory.operands(caller, cast_dtype("x", x.dtype, autocast_dtype(x.device))))
+        tensors.update(
+            memory.operands(caller, cast_dtype("x", x.dtype, autocast_dtype(x.device)), visual_index is not None)
+        )
     options = check(
         tensors, activation=activation, visual_activation=None, visual_scale=visual_scale, dropout_p=dropout_p, recompute=recompute,
         backend=backend,

@@ -19,9 +19,12 @@ from memvp_kernels.autograd import (
     KEEP_SCORES,
     draw_seed,
     gradient_like,
+    join_memory,
     kept,
+    one_by_one,
     run_backward,
     run_forward,
+    split_memory,
 )
 from memvp_kernels.checks import TENSORS, Options, cast_dtype
 from memvp_kernels.dispatch import require
@@ -30,7 +33,10 @@ from memvp_kernels.problem import has_slots
 __all__ = ["backward_op", "call_op", "forward_op", "pack", "unpack"]
 
 #: Every tensor that crosses an op, by the bit that says whether it does.
-_CROSSING = (*TENSORS, "seed", "pre", "scores", "key_operand", "value_operand", *ACCUMULATORS)
+_CROSSING = (*TENSORS, "memory", "seed", "pre", "scores", "key_operand", "value_operand", *ACCUMULATORS)
+#: Part of what crosses, in the bits above: PyTorch's caches of compiled graphs on disk know an op by its arguments, not by this file.
+#: To be raised with every change of `_CROSSING` or of what an op means.
+_LAYOUT = 2 << len(_CROSSING)
 _SCALARS = ("activation", "visual_activation", "visual_scale", "dropout_p")
 
 
@@ -56,7 +62,8 @@ def pack(tensors: Mapping[str, Tensor | None]) -> tuple[list[Tensor], int]:
     A list, because PyTorch's Python dispatch walks the schema once per argument: with two dozen arguments that alone took
     0.2 ms a call.
     """
-    there, present = [], 0
+    tensors, there, present = dict(tensors), [], _LAYOUT
+    join_memory(tensors)
     for bit, name in enumerate(_CROSSING):
         t = tensors.get(name)
         if t is not None:
@@ -68,7 +75,9 @@ def pack(tensors: Mapping[str, Tensor | None]) -> tuple[list[Tensor], int]:
 def unpack(tensors: Sequence[Tensor], present: int) -> dict[str, Tensor | None]:
     """The inverse of :func:`pack`."""
     found = iter(tensors)
-    return {name: next(found) if present >> bit & 1 else None for bit, name in enumerate(_CROSSING)}
+    bound = {name: next(found) if present >> bit & 1 else None for bit, name in enumerate(_CROSSING)}
+    split_memory(bound)
+    return bound
 
 
 def _options(
@@ -90,7 +99,7 @@ def _kept_shapes(tensors: Mapping[str, Tensor | None], keep: int) -> tuple[tuple
     return pre, scores
 
 
-def _one_by_one(op: Callable[..., Any], info: Any, in_dims: Sequence[Any], given: Sequence[Any]) -> list[Any]:
+def _member_by_member(op: Callable[..., Any], info: Any, in_dims: Sequence[Any], given: Sequence[Any]) -> list[Any]:
     """The op's results for each member of a batch; arguments are tensors, lists of them, or the same for all."""
 
     def member(value: Any, dims: Any, i: int) -> Any:
@@ -149,7 +158,7 @@ def _(
 @forward_op.register_vmap
 def _(info: Any, in_dims: Any, *given: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """One call after the other: what a batch means to this operator, its sequences say."""
-    calls = _one_by_one(forward_op, info, in_dims, given)
+    calls = _member_by_member(forward_op, info, in_dims, given)
     return tuple(torch.stack(outs) for outs in zip(*calls, strict=True)), (0, 0, 0)
 
 
@@ -193,7 +202,7 @@ def _(
 
 @backward_op.register_vmap
 def _(info: Any, in_dims: Any, *given: Any) -> tuple[list[Tensor], list[int]]:
-    calls = _one_by_one(backward_op, info, in_dims, given)
+    calls = _member_by_member(backward_op, info, in_dims, given)
     found = [torch.stack(grads) for grads in zip(*calls, strict=True)]
     return found, [0] * len(found)
 
@@ -223,7 +232,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     residual = grad if wants.pop("residual", False) else None
     needs = sum(1 << _CROSSING.index(name) for name, want in wants.items() if want)
     arguments = (list(ctx.saved_tensors), ctx.saved, *ctx.scalars, needs, ctx.backend, ctx.autocast)
-    found = iter(backward_op(grad, *arguments) if needs else ())
+    found = iter(one_by_one(lambda g: backward_op(g, *arguments), [grad]) if needs else ())
     return [residual if n == "residual" else next(found) if wants[n] else None for n in names], *rest
 
 

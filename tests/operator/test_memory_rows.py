@@ -88,7 +88,7 @@ def test_products(form: str, segments: Segments, memories: int, make: Callable[[
     for n, r in enumerate(wanted):
         if r >= 0:
             outer[r] += torch.outer(a[n], b[n])
-    torch.testing.assert_close(rows.outer(a, b), outer)
+    torch.testing.assert_close(rows.outer((a, b)), outer)
     assert segments.shared or row_of(on_device(segments), memories, DEVICE).tolist() == wanted
 
 
@@ -108,14 +108,14 @@ def test_nan_stays_with_its_memory_and_its_rows(form: str, segments: Segments) -
             continue
         poisoned = b.clone()
         poisoned[reader] = float("nan")
-        assert torch.isfinite(rows.outer(a, poisoned)).flatten(1).all(1).tolist() == [r != spoiled for r in range(4)]
+        assert torch.isfinite(rows.outer((a, poisoned))).flatten(1).all(1).tolist() == [r != spoiled for r in range(4)]
 
 
 def test_a_sum_over_many_blocks_is_rounded_once() -> None:
     """In bfloat16 256 + 1 is 256: the blocks of one memory row, here of one row each, are added in float32."""
     segments = Segments(rows=1024, sequences=512, length=2, index=torch.zeros(512, dtype=torch.int32))
     ones = torch.ones(1024, 1, dtype=torch.bfloat16, device=DEVICE)
-    found = _blocked(on_device(segments), 1024).outer(ones, ones)
+    found = _blocked(on_device(segments), 1024).outer((ones, ones))
     assert found[0].item() == 1024
     assert not found[1:].any()
 
@@ -140,7 +140,7 @@ def test_blocks_read_nothing_on_the_host(monkeypatch: pytest.MonkeyPatch) -> Non
     for segments in (PACKED_INDEXED, INDEXED):
         rows = Blocked(segments, 4, CPU)
         rows.add_product(torch.zeros(12, 6), torch.randn(12, 5), torch.randn(4, 5, 6))
-        rows.outer(torch.randn(12, 5), torch.randn(12, 6))
+        rows.outer((torch.randn(12, 5), torch.randn(12, 6)))
 
 
 @pytest.mark.gpu
@@ -154,9 +154,9 @@ def test_blocks_do_not_wait_for_the_gpu(segments: Segments) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         rows = Blocked(replace(segments, **moved), 4, gpu)
-        found = rows.product(there[0], there[2]), rows.outer(there[0], there[1])
+        found = rows.product(there[0], there[2]), rows.outer((there[0], there[1]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     here = Blocked(segments, 4, CPU)
-    for f, expected in zip(found, (here.product(a, matrices), here.outer(a, b)), strict=True):
+    for f, expected in zip(found, (here.product(a, matrices), here.outer((a, b))), strict=True):
         torch.testing.assert_close(f.cpu(), expected)

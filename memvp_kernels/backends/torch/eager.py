@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memvp_kernels.backends.torch.memory_rows import MemoryRows, add_transposed, memory_rows, row_of
+from memvp_kernels.backends.torch.memory_rows import MemoryRows, Pair, memory_rows, row_of
 from memvp_kernels.philox import keep_mask
 from memvp_kernels.problem import BEHIND_PRE, BEHIND_SCORES, BEHIND_VISUAL, SHARED, Problem
 
@@ -178,9 +178,19 @@ class _Memory:
         if self.value_position is not None:
             y.addmm_(visual, self.value_position)
 
-    def memory_gradient(self, left: Tensor, right: Tensor) -> Tensor:
-        """For each memory row the sum of left[n]ᵀ right[n] (R, M, ·) over the rows that read it; zero in slots that don't exist."""
-        found = self.rows.outer(left, right)
+    def memory_gradient(self, *pairs: Pair, out: Tensor | None = None) -> Tensor:
+        """For each memory row the sum of left[n]ᵀ right[n] (R, M, ·) over the rows that read it; zero in slots that don't exist.
+
+        Args:
+            pairs: (left, right); the sum is over all of them, rounded once.
+            out: to which it is added, in the operands' dtype.
+        """
+        if out is None and pairs[0][0].itemsize < 4:
+            found = self.rows.outer(*pairs)
+        else:
+            found, rest = (self.rows.outer(pairs[0]), pairs[1:]) if out is None else (out, pairs)
+            for left, right in rest:
+                self.rows.add_outer(found, left, right)
         # `left` is zero there, but 0 · NaN of a token is not.
         return found if self.valid is None else found.masked_fill_(~self.valid[:, :, None], 0)
 
@@ -295,6 +305,9 @@ def _memory_backward(
         assert dscores is not None
         grads.setdefault("x", torch.zeros_like(p.x, memory_format=torch.contiguous_format))
         m.rows.add_product(grads["x"], dscores, m.key)
+    if "core" in wanted:
+        assert dscores is not None and visual is not None
+        grads["core"] = m.memory_gradient((dscores, p.x), (visual, grad))
     for side, left, right in (("key", dscores, p.x), ("value", visual, grad)):
         memory_name, position_name = f"visual_{side}", f"{side}_position"
         if memory_name not in wanted and position_name not in wanted:
@@ -305,7 +318,7 @@ def _memory_backward(
             # but for a row whose image has no slot these zeros are a product with its x and dy, of which either may be NaN.
             grads[position_name] = m.only_readers(left).T @ m.only_readers(right)
             continue
-        grads[memory_name] = m.memory_gradient(left, right)
+        grads[memory_name] = m.memory_gradient((left, right))
         if position_name in wanted:
             grads[position_name] = grads[memory_name].sum(0, dtype=torch.promote_types(left.dtype, torch.float32))
 
@@ -331,10 +344,10 @@ def _factored_backward(
             grads["x"].addmm_(dscores, m.key_position)
     if "visual_key" in wanted:
         assert dscores is not None
-        grads["visual_key"] = m.memory_gradient(dscores, p.x @ m.basis.T)
+        grads["visual_key"] = m.memory_gradient((dscores, p.x @ m.basis.T))
     if "visual_value" in wanted:
         assert visual is not None and dy_basis is not None
-        grads["visual_value"] = m.memory_gradient(visual, dy_basis)
+        grads["visual_value"] = m.memory_gradient((visual, dy_basis))
     readers = {"visual_basis", "key_position", "value_position", "key_operand", "value_operand"} & wanted
     x, dy = (m.only_readers(t) if readers else t for t in (p.x, grad))
     if "visual_basis" in wanted:
@@ -349,11 +362,9 @@ def _factored_backward(
     wide = torch.promote_types(grad.dtype, torch.float32)
     if "core" in wanted:
         assert dscores is not None and visual is not None and dy_basis is not None
-        dx_core = p.x @ m.basis.T
-        if "core" in sums:
-            m.rows.add_outer(sums["core"], dscores, dx_core)
-        grads["core"] = sums["core"] if "core" in sums else m.rows.outer(dscores, dx_core).to(wide)
-        m.rows.add_outer(grads["core"], visual, dy_basis)
+        # The products in float32: they are small, and each rounded to 16 bits nothing may be left of a sum that nearly cancels.
+        pairs = (dscores.to(wide), (p.x @ m.basis.T).to(wide)), (visual.to(wide), dy_basis.to(wide))
+        grads["core"] = m.memory_gradient(*pairs, out=sums.get("core"))
     if "key_operand" in wanted:
         assert dscores is not None and dx_basis is not None
         grads["key_operand"] = _joined(sums.get("key_operand"), dx_basis, dscores, x, wide)
@@ -370,9 +381,16 @@ def _joined(total: Tensor | None, upper: Tensor, lower: Tensor, right: Tensor, d
         out = right.new_empty(rank + lower.shape[1], right.shape[1], dtype=dtype)
     for part, left in ((out[:rank], upper), (out[rank:], lower)):
         if total is not None:
-            add_transposed(part, left, right)
+            _add_transposed(part, left, right)
         elif dtype == right.dtype:
             torch.mm(left.T, right, out=part)
         else:
             part.copy_(left.T @ right)
     return out
+
+
+def _add_transposed(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """out += leftᵀ right, an `out` wider than the operands stays as wide."""
+    if out.dtype != left.dtype:
+        return out.add_(left.mT @ right)
+    return out.addmm_(left.mT, right)

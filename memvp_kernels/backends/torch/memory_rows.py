@@ -11,21 +11,26 @@ there) and `outer` (its gradient: for every memory row the sum over the rows tha
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from memvp_kernels.problem import Segments
 
-__all__ = ["Blocked", "Grouped", "MemoryRows", "Padded", "Shared", "add_transposed", "memory_rows", "row_of"]
+__all__ = ["Blocked", "Grouped", "MemoryRows", "Padded", "Pair", "Shared", "memory_rows", "row_of"]
 
 
-def add_transposed(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """out += leftᵀ right, matrices or batches of them; an `out` wider than the operands stays as wide."""
-    if out.dtype != left.dtype:
-        return out.add_(left.mT @ right)
-    return out.addmm_(left.mT, right) if out.dim() == 2 else out.baddbmm_(left.mT, right)
+Pair: TypeAlias = tuple[Tensor, Tensor]
+
+
+def _stacked(pairs: Sequence[Pair], dimension: int = 0) -> Pair:
+    """The pairs' rows after one another: the product of two such matrices sums over all pairs before it rounds."""
+    if len(pairs) == 1:
+        return pairs[0]
+    lefts, rights = zip(*pairs, strict=True)
+    return torch.cat(lefts, dimension), torch.cat(rights, dimension)
 
 
 class MemoryRows(Protocol):
@@ -37,11 +42,11 @@ class MemoryRows(Protocol):
     def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:
         """out[n] += a[n] @ matrices[row of n], for every n that has a row; out (N, q) is contiguous."""
 
-    def outer(self, a: Tensor, b: Tensor) -> Tensor:
-        """(R, p, q): for each memory row the sum of a[n]ᵀ b[n] over the rows n that read it."""
+    def outer(self, *pairs: Pair) -> Tensor:
+        """(R, p, q): for each memory row the sum of a[n]ᵀ b[n] over the rows n that read it, and over all pairs."""
 
     def add_outer(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        """out += outer(a, b), in out's dtype, which may be wider."""
+        """out += outer((a, b)), all of one dtype."""
 
 
 class Shared:
@@ -51,11 +56,12 @@ class Shared:
     def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:
         out.addmm_(a, matrices[0])
 
-    def outer(self, a: Tensor, b: Tensor) -> Tensor:
+    def outer(self, *pairs: Pair) -> Tensor:
+        a, b = _stacked(pairs)
         return (a.T @ b)[None]
 
     def add_outer(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        add_transposed(out[0], a, b)
+        out[0].addmm_(a.T, b)
 
 
 class Padded:
@@ -71,11 +77,12 @@ class Padded:
     def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:
         out.view(self.sequences, self.length, out.shape[-1]).baddbmm_(self._split(a), matrices)
 
-    def outer(self, a: Tensor, b: Tensor) -> Tensor:
-        return self._split(a).transpose(1, 2) @ self._split(b)
+    def outer(self, *pairs: Pair) -> Tensor:
+        a, b = _stacked([(self._split(a), self._split(b)) for a, b in pairs], 1)
+        return a.transpose(1, 2) @ b
 
     def add_outer(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        add_transposed(out, self._split(a), self._split(b))
+        out.baddbmm_(self._split(a).transpose(1, 2), self._split(b))
 
 
 class Grouped:
@@ -118,15 +125,17 @@ class Grouped:
                 out[first:end] += product[taken : taken + end - first]
                 taken += end - first
 
-    def outer(self, a: Tensor, b: Tensor) -> Tensor:
+    def outer(self, *pairs: Pair) -> Tensor:
+        a, b = pairs[0]
         out = a.new_zeros(self.memories, a.shape[-1], b.shape[-1])
         for row, spans in self.spans.items():
-            torch.mm(self._take(a, spans).T, self._take(b, spans), out=out[row])
+            left, right = _stacked([(self._take(a, spans), self._take(b, spans)) for a, b in pairs])
+            torch.mm(left.T, right, out=out[row])
         return out
 
     def add_outer(self, out: Tensor, a: Tensor, b: Tensor) -> None:
         for row, spans in self.spans.items():
-            add_transposed(out[row], self._take(a, spans), self._take(b, spans))
+            out[row].addmm_(self._take(a, spans).T, self._take(b, spans))
 
 
 class Blocked:
@@ -167,15 +176,16 @@ class Blocked:
     def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:
         out += self.product(a, matrices)
 
-    def outer(self, a: Tensor, b: Tensor) -> Tensor:
-        return self._sums(a, b).to(a.dtype)
+    def outer(self, *pairs: Pair) -> Tensor:
+        return self._sums(*pairs).to(pairs[0][0].dtype)
 
     def add_outer(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        out += self._sums(a, b)
+        out += self._sums((a, b))
 
-    def _sums(self, a: Tensor, b: Tensor) -> Tensor:
+    def _sums(self, *pairs: Pair) -> Tensor:
         """As `outer`, in float32 at least."""
-        parts = torch.bmm(self._blocks(a).transpose(1, 2), self._blocks(b)).flatten(1)
+        a, b = _stacked([(self._blocks(a), self._blocks(b)) for a, b in pairs], 1)
+        parts = torch.bmm(a.transpose(1, 2), b).flatten(1)
         wide = parts.to(torch.promote_types(parts.dtype, torch.float32))
         # One thread adds a memory row's blocks in their order, where index_add_ on a GPU uses atomics; `unsafe` spares a look at counts.
         sums = torch.segment_reduce(wide, "sum", lengths=self.counts, unsafe=True)

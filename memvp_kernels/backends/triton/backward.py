@@ -160,10 +160,11 @@ def _plain_backward(
         sides["key"] = (made.dscores, _with_rows(x))
     if made.visual is not None:
         sides["value"] = (made.visual, grad)
-    memory = {f"visual_{side}": operands for side, operands in sides.items() if f"visual_{side}" in needs}
+    together = "core" in needs
+    memory = {f"visual_{side}": operands for side, operands in sides.items() if together or f"visual_{side}" in needs}
     if memory:
         dtypes = {getattr(problem, name).dtype for name in memory}
-        out = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        out = dtypes.pop() if len(dtypes) == 1 and not together else torch.float32
         grads |= zip(memory, memory_gradients(list(memory.values()), segments, problem.memories, out), strict=True)
     # A position's gradient is the sum of its memory's over the images; where that was rounded to 16 bits, the product over all their rows.
     dense = {}
@@ -177,6 +178,8 @@ def _plain_backward(
             dense[f"{side}_position"] = operands
     if dense:
         grads |= zip(dense, _over_readers(problem, list(dense.values())), strict=True)
+    if together:
+        grads["core"] = grads.pop("visual_key").add_(grads.pop("visual_value"))
     return made.dpre, grads
 
 

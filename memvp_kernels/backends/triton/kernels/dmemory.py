@@ -98,7 +98,9 @@ def dense_gradients(
 
 
 def _support_tma(pairs: Sequence[Pair]) -> bool:
-    return all(tma.supports_tma(t) for pair in pairs for t in pair)
+    # The kernel builds its descriptors with the strides as they are, also that of a single row.
+    tensors = [t for pair in pairs for t in pair]
+    return all(tma.supports_tma(t) and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
 
 
 def _launch(

@@ -92,5 +92,6 @@ def make_pair_descriptor(first: Tensor, second: Tensor, block: tuple[int, int]) 
     """
     low, high = (first, second) if first.data_ptr() < second.data_ptr() else (second, first)
     distance = (high.data_ptr() - low.data_ptr()) // low.element_size()
-    fields = {"shape": [2, *low.shape], "strides": [distance, *low.stride()], "block_shape": [2, *block]}
+    one = _fields(low.shape, low.stride(), low.element_size(), block, TMA.value)
+    fields = {"shape": [2, *one["shape"]], "strides": [distance, *one["strides"]], "block_shape": [2, *block]}
     return _descriptor(low, fields)
