@@ -14,8 +14,6 @@ from torch import Tensor
 from variants import Variant, exact_ffn, truths, variants
 from workload import Adapter, Weights, hidden_states
 
-__all__ = ["cache_per_image", "candidates", "memory_per_image", "too_big"]
-
 
 def candidates(
     setting: Setting,
@@ -81,7 +79,7 @@ def candidates(
     for variant in (chosen or variants(device, compiled=setting.compiled)).values():
         if not setting.wants(variant.name):
             continue
-        memory = memory_per_image(variant.form, setting, slots=slots, layers=1)
+        memory = memory_per_image(variant.form, setting, slots=slots)
         in_cache = "its visual tokens cost attention here, not the FFN" if decode and variant.form == "prompt" else ""
         found.append(
             Candidate(
@@ -97,19 +95,17 @@ def candidates(
     return found
 
 
-def memory_per_image(form: str, setting: Setting, *, slots: int, layers: int) -> int:
-    """Bytes of MemVP's memory: one for all layers, except where it is concatenated with each layer's weights."""
-    preset = setting.preset
+def memory_per_image(form: str, setting: Setting, *, slots: int) -> int:
+    """Bytes of MemVP's memory of one image, one for all layers, except where it is concatenated with a layer's weights."""
+    d = setting.preset.width
     numbers = {
-        "text": 0,
-        "prompt": 0,
-        "official": slots * preset.width,  # f; K and V come and go
-        "positions": slots * preset.width,
-        "plain": 2 * slots * preset.width,
-        "factored": slots * preset.rank,
-        "concatenated": 2 * (preset.pairs + slots) * preset.width * layers,
+        "official": slots * d,
+        "positions": slots * d,
+        "plain": 2 * slots * d,
+        "factored": slots * setting.preset.rank,
     }
-    return numbers[form] * setting.element
+    numbers["concatenated"] = 2 * (setting.preset.pairs + slots) * d
+    return numbers.get(form, 0) * setting.element
 
 
 def cache_per_image(form: str, setting: Setting, *, visual_tokens: int) -> int:

@@ -13,13 +13,11 @@ from options import Setting
 from roofline import FFNShape, kernel
 from timing import tensor_bytes
 from torch import Tensor
-from variants import implementations, materialize
+from variants import materialize
 from workload import Adapter, Weights, hidden_states
 
 from memvp_kernels.dispatch import missing as missing_backend
 from memvp_kernels.problem import Segments
-
-__all__ = ["KERNELS", "Operands", "candidates"]
 
 #: Of a plain memory, and of a factored one: [u | visual] and the scores from x's columns; [t | dS] and [u | visual] from dy's.
 KERNELS = ("hidden", "output", "dhidden", "dinput", "dmemory", "core", "dcore")
@@ -109,16 +107,15 @@ class Operands:
     def launch(self, name: str, implementation: str) -> Callable[[], Outputs]:
         """The launch of a kernel, or another implementation's products in its place."""
         from memvp_kernels.backends.triton.device.visual import Visual
+        from memvp_kernels.backends.triton.gemm import IMPLEMENTATIONS as BY_NAME
         from memvp_kernels.backends.triton.kernels.core import core_forward
         from memvp_kernels.backends.triton.kernels.core_backward import core_backward
         from memvp_kernels.backends.triton.kernels.dmemory import memory_gradients
 
-        by_name = implementations()[1]
-        if implementation not in by_name:
-            from memvp_kernels.backends.cuda.gemm import STEPS
-
-            by_name = {implementation: STEPS}
-        steps = by_name[implementation]
+        if implementation == "hopper":
+            from memvp_kernels.backends.cuda.gemm import STEPS as steps
+        else:
+            steps = BY_NAME[implementation]
         own: Any = self
         w, memory, segments, visual = self.weights, self.memory, self.segments, Visual("silu", self.scale, None, 0)
 

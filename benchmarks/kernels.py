@@ -137,7 +137,7 @@ def candidates(setting: Setting, *, backward: bool, **sizes: int) -> list[Candid
     ]
     for variant in variants(setting.device, compiled=setting.compiled).values():
         if variant.form != "prompt" and setting.wants(variant.name):
-            size = memory_per_image(variant.form, setting, slots=shape.slots, layers=1)
+            size = memory_per_image(variant.form, setting, slots=shape.slots)
             big = too_big(3 * shape.sequences * size, setting.device) if variant.form == "concatenated" else None
             build = functools.partial(problem.build, variant, backward=backward)
             missing = variant.missing(setting.device) or big

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from ffn_case import cache_per_image, memory_per_image, too_big
+from ffn_case import cache_per_image, memory_per_image
 from measure import Built, Candidate, Outputs
 from options import Setting
 from roofline import FFNShape, head, layer
@@ -17,8 +16,6 @@ from timing import tensor_bytes
 from torch import Tensor, nn
 from variants import Variant, truths, variants
 from workload import Adapter, Factors, Preset, Weights, text_tokens
-
-__all__ = ["CHECKED_LAYERS", "OURS", "FixedCache", "Llama", "candidates", "memvp_model"]
 
 OURS = "MemVPModel"
 #: The check compares this many layers with float64: enough for every product to take part, little enough for any GPU's memory.
@@ -142,18 +139,22 @@ def _mlps(model: Any) -> Iterable[Any]:
     return (layer.mlp for layer in model.model.layers)
 
 
-def use(model: Any, variant: Variant, memory: Callable[[Weights], Any], dropout: float = 0.0) -> None:
-    """From now on the model's FFNs compute `variant` on what `memory` gives for a layer's weights; or their own forward, for the
-    uncompiled variants without memory."""
+def in_models(found: Mapping[str, Variant]) -> list[Variant]:
+    """Those that a whole model can have: weights concatenated with every image's memory, in every layer, exceed any machine."""
+    return [variant for variant in found.values() if variant.form != "concatenated"]
+
+
+def use(model: Any, variant: Variant, shared: Any, dropout: float = 0.0) -> None:
+    """From now on the model's FFNs compute `variant` on what all layers share; without memory and uncompiled, their own forward."""
     for mlp in _mlps(model):
         vars(mlp).pop("forward", None)
         if variant.name not in ("text", "prompt"):
             weights = Weights(mlp.up_proj.weight, mlp.down_proj.weight.T, mlp.gate_proj.weight)
-            mlp.forward = functools.partial(_ffn, variant.step, weights, memory, dropout)
+            mlp.forward = functools.partial(_ffn, variant.step, weights, shared, dropout)
 
 
-def _ffn(step: Any, weights: Weights, memory: Callable[[Weights], Any], dropout: float, x: Tensor) -> Tensor:
-    return step(x, weights, memory(weights), dropout)
+def _ffn(step: Any, weights: Weights, shared: Any, dropout: float, x: Tensor) -> Tensor:
+    return step(x, weights, shared, dropout)
 
 
 def memvp_model(base: Any, adapter: Adapter, **options: Any) -> Any:
@@ -227,7 +228,7 @@ def candidates(
         if variant.form == "prompt" and not decode:
             visual = adapter.project(features).to(dtype).to(embedded.dtype)
             embedded = torch.cat([visual, embedded], dim=1)
-        use(model, variant, lambda weights: variant.bind(weights, shared))
+        use(model, variant, shared)
         return last_logits(model, inputs_embeds=embedded, past_key_values=kv)
 
     def factors() -> Factors:
@@ -239,9 +240,6 @@ def candidates(
         if not decode or not variant.has_memory:
             return functools.partial(forward, variant, model, factors, kv), held
         shared = variant.share(factors())
-        if variant.form == "concatenated":
-            held += sequences * memory_per_image(variant.form, setting, slots=slots, layers=len(model.model.layers))
-            variant = _bound_once(variant)
         return functools.partial(forward, variant, model, factors, kv, shared), held + tensor_bytes(shared)
 
     def memvp(base: Any) -> tuple[Callable[[], Tensor], int]:
@@ -268,14 +266,14 @@ def candidates(
         return Built(lambda: {"logits": make(llama.checked)[0]()}, [timed], weight_bytes + held, depth=depth)
 
     def candidate(name: str, form: str, make: Any, missing: str | None = None) -> Candidate:
-        memory = memory_per_image(form, setting, slots=slots, layers=setting.layers)
+        memory = memory_per_image(form, setting, slots=slots)
         count = layer(form, preset, shape, cached=start(form)) * setting.layers
         return Candidate(
             name,
             functools.partial(build, make),
             functools.partial(truth, form),
             count + head(preset, rows=sequences, element=setting.element),
-            missing=missing or too_big(sequences * memory, device),
+            missing=missing,
             memory_per_image=memory,
             cache_per_image=cache_per_image(form, setting, visual_tokens=visual_tokens),
             note=checked_note(setting),
@@ -283,23 +281,10 @@ def candidates(
 
     found = [
         candidate(v.name, v.form, functools.partial(call, v), v.missing(device))
-        for v in variants(device, compiled=setting.compiled).values()
+        for v in in_models(variants(device, compiled=setting.compiled))
         if setting.wants(v.name)
     ]
     return found + ([candidate(OURS, "factored", memvp)] if setting.wants(OURS) else [])
-
-
-def _bound_once(variant: Variant) -> Variant:
-    """The variant with what each layer keeps made in its first call."""
-    known: dict[int, Any] = {}
-
-    def bind(weights: Weights, shared: Any) -> Any:
-        key = weights.key.data_ptr()
-        if key not in known:
-            known[key] = variant.bind(weights, shared)
-        return known[key]
-
-    return dataclasses.replace(variant, bind=bind)
 
 
 def checked_note(setting: Setting) -> str:

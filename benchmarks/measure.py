@@ -8,9 +8,9 @@ import math
 import os
 import sys
 import time
-import unittest.mock
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -29,8 +29,6 @@ from timing import (
     sm_clock,
 )
 from torch import Tensor
-
-__all__ = ["AGAIN", "Built", "Candidate", "Case", "LostDeviceError", "Outputs", "Truth", "judge", "measure", "run"]
 
 Call = Callable[[], object]
 Outputs = Mapping[str, Tensor]
@@ -310,7 +308,9 @@ def _progress_bar(total: int, *, quiet: bool) -> Any:
     try:
         from tqdm import tqdm
     except ImportError:
-        return unittest.mock.Mock()
+        return SimpleNamespace(
+            **dict.fromkeys(("set_description", "set_postfix_str", "update", "close"), lambda *_: None)
+        )
     return tqdm(total=total, file=sys.stderr, dynamic_ncols=True, leave=False, disable=quiet or None)
 
 

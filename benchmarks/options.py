@@ -23,8 +23,6 @@ from workload import PRESETS, Preset, source
 
 import memvp_kernels
 
-__all__ = ["Setting", "commit_of", "device_name", "environment", "parser", "settle", "slug"]
-
 _ROOT = Path(__file__).resolve().parents[1]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _QUICK = {"batch": (2,), "text_length": (8,), "visual_tokens": (16,)}
@@ -42,23 +40,17 @@ Sizes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Setting:
-    """The options, with every default filled in.
+    """The options, with every default filled in; `json` and `plot` are None where not to be written.
 
     Attributes:
-        program: names the run in its file; with its switches.
-        device, dtype: measured.
-        preset_name, preset: the model's shape.
-        layers: decoder layers.
+        program: names the run in its file, with its switches.
         batch, text_length, visual_tokens: the values of each to run.
-        samples: per variant.
         compiled: whether torch.compile forms take part.
         only: names of variants to run, or None for all.
         sweep: one size varies at a time, on a few layers and variants.
         seconds: no case and no variant is begun after these; None: no limit.
         go_on: keep the rows that the result file has, and measure what it lacks.
         commit: what the tree is a copy of, where it has no git.
-        json, plot: files to write; None: not.
-        quiet: no progress bar.
     """
 
     program: str

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["is_ours", "plot_program", "plot_roofline", "plot_speedups", "plot_sweep"]
-
 Document = Mapping[str, Any]
 _Rows = Sequence[Mapping[str, Any]]
 

@@ -10,8 +10,6 @@ import torch
 from timing import tensor_bytes
 from torch import nn
 
-__all__ = ["base_bytes", "dequantized", "missing", "quantize"]
-
 
 def missing() -> str | None:
     """Why this machine can't have it, or None."""

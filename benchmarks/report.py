@@ -336,14 +336,7 @@ def with_figures(readme: str, block: str) -> str:
     return changed
 
 
-def draw(machine: Machine) -> None:
-    """All pictures of one machine."""
-    folder = machine.folder / "plots"
-    for program, document in machine.documents.items():
-        plots.plot_program(document, folder / f"{program}.png")
-
-
-def measure(results: Path, device: torch.device, programs: Sequence[str]) -> int:
+def measure(results: Path, device: torch.device) -> int:
     """Runs the programs one after the other into results/<machine>; 1 when one of them failed."""
     commit = commit_of()
     if commit == UNKNOWN_COMMIT:
@@ -352,11 +345,11 @@ def measure(results: Path, device: torch.device, programs: Sequence[str]) -> int
         print(f"UNCOMMITTED CHANGES: rows will name {commit}, which is not what is measured", file=sys.stderr)
     folder = results / slug(device_name(device))
     status = 0
-    for program in programs:
+    for program, sizes in MEASURE.items():
         name, *switches = program.split()
         stem = "-".join([name, *(switch.removeprefix("--") for switch in switches)])
         command = [sys.executable, str(HERE / f"{name}.py"), *switches, "--device", str(device)]
-        command += [] if device.type == "cuda" else MEASURE[program]
+        command += [] if device.type == "cuda" else sizes
         command += ["--json", str(folder / f"{stem}.json"), "--plot", "none"]
         print("+", " ".join(command), flush=True)
         begun = time.monotonic()
@@ -368,26 +361,22 @@ def measure(results: Path, device: torch.device, programs: Sequence[str]) -> int
 def main(arguments: list[str] | None = None) -> int:
     """Measures where asked, then writes, or with --check compares; 1 when a program failed or a file is out of date."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    default = "(default: benchmarks/results, benchmarks/REPORT.md, README.md)"
-    parser.add_argument(
-        "--results", type=Path, default=HERE / "results", help=f"folder of <machine>/<program>.json {default}"
-    )
-    parser.add_argument("--report", type=Path, default=HERE / "REPORT.md", help="file to write")
-    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md", help="file whose figures to write")
+    files = {"results": HERE / "results", "report": HERE / "REPORT.md", "readme": HERE.parent / "README.md"}
+    texts = ("folder of <machine>/<program>.json", "file to write", "file whose figures to write")
+    for (name, default), text in zip(files.items(), texts, strict=True):
+        shown = default.relative_to(HERE.parent)
+        parser.add_argument(f"--{name}", type=Path, default=default, help=f"{text} (default: {shown})")
     parser.add_argument("--check", action="store_true", help="write nothing; fail when a file is out of date")
-    names = f"measure this machine first, all programs or these of {', '.join(MEASURE)}"
-    parser.add_argument("--measure", nargs="*", choices=[*MEASURE, []], metavar="PROGRAM", help=names)
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to measure (default: a GPU if any)"
-    )
+    parser.add_argument("--measure", action="store_true", help="measure this machine first, with all programs")
+    parser.add_argument("--device", help="to measure (default: a GPU where there is one)")
     options = parser.parse_args(arguments)
-    status = 0
-    if options.measure is not None:
-        status = measure(options.results, torch.device(options.device), options.measure or list(MEASURE))
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    status = measure(options.results, device) if options.measure else 0
     found = machines(options.results)
     if not options.check:
         for machine in found:
-            draw(machine)
+            for program, document in machine.documents.items():
+                plots.plot_program(document, machine.folder / "plots" / f"{program}.png")
     wanted = {options.report: report(found)}
     if options.readme.exists():
         wanted[options.readme] = with_figures(options.readme.read_text(), figures(found))

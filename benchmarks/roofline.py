@@ -10,9 +10,6 @@ from dataclasses import dataclass
 
 from workload import Preset
 
-__all__ = ["FORMS", "Count", "FFNShape", "Peaks", "attention", "ffn_backward", "ffn_forward", "head", "kernel", "layer"]
-__all__ += ["training_step"]
-
 #: How an FFN can take an image in:
 #:   text          not at all
 #:   prompt        as tokens in front of the text, which run through the same FFN

@@ -10,20 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "BASELINES",
-    "COLUMNS",
-    "DIRTY",
-    "LOST",
-    "UNKNOWN_COMMIT",
-    "Results",
-    "Row",
-    "cells",
-    "number",
-    "show",
-    "table",
-]
-
 UNKNOWN_COMMIT, DIRTY = "unknown", "-dirty"
 
 #: What a speedup is over: the fastest of these variants of the case that was timed.

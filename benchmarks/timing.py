@@ -25,17 +25,6 @@ from roofline import Peaks
 from torch import Tensor
 from torch.utils.benchmark import timer as synchronized_clock
 
-__all__ = [
-    "NotCapturableError",
-    "Sampler",
-    "WrongReplayError",
-    "first_call",
-    "first_line",
-    "measure_peaks",
-    "operand_sets",
-]
-__all__ += ["peak_bytes", "relative_error", "sm_clock", "tensor_bytes"]
-
 Call = Callable[[], object]
 
 #: Operands are rotated until together they are this many times the last-level cache.
@@ -115,11 +104,13 @@ def _captured(calls: Sequence[Call], device: torch.device, allowed: float) -> Ca
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize(device)
-    stream, graph = torch.cuda.current_stream(device), torch.cuda.CUDAGraph()
+    stream, graph, pool = torch.cuda.current_stream(device), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             results = [call() for call in calls]
     except RuntimeError as error:
+        with contextlib.suppress(RuntimeError, AttributeError):  # or the allocator goes on recording into the pool
+            torch._C._cuda_endAllocateToPool(device.index, pool)
         raise NotCapturableError(first_line(error.__context__ or error)) from error
     finally:
         torch.cuda.set_stream(stream)  # a failed capture leaves its side stream current

@@ -20,7 +20,7 @@ import quantized
 import torch
 import torch.nn.functional as F
 from ffn_case import memory_per_image, too_big
-from llama import OURS, Llama, checked_note, memvp_model, sharing, take_gradients, use
+from llama import OURS, Llama, checked_note, in_models, memvp_model, sharing, take_gradients, use
 from measure import Built, Candidate, Case, Truth, run
 from options import Setting, parser, settle
 from plots import plot_program
@@ -56,10 +56,10 @@ class Step:
         return hidden_states(s, t, d, device=self.setting.device, dtype=self.setting.dtype, offset=offset)
 
     def candidate(
-        self, variant: Variant, build: Callable[[], Built], truth: Callable[[], Truth], count: Any, layers: int
+        self, variant: Variant, build: Callable[[], Built], truth: Callable[[], Truth], count: Any
     ) -> Candidate:
-        memory = memory_per_image(variant.form, self.setting, slots=self.shape.slots, layers=layers)
-        # Concatenated weights are kept for the backward in every layer, and get gradients of their size.
+        memory = memory_per_image(variant.form, self.setting, slots=self.shape.slots)
+        # Concatenated weights are kept for the backward, and get gradients of their size.
         size = 2 * self.shape.sequences * memory if variant.form == "concatenated" else 0
         missing = variant.missing(self.setting.device) or too_big(size, self.setting.device)
         return Candidate(variant.name, build, truth, count, missing=missing, memory_per_image=memory)
@@ -138,7 +138,6 @@ def ffn_candidates(setting: Setting, size: tuple[int, int, int], *, recompute: b
             functools.partial(build, variant),
             functools.partial(truth, variant.form),
             ffn_forward(variant.form, step.shape, training=True) + ffn_backward(variant.form, step.shape),
-            layers=1,
         )
         for variant in variants(setting.device, compiled=setting.compiled, recompute=recompute).values()
         if setting.wants(variant.name)
@@ -171,7 +170,7 @@ class ModelStep(Step):
             embedded = torch.cat([adapter.project(features).to(dtype), embedded], dim=1)
         elif variant.form == "text":  # nothing is trained, but the backward passes through every layer all the same
             embedded = embedded.detach().requires_grad_()
-        use(model, variant, lambda weights: variant.bind(weights, shared), dropout)
+        use(model, variant, shared, dropout)
         inputs = {"inputs_embeds": embedded, "logits_to_keep": self.shape.tokens, "use_cache": False}
         if dtype != torch.float64:
             found = model(**inputs, labels=self.tokens)
@@ -249,11 +248,11 @@ def model_candidates(
         count = training_step(
             variant.form, setting.preset, step.shape, layers=setting.layers, checkpointing=checkpointing
         )
-        found = step.candidate(variant, build, functools.partial(truth, variant.form), count, layers=setting.layers)
+        found = step.candidate(variant, build, functools.partial(truth, variant.form), count)
         found.note = checked_note(setting)
         return found
 
-    every = variants(setting.device, compiled=setting.compiled, recompute=recompute).values()
+    every = in_models(variants(setting.device, compiled=setting.compiled, recompute=recompute))
     found = [
         candidate(variant, functools.partial(step.build, variant)) for variant in every if setting.wants(variant.name)
     ]

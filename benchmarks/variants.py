@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -17,18 +18,6 @@ from workload import Factors, Weights
 
 from memvp_kernels import fused_ffn, reference
 from memvp_kernels.dispatch import missing as missing_backend
-
-__all__ = [
-    "PLAIN_PYTORCH",
-    "Joined",
-    "Materialized",
-    "Step",
-    "Variant",
-    "decode_variants",
-    "exact_ffn",
-    "factored_joined",
-]
-__all__ += ["join", "pytorch_of", "truths", "variants"]
 
 #: Plain PyTorch's own way to compute each form: twice its error is allowed.
 PLAIN_PYTORCH = "plain-eager"
@@ -113,22 +102,15 @@ def _official_eager(x: Tensor, weights: Weights, bound: Official, dropout: float
     return ffn(x, weights) + _branch(x, memory, dropout)
 
 
-@dataclass(frozen=True)
-class Concatenated:
+def _concatenate(weights: Weights, shared: Materialized) -> Materialized:
     """[K; Kv] and [V; s·Vv] of every sequence, (S, F + M, d) each: the copies that this package avoids."""
-
-    key: Tensor
-    value: Tensor
-
-
-def _concatenate(weights: Weights, shared: Materialized) -> Concatenated:
     s = shared.key.shape[0]
     key = torch.cat([weights.key.expand(s, -1, -1), shared.key], dim=1)
     value = torch.cat([weights.value.expand(s, -1, -1), shared.scale * shared.value], dim=1)
-    return Concatenated(key, value)
+    return Materialized(key, value, 1.0)
 
 
-def _concatenated(x: Tensor, weights: Weights, bound: Concatenated, dropout: float) -> Tensor:
+def _concatenated(x: Tensor, weights: Weights, bound: Materialized, dropout: float) -> Tensor:
     """One product with [K; Kv], one with [V; Vv], as the paper's equation reads; the memory's share is not gated."""
     f = weights.key.shape[0]
     scores = x @ bound.key.transpose(1, 2)
@@ -257,21 +239,12 @@ def _ours(name: str, backend: str, *, recompute: bool, implementation: str | Non
     return found
 
 
-def implementations() -> tuple[Any, dict[str, Any]]:
-    """The context manager that chooses one, and their steps by name; under either of the names they have had."""
-    from memvp_kernels.backends.triton import gemm
-
-    if hasattr(gemm, "override_implementation"):
-        return gemm.override_implementation, gemm.IMPLEMENTATIONS
-    old = {"fused": "fused", "cublas": "library", "hopper": "wgmma"}
-    return lambda name: gemm.forced(old.get(name)), {new: gemm.ON_ROAD[known] for new, known in old.items()}
-
-
 def by_implementation(step: Step, implementation: str) -> Step:
     """The step with all of the Triton backend's large products by one implementation, forward and backward; else its cost model mixes."""
 
     def computed(x: Tensor, weights: Weights, bound: Any, dropout: float) -> Tensor:
-        override_implementation = implementations()[0]
+        from memvp_kernels.backends.triton.gemm import override_implementation
+
         entered: list[AbstractContextManager[None]] = []
 
         def enter(_grads: object) -> None:
@@ -343,4 +316,19 @@ def decode_variants(device: torch.device, *, compiled: bool, images: bool) -> di
         missing = functools.partial(missing_backend, "cuda")
         step = _fused("positions", backend="cuda")
         found["positions-cuda"] = Variant("positions-cuda", "positions", step, _official, missing=missing)
+        found |= _decode_forms(found["factored-cuda"]) if missing(device) is None else {}
     return found
+
+
+def _decode_forms(ours: Variant) -> dict[str, Variant]:
+    """The decode kernel in each of its forms; otherwise it goes by the chip."""
+    from memvp_kernels.backends.cuda import decode, extension
+
+    def in_form(form: str, *arguments: Any) -> Tensor:
+        with decode.forced(form):
+            return ours.step(*arguments)
+
+    forms = [form for form in extension.load().form_codes if form != "auto"]  # type: ignore[union-attr]
+    names = [f"{ours.name}-{form.replace(' ', '-')}" for form in forms]
+    steps = [functools.partial(in_form, form) for form in forms]
+    return {name: dataclasses.replace(ours, name=name, step=step) for name, step in zip(names, steps, strict=True)}

@@ -17,18 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = [
-    "PRESETS",
-    "Adapter",
-    "Factors",
-    "Preset",
-    "Weights",
-    "hidden_states",
-    "image_features",
-    "source",
-    "text_tokens",
-]
-
 _PATCH = 32  # pixels: a patch of one color channel is a feature of width 32² = 1024, CLIP ViT-L/14's
 
 

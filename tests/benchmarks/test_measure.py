@@ -289,24 +289,21 @@ def test_a_named_implementation_computes_the_backward_too() -> None:
     gemm: Any = pytest.importorskip("memvp_kernels.backends.triton.gemm")
     seen: list[str | None] = []
 
-    def chosen() -> str | None:
-        return vars(gemm).get("_override", vars(gemm).get("_forced"))
-
     class Double(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            seen.append(chosen())
+            seen.append(gemm._override)
             return 2 * x
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-            seen.append(chosen())
+            seen.append(gemm._override)
             return 2 * grads[0]
 
-    names = list(vars(gemm).get("IMPLEMENTATIONS", ()))
+    names = list(gemm.IMPLEMENTATIONS)
     x = torch.ones(3, requires_grad=True)
     outputs = [by_implementation(lambda x, *_: Double.apply(x), name)(x, None, None, 0.0) for name in names]  # type: ignore[arg-type,return-value]
     for y in (*outputs, *outputs):
         torch.autograd.grad(y.sum(), x, retain_graph=True)
     assert seen == [*names] * 3
-    assert chosen() is None
+    assert gemm._override is None
