@@ -98,11 +98,11 @@ class Llama:
 
     @functools.cached_property
     def exact(self) -> nn.Module:
-        return _double(self.checked)
+        return in_float64(self.checked)
 
 
-def _double(model: nn.Module) -> nn.Module:
-    for mlp in _mlps(model):  # what it computed last may have a graph, which can't be copied
+def in_float64(model: nn.Module) -> nn.Module:
+    for mlp in _mlps(model):  # a variant's memory may have a graph, which can't be copied
         vars(mlp).pop("forward", None)
     return copy.deepcopy(model).double()
 

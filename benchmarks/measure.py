@@ -269,7 +269,7 @@ def run(setting: Setting, cases: Sequence[Case]) -> tuple[Results, list[str]]:
     bar = _progress_bar(len(turns) * len(cases), quiet=setting.quiet)
     bar.set_description("peaks of this machine")
     if "peaks" not in results.environment:
-        results.environment["peaks"] = vars(measure_peaks(device, setting.dtype))
+        results.environment["peaks"] = vars(measure_peaks(device, setting.dtype, samples=setting.samples))
     peaks = Peaks(**results.environment["peaks"])
     for turn in turns:
         for case in cases:

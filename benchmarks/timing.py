@@ -167,7 +167,7 @@ def _cpu_cache_bytes() -> int:
     return int(found[1]) * 1024 if found else 32 * 2**20
 
 
-def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
+def measure_peaks(device: torch.device, dtype: torch.dtype, *, samples: int) -> Peaks:
     """The chip's best at three plain tasks, on random data; read-only is the fastest of three reductions."""
     big = device.type == "cuda"
     side, stream_bytes = (8192, 2 * 2**30) if big else (1024, 128 * 2**20)
@@ -180,7 +180,7 @@ def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
             from triton.testing import do_bench
 
             return float(do_bench(call, return_mode="min"))
-        return 1e3 * min(timeit.repeat(call, timer=time.perf_counter, number=1, repeat=20))
+        return 1e3 * min(timeit.repeat(call, timer=time.perf_counter, number=1, repeat=samples))
 
     product = torch.empty(side, side, dtype=dtype, device=device)
     reductions = (source.sum, functools.partial(torch.dot, source, source), source.amax)

@@ -20,7 +20,7 @@ import quantized
 import torch
 import torch.nn.functional as F
 from ffn_case import memory_per_image, too_big
-from llama import OURS, Llama, checked_note, in_models, memvp_model, sharing, take_gradients, use
+from llama import OURS, Llama, checked_note, in_float64, in_models, memvp_model, sharing, take_gradients, use
 from measure import Built, Candidate, Case, Truth, run
 from options import Setting, parser, settle
 from plots import plot_program
@@ -275,7 +275,7 @@ def quantized_candidates(
         return truths(
             setting.device,
             lambda variant: step.outputs(variant, same, step.adapter),
-            lambda variant: step.outputs(variant, copy.deepcopy(same).double(), copy.deepcopy(step.adapter).double()),
+            lambda variant: step.outputs(variant, in_float64(same), copy.deepcopy(step.adapter).double()),
         )("factored")
 
     note = "decoder layers in NF4, embedding and head not; its roofline counts the bytes of the other's weights"

@@ -186,7 +186,7 @@ def test_held_bytes_counts_each_tensor_once() -> None:
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Setting]:
-    monkeypatch.setattr(measuring, "measure_peaks", lambda device, dtype: Peaks(1.0, 1.0, 1.0))
+    monkeypatch.setattr(measuring, "measure_peaks", lambda device, dtype, samples: Peaks(1.0, 1.0, 1.0))
 
     def make(*more: str) -> Setting:
         quick = ("--device", "cpu", "--quick", "--quiet", "--samples", "2", "--json", str(tmp_path / "rows.json"))

@@ -77,7 +77,7 @@ def test_training(tmp_path: Path, switches: tuple[str, ...]) -> None:
     assert path.stem == ("training-checkpointing-recompute" if switches else "training")
     rows = rows_of(path)
     found = statuses(rows)
-    assert set(found) == {*VARIANTS, "MemVPModel"}
+    assert set(found) == {*VARIANTS, "MemVPModel"} - ({"concatenated"} if switches else set())  # an FFN's alone
     assert {name for name, status in found.items() if status != {"ok"}} == {"liger"}
     cases = {row["case"] for row in rows}
     assert any(case.startswith("ffn") for case in cases) is not bool(switches)  # checkpointing wraps layers
