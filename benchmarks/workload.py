@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import collections
 import functools
+import importlib.util
 import math
 import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 _PATCH = 32  # pixels: a patch of one color channel is a feature of width 32² = 1024, CLIP ViT-L/14's
 
 
@@ -161,10 +165,13 @@ class Adapter(nn.Module):
 @functools.cache
 def photographs() -> tuple[Tensor, ...]:
     """scikit-learn's two bundled photographs as (height, width, 3) in [0, 1]; without scikit-learn or pillow, none."""
+    package = importlib.util.find_spec("sklearn")  # not imported: that takes seconds
+    folders = package.submodule_search_locations if package is not None else None
     try:
-        from sklearn.datasets import load_sample_images
+        from PIL import Image
 
-        return tuple(torch.tensor(image).float() / 255 for image in load_sample_images().images)
+        paths = [Path(folder) / "datasets" / "images" / name for folder in folders or () for name in _PHOTOGRAPHS]
+        return tuple(torch.tensor(np.asarray(Image.open(path))).float() / 255 for path in paths)
     except (ImportError, OSError):
         return ()
 

@@ -190,7 +190,7 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
 
 def test_latency_alone_needs_neither_triton_nor_transformers_nor_what_draws(tmp_path: Path) -> None:
     """Python, torch and numpy are enough for the FFN; the model's rows say what is missing."""
-    absent = ("triton", "transformers", "matplotlib", "tabulate", "tqdm", "pandas", "sklearn")
+    absent = ("triton", "transformers", "matplotlib", "tabulate", "tqdm", "pandas", "sklearn", "PIL")
     run = "import latency; sys.exit(latency.main(sys.argv[1:]))"
     code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); {run}"
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}
