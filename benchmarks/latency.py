@@ -4,7 +4,7 @@
     python benchmarks/latency.py --preset llama-7b --batch 1 16 64 --visual-tokens 256 576
 
 Weights are random, inputs are real (photographs cut into patches, English text). Every variant is checked against float64 before it
-is timed. Compare variants within a case; a speed-up over the prompt form under 1 means that the latter wins.
+is timed. Compare variants within a case; a speedup over the prompt form under 1 means that the latter wins.
 """
 
 from __future__ import annotations

@@ -15,9 +15,11 @@ _MARKERS = "os^vDPX*<>"
 
 
 def is_ours(variant: str) -> bool:
-    """Whether a variant runs this package: its model, or its operator with a form of memory by a backend."""
+    """Whether a variant runs this package: its model, one of its kernels, or its operator with a form of memory by a backend."""
     by_operator = variant.split("-")[0] in ("plain", "factored", "positions")
-    return variant == "MemVPModel" or (by_operator and not variant.endswith(("-eager", "-compile", "-joined")))
+    return variant in ("MemVPModel", "triton", "cublas", "cuda") or (
+        by_operator and not variant.endswith(("-eager", "-compile", "-joined"))
+    )
 
 
 def color(variant: str) -> str:

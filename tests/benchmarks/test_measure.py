@@ -18,7 +18,7 @@ from measure import AGAIN, Built, Candidate, Case, LostDeviceError, Truth, judge
 from options import Setting, parser, settle
 from roofline import Count, Peaks
 from rows import Row
-from timing import Sampler, WrongReplayError, operand_sets, relative_error, tensor_bytes
+from timing import Sampler, WrongReplayError, operand_sets, relative_error
 from variants import Variant, by_implementation, exact_ffn, factored_joined, join, pytorch_of, variants
 from workload import PRESETS, Adapter, Factors, Weights, hidden_states
 
@@ -176,12 +176,6 @@ def test_operands_exceed_the_cache_several_times(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(timing, "_cpu_cache_bytes", lambda: 32 * 2**20)
     sets = [operand_sets(size * 2**20, CPU) for size in (1, 16, 100, 2000)]
     assert sets == [64, 8, 2, 1]
-
-
-def test_held_bytes_counts_each_tensor_once() -> None:
-    x, weights, factors = problem(torch.float32)
-    tensors = [x, *vars(weights).values(), *(t for t in vars(factors).values() if isinstance(t, torch.Tensor))]
-    assert tensor_bytes([weights, weights], factors, (x, None)) == sum(t.nbytes for t in tensors)
 
 
 @pytest.fixture

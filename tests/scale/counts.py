@@ -42,7 +42,7 @@ _GPUS_PER_NODE = 8
 _FLOAT32 = 4
 _ADAM_STATES = 4  # float32 numbers per trained parameter: itself, its gradient, two moments
 
-#: bitsandbytes nf4: half a byte per weight and one float32 scale per block of 64, before double quantisation.
+#: bitsandbytes nf4: half a byte per weight and one float32 scale per block of 64, before double quantization.
 _NF4_BYTES = 0.5 + _FLOAT32 / 64
 
 
@@ -115,7 +115,7 @@ def adapter_parameters(preset: Preset) -> int:
 
 
 def base_bytes(preset: Preset, *, element: int = 2, nf4: bool = False) -> float:
-    """The base at rest; nf4 quantises the layers' matrices and leaves embeddings, head and norms as they are."""
+    """The base at rest; nf4 quantizes the layers' matrices and leaves embeddings, head and norms as they are."""
     if not nf4:
         return base_parameters(preset) * element
     matrices = preset.layers * layer_parameters(preset)
