@@ -325,7 +325,7 @@ def _decode_forms(ours: Variant) -> dict[str, Variant]:
     from memvp_kernels.backends.cuda import decode, extension
 
     def in_form(form: str, *arguments: Any) -> Tensor:
-        with decode.forced(form):
+        with decode.override_form(form):
             return ours.step(*arguments)
 
     forms = [form for form in extension.load().form_codes if form != "auto"]  # type: ignore[union-attr]
