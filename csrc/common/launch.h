@@ -10,7 +10,7 @@
 
 namespace memvp {
 
-// Whether launches on this device may overlap, by the rule of memvp_kernels/backends/triton/device/pdl.py: Hopper and
+// Whether launches on this device may overlap, by the rule of memvp_kernels/backends/triton/runtime/pdl.py: Hopper and
 // sm_100 / sm_103 (on sm_120 such launches are reported to break graph capture), and drivers since CUDA 12.3, before
 // which no graph captures them.
 inline cudaError_t supports_pdl(int device, bool& supported) {

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memvp_kernels import dispatch as choose
+from memvp_kernels import dispatch
 from memvp_kernels.backends.cuda import decode, extension
 from memvp_kernels.checks import TENSORS, check_scalars, check_tensors
 from memvp_kernels.problem import Problem, normalise
@@ -87,7 +87,7 @@ def forget() -> None:
     """Clears what the package remembers of the extension and the GPU."""
     decode._latest = None
     remembered = (decode._type_codes, decode._tensors, decode._chip)
-    known = (_IMPORT, extension.device_limit, extension.hopper_limit, extension._machine_limit, choose._missing_on_gpu)
+    known = (_IMPORT, extension.device_limit, extension.hopper_limit, extension._machine_limit, dispatch._missing_on_gpu)
     for function in (*remembered, *known):
         function.cache_clear()
 

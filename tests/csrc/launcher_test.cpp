@@ -13,44 +13,30 @@ namespace memvp::decode {
 template <class T, int kNumber>
 void kernel(DecodeArgs) {}
 
-template <class T>
-DecodeKernel hidden_kernel_of(const DecodePlan&) {
-  return kernel<T, 1>;
-}
-template <class T>
-DecodeKernel values_kernel_of(const DecodePlan&) {
-  return kernel<T, 2>;
-}
-template <class T>
-DecodeKernel finish_kernel_of(const DecodePlan&) {
-  return kernel<T, 3>;
-}
-template <class T>
-DecodeKernel cooperative_kernel_of(const DecodePlan&) {
-  return kernel<T, 4>;
-}
-template DecodeKernel hidden_kernel_of<memvp::BFloat16>(const DecodePlan&);
-template DecodeKernel values_kernel_of<memvp::BFloat16>(const DecodePlan&);
-template DecodeKernel finish_kernel_of<memvp::BFloat16>(const DecodePlan&);
-template DecodeKernel cooperative_kernel_of<memvp::BFloat16>(const DecodePlan&);
-template DecodeKernel hidden_kernel_of<memvp::Float16>(const DecodePlan&);
-template DecodeKernel values_kernel_of<memvp::Float16>(const DecodePlan&);
-template DecodeKernel finish_kernel_of<memvp::Float16>(const DecodePlan&);
-template DecodeKernel cooperative_kernel_of<memvp::Float16>(const DecodePlan&);
+#define MEMVP_KERNEL(name, number)                         \
+  template <class T>                                       \
+  DecodeKernel name(const DecodePlan&) {                   \
+    return kernel<T, number>;                              \
+  }                                                        \
+  template DecodeKernel name<BFloat16>(const DecodePlan&); \
+  template DecodeKernel name<Float16>(const DecodePlan&);
+MEMVP_KERNEL(hidden_kernel_of, 1)
+MEMVP_KERNEL(values_kernel_of, 2)
+MEMVP_KERNEL(finish_kernel_of, 3)
+MEMVP_KERNEL(cooperative_kernel_of, 4)
 
 }  // namespace memvp::decode
 
 namespace memvp::hopper {
 
-template <class T, bool kGated>
-void kernel(GemmArgs) {}
-
 template <class T>
-GemmKernel gemm_kernel_of(GemmKind, bool gated) {
-  return gated ? kernel<T, true> : kernel<T, false>;
+void kernel(GemmArgs) {}
+template <class T>
+GemmKernel gemm_kernel_of(GemmKind, bool) {
+  return kernel<T>;
 }
-template GemmKernel gemm_kernel_of<memvp::BFloat16>(GemmKind, bool);
-template GemmKernel gemm_kernel_of<memvp::Float16>(GemmKind, bool);
+template GemmKernel gemm_kernel_of<BFloat16>(GemmKind, bool);
+template GemmKernel gemm_kernel_of<Float16>(GemmKind, bool);
 
 }  // namespace memvp::hopper
 
