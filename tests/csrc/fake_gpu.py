@@ -87,7 +87,13 @@ def forget() -> None:
     """Clears what the package remembers of the extension and the GPU."""
     decode._latest = None
     remembered = (decode._type_codes, decode._tensors, decode._chip)
-    known = (_IMPORT, extension.device_limit, extension.hopper_limit, extension._machine_limit, dispatch._missing_on_gpu)
+    known = (
+        _IMPORT,
+        extension.device_limit,
+        extension.hopper_limit,
+        extension._machine_limit,
+        dispatch._missing_on_gpu,
+    )
     for function in (*remembered, *known):
         function.cache_clear()
 

@@ -26,7 +26,7 @@ TENSORS = (
 class Params:
     """Stands in for FfnDecodeParams: keeps what it was given."""
 
-    made: ClassVar[list[Params]] = []
+    instances: ClassVar[list[Params]] = []
     limit: str | None = None
     fast = True
 
@@ -34,7 +34,7 @@ class Params:
         self.tensors = dict(zip(TENSORS, tensors, strict=True))
         self.fields = fields
         self.launches: list[dict[str, int]] = []
-        Params.made.append(self)
+        Params.instances.append(self)
 
     def unsupported(self) -> str | None:
         return Params.limit
@@ -65,7 +65,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> Machine:
         gemm=None,
         FfnDecodeParams=Params,
     )
-    monkeypatch.setattr(Params, "made", [])
+    monkeypatch.setattr(Params, "instances", [])
     machine = Machine(stand_in)
     machine.install(monkeypatch)
     return machine
@@ -81,7 +81,7 @@ def launched(problem: Problem) -> Params:
     """The parameters with which the problem was launched."""
     assert decode.unsupported(problem) is None
     decode.forward(problem)
-    (params,) = (params for params in Params.made if params.launches)
+    (params,) = (params for params in Params.instances if params.launches)
     return params
 
 
@@ -113,7 +113,7 @@ def test_an_index_with_strides_is_copied_for_the_launch() -> None:
 def test_forward_gives_output_workspace_and_stream(gpu: Machine) -> None:
     problem = a_problem()
     y, pre, scores = decode.forward(problem)
-    (params,) = Params.made
+    (params,) = Params.instances
     output, workspace = gpu.allocated
     assert y is output
     assert (pre, scores) == (None, None)
@@ -131,19 +131,19 @@ def test_params_are_made_once_per_problem() -> None:
         assert decode.unsupported(problem) is None
         assert decode.is_fast(problem)
         decode.forward(problem)
-    assert [params.fields["tokens"] for params in Params.made] == [15, 20]
+    assert [params.fields["tokens"] for params in Params.instances] == [15, 20]
     del first
     address = second.x.data_ptr()
     decode.forward(a_problem())
-    assert Params.made[-1].tensors["x"][0] != address
-    assert len(Params.made) == 3
+    assert Params.instances[-1].tensors["x"][0] != address
+    assert len(Params.instances) == 3
 
 
 @pytest.mark.usefixtures("gpu")
 def test_a_dead_problem_is_not_mistaken_for_its_successor() -> None:
     for tokens in range(1, 30):  # CPython gives the next object the last one's address
         decode.forward(on_gpu(problem_of(**cases.ffn(torch.bfloat16, S=1, T=tokens))))
-        assert Params.made[-1].fields["tokens"] == tokens
+        assert Params.instances[-1].fields["tokens"] == tokens
 
 
 @pytest.mark.usefixtures("gpu")
@@ -152,7 +152,7 @@ def test_nothing_is_kept_for_a_backward() -> None:
         decode.forward(a_problem(), save_hidden=True)
     with pytest.raises(RuntimeError, match="no backward"):
         decode.forward(a_problem(), save_scores=True)
-    assert Params.made == []
+    assert Params.instances == []
 
 
 @pytest.mark.usefixtures("gpu")
@@ -174,7 +174,7 @@ def test_refuses(build: Any, reason: str) -> None:
     found = decode.unsupported(build())
     assert found is not None
     assert re.search(reason, found)
-    assert Params.made == []
+    assert Params.instances == []
 
 
 def llama_7b(rows: int, **changes: Any) -> Problem:

@@ -60,13 +60,13 @@ def test_the_fast_path_with_every_argument(form: str, monkeypatch: pytest.Monkey
         "visual_scale": 0.25,
     }
     assert decode.is_fast(on_gpu(problem_of(**arguments)))
-    with decode.forced(form):
+    with decode.override_form(form):
         check(arguments, monkeypatch)
 
 
 def test_an_unknown_form_is_refused() -> None:
     problem = on_gpu(problem_of(**cases.ffn(torch.bfloat16, S=2, T=1)))
-    with decode.forced("two launches"), pytest.raises(KeyError, match="two launches"):
+    with decode.override_form("two launches"), pytest.raises(KeyError, match="two launches"):
         decode.forward(problem)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from memvp_kernels import fused_ffn, reference
-from memvp_kernels.backends.cuda import forced, status
+from memvp_kernels.backends.cuda import override_form, status
 from tests import cases, tolerance
 from tests.csrc.conftest import ROOT
 from tests.gpu import captured
@@ -46,7 +46,7 @@ def installed() -> None:
 @pytest.fixture(params=["pdl", "cooperative"])
 def phases(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each form that a step's phases may have, whichever this GPU would take."""
-    with forced(request.param):
+    with override_form(request.param):
         yield request.param
 
 

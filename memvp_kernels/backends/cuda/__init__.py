@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from memvp_kernels.backends.cuda.decode import forced, forward, is_fast, unsupported
+from memvp_kernels.backends.cuda.decode import forward, is_fast, override_form, unsupported
 from memvp_kernels.backends.cuda.extension import Status, status
 
-__all__ = ["Status", "forced", "forward", "is_fast", "status", "unsupported"]
+__all__ = ["Status", "forward", "is_fast", "override_form", "status", "unsupported"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from memvp_kernels.backends.cuda.extension import device_limit, load
 from memvp_kernels.problem import Problem
 
-__all__ = ["forced", "forward", "is_fast", "unsupported"]
+__all__ = ["forward", "is_fast", "override_form", "unsupported"]
 
 _TYPES = (torch.bfloat16, torch.float16)
 
@@ -33,7 +33,7 @@ _form = "auto"
 
 
 @contextlib.contextmanager
-def forced(form: str) -> Iterator[None]:
+def override_form(form: str) -> Iterator[None]:
     """Within it the phases of a step follow one another in this form, for tests and benchmarks that compare them.
 
     Args:
