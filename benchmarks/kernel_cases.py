@@ -191,6 +191,12 @@ class _In:
         return type(found)(*(t.to(self._dtype) if isinstance(t, Tensor) else t for t in vars(found).values()))
 
 
+def _missing_hopper(setting: Setting) -> str | None:
+    from memvp_kernels.backends.cuda.extension import hopper_limit
+
+    return missing_backend("cuda", setting.device) or hopper_limit(setting.device.index)
+
+
 def candidates(setting: Setting, name: str, *, sequences: int, text_length: int, visual_tokens: int) -> list[Candidate]:
     """One kernel by each implementation, and the products within it; the operands are made when the first of them needs them."""
     sizes = {"sequences": sequences, "tokens": text_length, "visual_tokens": visual_tokens}
@@ -217,7 +223,11 @@ def candidates(setting: Setting, name: str, *, sequences: int, text_length: int,
         )
         for variant, (implementation, note) in IMPLEMENTATIONS.items():
             if setting.wants(variant) and (variant == "triton" or name not in _ONE_IMPLEMENTATION):
-                missing = missing_backend("cuda" if variant == "cuda" else "triton", setting.device)
+                missing = (
+                    missing_backend("triton", setting.device)
+                    or (variant == "cuda" and _missing_hopper(setting))
+                    or None
+                )
                 build = functools.partial(launched, implementation)
                 yield Candidate(variant, build, truth, count, missing=missing, note=note)
 

@@ -242,9 +242,16 @@ def _usable(device: torch.device) -> bool:
 _LATER = ("concatenated", "factored-eager", "factored-torch", "factored-triton", "liger", "plain-", "positions-")
 
 
-def _turn(variant: str, device: torch.device) -> int:
-    """0: timed first, in every case; 1: when all cases have those. On a CPU all are timed together."""
-    return int(device.type == "cuda" and (variant.startswith(_LATER) or variant.endswith("-compile")))
+def _turn(case: Row, variant: str, device: torch.device) -> int:
+    """0: timed first, in every case; 1: when all cases have those. On a CPU all are timed together.
+
+    2: the CUDA kernels for large steps, last of all: until a GPU has run them, one that hangs should cost no other's rows.
+    """
+    if device.type != "cuda":
+        return 0
+    if case.phase != "decode" and variant.endswith("cuda"):
+        return 2
+    return int(variant.startswith(_LATER) or variant.endswith("-compile"))
 
 
 def run(setting: Setting, cases: Sequence[Case]) -> tuple[Results, list[str]]:
@@ -260,8 +267,9 @@ def run(setting: Setting, cases: Sequence[Case]) -> tuple[Results, list[str]]:
     torch.manual_seed(0)
     device = setting.device
     results = Results(environment(setting), setting.json, go_on=setting.go_on)
-    turns = (0, 1) if device.type == "cuda" else (0,)
+    turns = (0, 1, 2) if device.type == "cuda" else (0,)
     left_out: dict[str, None] = {}
+    busy: dict[str, set[int]] = {}  # turns in which a case has something to time
 
     def late() -> bool:
         return setting.seconds is not None and time.monotonic() - begun > setting.seconds
@@ -274,15 +282,19 @@ def run(setting: Setting, cases: Sequence[Case]) -> tuple[Results, list[str]]:
     for turn in turns:
         for case in cases:
             bar.set_description(case.template.case)
+            if turn not in busy.get(case.template.case, turns):
+                continue
+            over = late()
             with torch.set_grad_enabled(case.gradients):
                 try:
-                    found = [] if late() else case.candidates()
+                    found = [] if over else case.candidates()
                 except ImportError as error:  # an optional package: its cases are left out, the others run
                     row = dataclasses.replace(case.template, variant="all")
                     row.leave_out("skipped", str(error))
                     results.add([] if results.has(row.case, row.variant) else [row])
                     continue
-                wanted = [c for c in found if _turn(c.variant, device) == turn]
+                busy[case.template.case] = {_turn(case.template, c.variant, device) for c in found} or set(turns)
+                wanted = [c for c in found if _turn(case.template, c.variant, device) == turn]
                 wanted = [c for c in wanted if not results.has(case.template.case, c.variant)]
                 for candidate in wanted:
                     candidate.missing = candidate.missing or results.lost(candidate.variant)
@@ -293,7 +305,7 @@ def run(setting: Setting, cases: Sequence[Case]) -> tuple[Results, list[str]]:
                     results.add(error.rows)
                     _stop(case, error, device)
                 results.add(rows)
-            if len(rows) < len(wanted) or not found:
+            if over or len(rows) < len(wanted):
                 some = any(row.case == case.template.case for row in results.rows)
                 left_out[f"{case.template.case}: some variants" if some else case.template.case] = None
             del found, wanted

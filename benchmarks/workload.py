@@ -212,12 +212,17 @@ def hidden_states(
     sequences: int, length: int, width: int, *, device: torch.device, dtype: torch.dtype, offset: int = 0
 ) -> Tensor:
     """(sequences, length, width): what an FFN sees, embedded text after a normalization; unit root mean square."""
+    return _hidden_states(sequences, length, width, offset).to(device=device, dtype=dtype, copy=True)
+
+
+@functools.lru_cache(maxsize=2)
+def _hidden_states(sequences: int, length: int, width: int, offset: int) -> Tensor:
     vocabulary = 4096
     table = torch.randn(vocabulary, width, generator=torch.Generator().manual_seed(7))
     x = table[text_tokens(sequences, length, vocabulary, offset=offset)]
     # A little of its neighbors, as after attention, so that equal words are not equal rows.
     x = x + 0.5 * x.roll(1, dims=1) + 0.25 * x.roll(2, dims=1)
-    return (x / x.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-6)).to(device=device, dtype=dtype)
+    return x / x.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
 
 
 def _picture(i: int) -> Tensor:
