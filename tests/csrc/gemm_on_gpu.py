@@ -68,7 +68,7 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def main() -> int:
-    reason = extension.steps_status()
+    reason = extension.hopper_status()
     if reason is not None:
         print(reason)
         return MISSING

@@ -113,7 +113,7 @@ def test_a_lazy_sign_is_read(backend: str, name: str) -> None:
 
 
 def test_a_shared_core_with_a_lazy_sign() -> None:
-    a = cases.build("same_tensor-factored", torch.float32)
+    a = cases.build("same_tensor-factored", torch.float32, DEVICE)
     del a["visual_value"]
     lazy = a | {"visual_key": torch._neg_view(-a["visual_key"])}
     for backend in BACKENDS:
@@ -161,7 +161,8 @@ def _lengths_read(a: dict[str, Any]) -> list[int]:
 @pytest.mark.parametrize("spoiled", ["key_position", "value_position", "visual_basis"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_in_a_shared_memory_stays_out_of_text_only_rows(backend: str, spoiled: str) -> None:
-    a = cases.build("same_tensor-factored", torch.float32) | {"visual_index": torch.tensor([2, -1, 0])}
+    a = cases.build("same_tensor-factored", torch.float32, DEVICE)
+    a["visual_index"] = torch.tensor([2, -1, 0], device=DEVICE)
     del a["visual_value"]
     x = a["x"].requires_grad_()
     wanted = through_shared_memory(**a, backend=backend)
@@ -208,7 +209,7 @@ def test_the_output_may_be_changed_in_place_while_training(name: str, call: Call
 
 
 def test_the_output_of_a_shared_memory_may_be_changed_in_place() -> None:
-    a = cases.leaves(cases.build("same_tensor-factored", torch.float32))
+    a = cases.leaves(cases.build("same_tensor-factored", torch.float32, DEVICE))
     del a["visual_value"]
     y = through_shared_memory(**a)
     y += 1.0
@@ -269,7 +270,7 @@ def test_batched_gradients_through_a_shared_memory() -> None:
 
 
 def test_vectorized_jacobian() -> None:
-    a = cases.build("index-plain", torch.float64)
+    a = cases.build("index-plain", torch.float64, DEVICE)
 
     def of_memory(memory: Tensor) -> Tensor:
         return fused_ffn(**{**a, "visual_key": memory, "visual_value": memory})[:2, 0, :3]

@@ -160,3 +160,14 @@ def test_blocks_do_not_wait_for_the_gpu(segments: Segments) -> None:
     here = Blocked(segments, 4, CPU)
     for f, expected in zip(found, (here.product(a, matrices), here.outer((a, b))), strict=True):
         torch.testing.assert_close(f.cpu(), expected)
+
+
+def test_operands_without_columns_or_rows() -> None:
+    """A factored memory of rank 0, and a call without tokens: on a GPU, too, where nothing may be read back."""
+    rows = Blocked(on_device(INDEXED), 4, DEVICE)
+    none, some = torch.ones(INDEXED.rows, 0, device=DEVICE), torch.ones(INDEXED.rows, 3, device=DEVICE)
+    assert torch.equal(rows.product(none, torch.ones(4, 0, 3, device=DEVICE)), torch.zeros_like(some))
+    assert rows.outer((none, some)).shape == (4, 0, 3)
+    idle = memory_rows(replace(INDEXED, rows=0, length=0), 4, torch.device("cuda"))
+    assert idle.product(some[:0], torch.ones(4, 3, 2, device=DEVICE)).shape == (0, 2)
+    assert torch.equal(idle.outer((some[:0], some[:0])), torch.zeros(4, 3, 3, device=DEVICE))

@@ -43,7 +43,7 @@ def test_dropout_is_the_same_philox_forward_and_backward(form: str, monkeypatch:
 
 @pytest.mark.parametrize("form", ["plain", "factored"])
 def test_a_dropped_nan_is_still_one(form: str) -> None:
-    a = dict(cases.build(f"lengths-{form}", torch.float32), dropout_p=1.0)  # 0, 7 and 4 of 7 slots
+    a = dict(cases.build(f"lengths-{form}", torch.float32, DEVICE), dropout_p=1.0)  # 0, 7 and 4 of 7 slots
     a["x"][2, 1, 3] = float("nan")
     a["key"] = a["value"] = a["gate"] = None
     out, grads = tolerance.gradients(run, a, ["x", "visual_key"], torch.ones_like(a["x"]))
@@ -57,7 +57,7 @@ def test_a_dropped_nan_is_still_one(form: str) -> None:
 @pytest.mark.parametrize("name", cases.IDLE)
 def test_a_row_without_memory_gives_what_is_shared_no_gradient(name: str) -> None:
     """As on the torch backend: 0 · NaN of a text-only row reaches no position and no basis."""
-    a = cases.build(name, torch.bfloat16)
+    a = cases.build(name, torch.bfloat16, DEVICE)
     wanted = [n for n in ("key_position", "value_position", "visual_basis") if n in a]
     grad = torch.randn_like(a["x"])
     _, clean = tolerance.gradients(run, a, wanted, grad)

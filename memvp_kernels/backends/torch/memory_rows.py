@@ -167,7 +167,7 @@ class Blocked:
         self.place[order] = torch.arange(rows, device=device) + absent_last[order].clamp(max=memories - 1) * self.size
 
     def _blocks(self, a: Tensor) -> Tensor:
-        return a[self.source].masked_fill_(self.empty, 0).view(-1, self.size, a.shape[-1])
+        return a[self.source].masked_fill_(self.empty, 0).view(len(self.memory), self.size, a.shape[-1])
 
     def product(self, a: Tensor, matrices: Tensor) -> Tensor:
         product = torch.bmm(self._blocks(a), matrices[self.memory])
@@ -189,7 +189,7 @@ class Blocked:
         wide = parts.to(torch.promote_types(parts.dtype, torch.float32))
         # One thread adds a memory row's blocks in their order, where index_add_ on a GPU uses atomics; `unsafe` spares a look at counts.
         sums = torch.segment_reduce(wide, "sum", lengths=self.counts, unsafe=True)
-        return sums.view(-1, a.shape[-1], b.shape[-1])
+        return sums.view(len(self.counts), a.shape[-1], b.shape[-1])
 
 
 def row_of(segments: Segments, memories: int, device: torch.device) -> Tensor:
@@ -216,4 +216,6 @@ def memory_rows(segments: Segments, memories: int, device: torch.device) -> Memo
         return Padded(segments.sequences, segments.length)
     if device.type == "cpu":
         return Grouped(segments, memories)
+    if not segments.rows:
+        return Grouped(Segments(rows=0, sequences=0, length=0), memories)
     return Blocked(segments, memories, device)
