@@ -113,7 +113,7 @@ def test_a_residual_that_can_not_be_copied(launched: collections.Counter[str]) -
     assert launched == {"hidden": 1, "dhidden": 1, "output": 1}
 
 
-def test_pre_activations_formed_again_are_overwritten(launched: collections.Counter[str]) -> None:
+def test_recomputed_pre_activations_are_overwritten(launched: collections.Counter[str]) -> None:
     a = cases.ffn(BF16)
     x, key, value = (a[n].reshape(-1, a[n].shape[-1]) for n in ("x", "key", "value"))
     segments = Segments(rows=len(x), sequences=3, length=5)

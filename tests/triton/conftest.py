@@ -25,11 +25,11 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that torch hands out uninitialised is NaN here, so a value read before it was written shows."""
 
     def poison(make: Any) -> Any:
-        def made(*arguments: Any, **options: Any) -> torch.Tensor:
+        def allocate(*arguments: Any, **options: Any) -> torch.Tensor:
             tensor = make(*arguments, **options)
             return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
-        return made
+        return allocate
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))

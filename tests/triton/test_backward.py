@@ -213,7 +213,7 @@ def test_dropout_is_drawn_again_exactly(form: str, packed: bool, monkeypatch: py
 
 
 def test_the_reference_would_notice() -> None:
-    """The yardstick has teeth here: a gradient with one sequence's slot missing fails it."""
+    """The tolerance has teeth here: a gradient with one sequence's slot missing fails it."""
     a = example(torch.bfloat16, lengths=[11] * 3, M=17, form="plain")
     grad = torch.randn(a["x"].shape).to(a["x"])
     names = ["visual_key"]

@@ -89,14 +89,14 @@ def test_each_gradient_alone_is_the_one_among_all(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("alone", [False, True], ids=["with_ffn", "alone"])
-def test_saved_or_formed_again_the_same_bits_every_time(form: str, alone: bool) -> None:
+def test_saved_or_recomputed_the_same_bits_every_time(form: str, alone: bool) -> None:
     p = problem(form, alone=alone, dropout_p=0.3)
     y, pre, scores = backend.forward(p, save_hidden=not alone, save_scores=True)
     needs = trainable(p)
     first = backend.backward(p, dy(p), pre, scores, needs)
     assert_equal(backend.backward(p, dy(p), pre, scores, needs), first, needs)
     assert_equal(backend.backward(p, dy(p), None, None, needs), first, needs)
-    # Without the gradient of value, dpre takes the place of the pre-activations formed again.
+    # Without the gradient of value, dpre overwrites the recomputed pre-activations.
     assert_equal(backend.backward(p, dy(p), None, None, needs - {"value"}), first, needs - {"value"})
     assert torch.equal(backend.forward(p, save_hidden=False, save_scores=False)[0], y)
 
@@ -205,8 +205,8 @@ def test_rows_outside_every_sequence(form: str) -> None:
     _, pre, scores = backend.forward(p, save_hidden=True, save_scores=True)
     found = backend.backward(p, dy(p), pre, scores, trainable(p))
     # What it means: a first sequence without a memory, and rows after the last that belong to none.
-    means = {"cu_seqlens": torch.tensor([0, 4, 20, 20, 38]), "visual_index": torch.tensor([-1, 0, 1, 2])}
-    judge(found, {**a, "x": p.x, **means}, dy(p))
+    offsets, index = torch.tensor([0, 4, 20, 20, 38], device=DEVICE), torch.tensor([-1, 0, 1, 2], device=DEVICE)
+    judge(found, {**a, "x": p.x, "cu_seqlens": offsets, "visual_index": index}, dy(p))
     text = Problem(**{**vars(p), **dict.fromkeys(MEMORY), "segments": Segments(45, 1, 45, shared=True)})
     dx = backend.backward(text, dy(p), pre, None, frozenset(("x",)))["x"]
     outside = [*range(4), *range(38, 45)]

@@ -1,4 +1,4 @@
-"""The backward's share of the cost model: whatever it returns fits the chip, and sums over all rows are cut where that fills the chip."""
+"""The backward's share of the cost model: whatever it returns fits the chip, and sums over all rows are split where that fills the chip."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_rows_count_only_by_bucket() -> None:
     assert len(found) <= 8
 
 
-def test_rows_are_cut_where_a_sum_has_too_few_tiles() -> None:
+def test_rows_are_split_where_a_sum_has_too_few_tiles() -> None:
     """The positions of LLaMA-7B are 160 tiles, 1.2 waves of an H100: whole, the second wave would be a fifth full."""
     assert backward_tiles.row_splits(132, 160, 128) > 1
     assert backward_tiles.row_splits(132, 10_000, 128) == 1

@@ -47,6 +47,13 @@ FORMS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
     ),
     "silu": (F.silu, lambda z: reference.activate("silu", z)),
 }
+if DEVICE.type == "cuda":
+    # The exponential of a GPU is 2^(z · log2 e), whose error grows with |z|: the rounded product is the exponent.
+    def _sigmoid(z: Tensor) -> Tensor:
+        return 1 / (1 + torch.exp2(-z * math.log2(math.e)))
+
+    FORMS["silu"] += (lambda z: z * _sigmoid(z),)
+    FORMS["gelu_tanh"] += (lambda z: z * _sigmoid(2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)),)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")

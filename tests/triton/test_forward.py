@@ -11,8 +11,10 @@ from torch import Tensor
 
 from memvp_kernels import fused_ffn, reference
 from memvp_kernels.backends import triton as backend
+from memvp_kernels.backends.triton.device.operands import TMA, TMA_PAIR
 from memvp_kernels.backends.triton.heuristics import tiles
 from memvp_kernels.backends.triton.heuristics.tiles import Tile
+from memvp_kernels.backends.triton.kernels import hidden
 from memvp_kernels.backends.triton.runtime import tma
 from memvp_kernels.problem import Problem, Segments
 from tests import cases, tolerance
@@ -115,6 +117,30 @@ def test_gate_and_key_wherever_they_lie(layout: str) -> None:
     paired = layout in ("gate_first", "key_first")
     assert tma.can_pair(a["gate"], a["key"]) == paired
     check(a)
+
+
+def test_a_pair_that_the_driver_refuses_becomes_two_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One descriptor over two allocations may fail to encode; it is tried once in a process."""
+    a = example(torch.bfloat16, lengths=[35, 35], M=8, form="plain")
+    a["gate"], a["key"] = torch.stack([a["gate"], a["key"]])
+    tried: list[int] = []
+    known = hidden.hidden_fwd_kernel
+
+    class Refusing:
+        def __getitem__(self, grid: Any) -> Any:
+            def launched(*arguments: Any, **constants: Any) -> Any:
+                tried.append(constants["LOAD_KEY"])
+                if constants["LOAD_KEY"] == TMA_PAIR.value:
+                    raise RuntimeError("Triton Error [CUDA]: invalid argument")
+                return known[grid](*arguments, **constants)
+
+            return launched
+
+    monkeypatch.setattr(hidden, "hidden_fwd_kernel", Refusing())
+    monkeypatch.setattr(tma, "_pairs_refused", False)
+    for _ in range(2):
+        check(a)
+    assert tried == [TMA_PAIR.value, TMA.value, TMA.value]
 
 
 def problem_of(a: dict[str, Any], *, index: list[int], lengths: list[int]) -> Problem:

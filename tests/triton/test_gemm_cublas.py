@@ -86,7 +86,7 @@ def test_dropout_is_the_same_philox(form: str, recompute: bool, monkeypatch: pyt
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("alone", [False, True], ids=["with_ffn", "alone"])
-def test_saved_or_formed_again_the_same_bits_every_time(form: str, alone: bool) -> None:
+def test_saved_or_recomputed_the_same_bits_every_time(form: str, alone: bool) -> None:
     p = problem(form, alone=alone, dropout_p=0.3)
     y, pre, scores = backend.forward(p, save_hidden=not alone, save_scores=True)
     kept = [t.clone() for t in (pre, scores) if t is not None]
@@ -94,7 +94,7 @@ def test_saved_or_formed_again_the_same_bits_every_time(form: str, alone: bool) 
     assert all(torch.equal(a, b) for a, b in zip(kept, (t for t in (pre, scores) if t is not None), strict=True))
     assert_equal(backend.backward(p, dy(p), pre, scores, trainable(p)), first, trainable(p))
     assert_equal(backend.backward(p, dy(p), None, None, trainable(p)), first, trainable(p))
-    # Without the gradient of value, dpre takes the place of the pre-activations formed again.
+    # Without the gradient of value, dpre overwrites the recomputed pre-activations.
     needs = trainable(p) - {"value"}
     assert_equal(backend.backward(p, dy(p), None, None, needs), first, needs)
     assert torch.equal(backend.forward(p, save_hidden=False, save_scores=False)[0], y)
@@ -138,7 +138,7 @@ def test_the_passes_work_in_place(activation: str, branches: int) -> None:
 
 
 def test_nothing_but_what_is_asked_for_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """hidden takes gate's place where nobody keeps the pre-activations, and dpre the place of those formed again."""
+    """hidden takes gate's place where the pre-activations are not saved, and dpre that of recomputed ones."""
     p = problem("plain")
     assert p.key is not None
     ffn = (p.x, p.key, p.gate, p.key_bias, p.gate_bias, "silu", None, p.segments, None)

@@ -1,4 +1,4 @@
-"""The hidden kernel with programs that own several tiles, and with stores through shared memory: the same bits as one program a tile."""
+"""The persistent hidden kernel, and its stores through shared memory: the same bits as with one program per tile."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HOPPER = chip_of(90)
 
 @pytest.fixture(params=[1, 3])
 def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """A chip of so few multiprocessors, whose every hidden kernel stays; tiles of two column subtiles."""
+    """A chip of so few multiprocessors, on which every hidden kernel is persistent; tiles of two subtiles."""
     chip = chip_of(90, int(request.param))
     monkeypatch.setattr(launch, "chip", lambda device: chip)
     monkeypatch.setattr(tiles, "is_persistent", lambda *_: True)
@@ -37,7 +37,7 @@ def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
 @pytest.mark.parametrize("form", ["plain", "factored"])
 def test_output_and_every_gradient(form: str, gated: bool, programs: int) -> None:
-    """The factored form stays and stores by descriptor; the plain one's visual tiles leave no registers for either."""
+    """The factored form is persistent and stores by TMA; the plain one's visual tiles leave no registers for either."""
     a = example(torch.bfloat16, lengths=[37] * 2, M=17, form=form, F=72, gated=gated, biased=True)
     tolerance.check(run, dict(a, activation="gelu"))
 
@@ -76,7 +76,7 @@ def test_what_is_launched(programs: int, monkeypatch: pytest.MonkeyPatch) -> Non
     assert DEVICE.type in ("cpu", "cuda")
 
 
-def test_which_tiles_stay() -> None:
+def test_which_tiles_are_persistent() -> None:
     """One that fills a multiprocessor of Hopper, with room for its stores, in more than one wave."""
     bf16 = torch.bfloat16
     widest, *_, smallest = tiles.candidates(HOPPER, bf16, "ieee", descriptors=True)
@@ -88,7 +88,7 @@ def test_which_tiles_stay() -> None:
     assert smallest.columns == 32
 
 
-def test_staying_is_never_priced_above_leaving() -> None:
+def test_a_persistent_kernel_is_never_priced_higher() -> None:
     for rows, width in ((512, 4096), (8192, 1024), (8192, 4096)):
         shape = Shape(torch.bfloat16, "ieee", rows, width, 11008, 456, 1, rows, gated=True, descriptors=True)
         tile = tiles.hidden_tile(HOPPER, shape)

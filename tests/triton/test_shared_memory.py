@@ -44,7 +44,7 @@ def _means(ffn: Callable[..., Tensor], core: Tensor, key_operand: Tensor, value_
 
 def _judge(found: dict[str, Tensor], p: Problem, before: dict[str, Tensor] | None = None) -> None:
     """The gradients of `SHARED` by the 2x rule, alone or added to what was there."""
-    index = torch.zeros(5, dtype=torch.int32) if p.segments.index is None else p.segments.index
+    index = torch.zeros(5, dtype=torch.int32, device=DEVICE) if p.segments.index is None else p.segments.index
     a = {"x": p.x.reshape(5, 9, -1), "visual_index": index, **{name: getattr(p, name) for name in SHARED}}
     orders = (reference.ffn, tolerance.plain, *(tolerance.reordered(seed) for seed in (1, 2, 3)))
     exact, *theirs = (

@@ -1,4 +1,4 @@
-"""Loops cut into parts for thin waves: the output and dx kernels with few tiles, the sum of the parts, and when the cost model asks for it."""
+"""Split-K: the output and dx kernels with few tiles, the sum of the partials, and when the cost model asks for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from memvp_kernels.backends.triton.heuristics import backward_tiles, tiles
 from memvp_kernels.backends.triton.heuristics.shape import Shape
 from memvp_kernels.backends.triton.heuristics.tiles import Tile
 from memvp_kernels.backends.triton.kernels.split_k import empty_splits, reduce_splits
-from memvp_kernels.hardware import chip_of
+from memvp_kernels.hardware import RATES, chip_of
 from tests import tolerance
 from tests.triton.test_backward import DEVICE, example
 
@@ -20,17 +20,17 @@ run = functools.partial(fused_ffn, backend="triton")
 
 
 @pytest.fixture(params=[pytest.param(2, marks=pytest.mark.slow), 3])
-def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Every output and dx kernel in so many parts, of steps that do not divide F or M."""
-    splits = int(request.param)
-    monkeypatch.setattr(tiles, "output_tile", lambda *_: Tile(32, 32, 16, 4, 2, group=2, splits=splits))
-    monkeypatch.setattr(backward_tiles, "dinput_tile", lambda *_: Tile(32, 64, 32, 4, 2, group=2, splits=splits))
-    return splits
+def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Every output and dx kernel with so many splits, of steps that do not divide F or M."""
+    count = int(request.param)
+    monkeypatch.setattr(tiles, "output_tile", lambda *_: Tile(32, 32, 16, 4, 2, group=2, splits=count))
+    monkeypatch.setattr(backward_tiles, "dinput_tile", lambda *_: Tile(32, 64, 32, 4, 2, group=2, splits=count))
+    return count
 
 
 @pytest.mark.parametrize("form", ["plain", "factored"])
 @pytest.mark.parametrize("packed", [False, True], ids=["uniform", "packed"])
-def test_output_and_every_gradient(form: str, packed: bool, cut: int, operands: str) -> None:
+def test_output_and_every_gradient(form: str, packed: bool, splits: int, operands: str) -> None:
     lengths = [11, 1, 0, 27] if packed else [13] * 3
     a = example(torch.bfloat16, lengths=lengths, M=19, form=form, packed=packed, d=45, F=71, biased=True)
     a["residual"] = torch.randn(a["x"].shape, device=DEVICE).to(torch.bfloat16)
@@ -39,25 +39,25 @@ def test_output_and_every_gradient(form: str, packed: bool, cut: int, operands: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_other_dtypes(dtype: torch.dtype, cut: int) -> None:
+def test_other_dtypes(dtype: torch.dtype, splits: int) -> None:
     tolerance.check(run, example(dtype, lengths=[37, 37], M=19, form="plain"))
 
 
-def test_fewer_steps_than_parts(cut: int) -> None:
-    """F and M within one step: the other parts add zeros."""
+def test_fewer_steps_than_splits(splits: int) -> None:
+    """F and M within one step: the other splits add zeros."""
     tolerance.check(run, example(torch.bfloat16, lengths=[9], M=1, form="plain", F=8))
 
 
-def test_the_parts_are_added_in_order_and_in_float32() -> None:
-    parts = empty_splits(3, torch.empty(5, 300, dtype=torch.bfloat16, device=DEVICE))
-    assert parts is not None
-    assert parts.dtype == torch.float32
-    assert empty_splits(1, parts) is None
-    parts.copy_(torch.randn(parts.shape, generator=torch.Generator().manual_seed(2)))
+def test_partial_sums_are_added_in_order_and_in_float32() -> None:
+    partials = empty_splits(3, torch.empty(5, 300, dtype=torch.bfloat16, device=DEVICE))
+    assert partials is not None
+    assert partials.dtype == torch.float32
+    assert empty_splits(1, partials) is None
+    partials.copy_(torch.randn(partials.shape, generator=torch.Generator().manual_seed(2)))
     bias, residual = torch.randn(600, device=DEVICE)[::2], torch.randn(300, 5, device=DEVICE).T
     out = torch.empty(5, 300, dtype=torch.bfloat16, device=DEVICE)
-    expected = ((((parts[0] + parts[1]) + parts[2]) + bias) + residual).bfloat16()
-    assert torch.equal(reduce_splits(parts, bias, residual, out), expected)
+    expected = ((((partials[0] + partials[1]) + partials[2]) + bias) + residual).bfloat16()
+    assert torch.equal(reduce_splits(partials, bias, residual, out), expected)
 
 
 def chosen(rows: int, *, width: int = 2048, pairs: int = 5632) -> Tile:
@@ -69,7 +69,7 @@ def shape(rows: int, width: int, pairs: int, slots: int) -> Shape:
     return Shape(torch.bfloat16, "ieee", rows, width, pairs, slots, 1, rows, gated=False, descriptors=True)
 
 
-def test_only_thin_waves_are_cut() -> None:
+def test_only_thin_waves_are_split() -> None:
     """d = 2048 has 32 tiles of 128x256 at 512 rows, for 132 multiprocessors; at 8192 rows they are 512."""
     assert chosen(512).splits > 1
     assert chosen(8192).splits == 1
@@ -80,16 +80,16 @@ def test_only_thin_waves_are_cut() -> None:
         assert 5632 // tile.block_k // tile.splits >= 4
 
 
-def test_a_cut_pays_for_its_second_launch() -> None:
+def test_split_k_pays_for_its_second_launch() -> None:
     """Never chosen where the model has a whole loop at the same price or less."""
     chip = chip_of(90)
     for rows in (16, 64, 256, 512, 1024):
-        cost = functools.partial(tiles.output_cycles, chip, shape=shape(rows, 2048, 5632, 320), cut=False)
+        cost = functools.partial(tiles.output_cycles, chip, shape=shape(rows, 2048, 5632, 320), straddling=False)
         least = min(cost(t) for t in tiles.candidates(chip, torch.bfloat16, "ieee", descriptors=True))
         tile = chosen(rows)
         assert cost(tile) <= least if tile.splits == 1 else cost(tile) < least
     assert tiles.reduce_cycles(chip, 512 * 2048, 1) == 0
-    assert tiles.reduce_cycles(chip, 512 * 2048, 2) > tiles.launch_cycles(chip)
+    assert tiles.reduce_cycles(chip, 512 * 2048, 2) > chip.cycles(RATES.launch_pdl)
 
 
 def test_one_memory_for_all_is_priced_once() -> None:
@@ -98,5 +98,5 @@ def test_one_memory_for_all_is_priced_once() -> None:
     for rows in (16, 64, 128):
         of = shape(rows, 4096, 11008, 456)
         every = tiles.candidates(chip, torch.bfloat16, "ieee", descriptors=True)
-        least = min(tiles.output_cycles(chip, t, of, cut=False) for t in every)
-        assert tiles.output_cycles(chip, tiles.output_tile(chip, of), of, cut=False) <= least
+        least = min(tiles.output_cycles(chip, t, of, straddling=False) for t in every)
+        assert tiles.output_cycles(chip, tiles.output_tile(chip, of), of, straddling=False) <= least

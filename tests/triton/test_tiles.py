@@ -63,13 +63,13 @@ def test_everything_it_returns_fits(architecture: int, dtype: torch.dtype, preci
             "aligned": aligned,
         }
         first, second = hidden(chip, rows, **sizes), output(chip, rows, **sizes)
-        cut = output(chip, rows, **sizes, length=511, sequences=4)
+        straddling = output(chip, rows, **sizes, length=511, sequences=4)
         for tile, wide, accumulators in (
             (first, 2 * first.columns, 1),
             (second, second.columns, 1),
-            (cut, cut.columns, 2),
+            (straddling, straddling.columns, 2),
         ):
-            if tile is cut and not slots:
+            if tile is straddling and not slots:
                 continue
             assert tile.stages * (tile.block_n + wide) * tile.block_k * dtype.itemsize <= chip.shared_memory
             assert accumulators * tile.block_n * wide // (32 * tile.warps) <= 128
@@ -129,7 +129,7 @@ def test_an_unknown_chip_counts_as_the_one_before() -> None:
     assert chip_of(90, 78).multiprocessors == 78
 
 
-def test_predictions_respect_the_roofs() -> None:
+def test_predictions_respect_the_roofline() -> None:
     """Never faster than the tensor cores or the memory allow, and slower for more work."""
     chip = chip_of(90)
     previous = 0.0

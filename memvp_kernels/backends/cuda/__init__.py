@@ -1,11 +1,12 @@
-"""The CUDA C++ backend: decode, a handful of tokens in bfloat16 or float16, at the speed of reading the weights once.
+"""The CUDA C++ backend in bfloat16 and float16: decode, and on Hopper training and prefill.
 
-`decode` fills the parameters of csrc/decode/ffn_decode.h and launches; `extension` is the compiled code and what is known of it.
+`decode` launches csrc/decode for a handful of tokens, at the speed of reading the weights once. `gemm` launches csrc/hopper for the large
+products of any number of tokens, and the Triton backend's kernels for the rest. `extension` is the compiled code.
 """
 
 from __future__ import annotations
 
-from memvp_kernels.backends.cuda.decode import forward, is_fast, override_form, unsupported
+from memvp_kernels.backends.cuda.decode import override_form
 from memvp_kernels.backends.cuda.extension import Status, status
 
-__all__ = ["Status", "forward", "is_fast", "override_form", "status", "unsupported"]
+__all__ = ["Status", "override_form", "status"]

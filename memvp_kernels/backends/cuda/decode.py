@@ -34,7 +34,7 @@ _form = "auto"
 
 @contextlib.contextmanager
 def override_form(form: str) -> Iterator[None]:
-    """Within it the phases of a step follow one another in this form, for tests and benchmarks that compare them.
+    """Within it every decode step is launched in this form, for tests and benchmarks that compare them.
 
     Args:
         form: "pdl", "cooperative" (of up to 16 tokens, where the shapes allow it) or "auto", which goes by the chip: DecodeForm

@@ -1,14 +1,7 @@
-"""The four large steps by the extension's own kernels for Hopper (csrc/hopper): tiles copied by TMA, products by wgmma, epilogues fused.
+"""Training and prefill on Hopper: the large products by csrc/hopper (TMA copies, wgmma, fused epilogues), the rest by the Triton backend.
 
-Each function takes the place of the fused kernel named beside it, argument for argument, and may be mixed with the others':
-
-    hidden     hidden_forward     gate and key in one tile, activation and pre-activations in its epilogue; with them a shared memory's columns
-    output     output_forward     the products in one sum, with bias and residual
-    dhidden    dhidden_backward   the derivative in the epilogue, which reads the pre-activations ahead; with it a shared memory's columns
-    dinput     dinput_backward    all products in one sum
-
-A memory per sequence goes by the fused kernels' own tiles, launched alone. What the kernels don't take goes by the fused twin: another
-chip or number type (`missing`), an operand whose rows don't start at multiples of 16 bytes, sizes F or d that are no multiple of 8.
+Each step replaces the fused Triton kernel named in its docstring, argument for argument. An operand whose rows don't start at multiples of
+16 bytes, sizes F or d that are no multiple of 8, and a memory per sequence go to that kernel: the step's fallback.
 """
 
 from __future__ import annotations
@@ -104,10 +97,10 @@ def hidden(
         "hidden", x, pairs, [_Product(x, key, False)], activation=activation, gate=_matrix(gate), gated=gated,
         bias=_vector(biases[0]), gate_bias=_vector(biases[1]), result=_matrix(stored), pre=_address(pre), **_columns(shared, columns),
     )  # fmt: skip
-    made = Products(None, None, None, columns)
+    of_memory = Products(None, None, None, columns)
     if memory is not None and shared is None:
-        made = memory_forward(x, activation, memory, segments, visual, save_scores=save_scores)
-    return Products(stored, pre, made.visual, made.scores)
+        of_memory = memory_forward(x, activation, memory, segments, visual, save_scores=save_scores)
+    return Products(stored, pre, of_memory.visual, of_memory.scores)
 
 
 def output(
@@ -163,10 +156,12 @@ def dhidden(
         "dhidden", grad, pairs, [_Product(grad, *(right or (None, False)))], activation=activation,
         gated=pre is not None and pre.shape[0] == 2, pre=_address(pre), dpre=_address(dpre), **_columns(shared, columns),
     )  # fmt: skip
-    made = HiddenGradients(None, None, None, columns)
+    of_memory = HiddenGradients(None, None, None, columns)
     if scores is not None:
-        made = memory_backward(grad, activation, memory, memories, scores, segments, visual, need_visual=need_visual)
-    return HiddenGradients(dpre, made.dscores, made.visual, made.columns)
+        of_memory = memory_backward(
+            grad, activation, memory, memories, scores, segments, visual, need_visual=need_visual
+        )
+    return HiddenGradients(dpre, of_memory.dscores, of_memory.visual, of_memory.columns)
 
 
 def dinput(
@@ -235,7 +230,7 @@ def _bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _add_memory(y: Tensor, left: Tensor | None, memory: Tensor | None, segments: Segments) -> Tensor:
-    """y + left · memory in y's place, where each sequence reads a memory of its own."""
+    """Add left · memory to y in place, where each sequence reads a memory of its own."""
     if left is None or memory is None or segments.shared:
         return y
     return accumulate_memory(y, left, memory, segments)

@@ -1,4 +1,7 @@
-"""The backward in Triton: with a frozen FFN two steps and a launch for the memory's own gradients; a core launch more when it is factored."""
+"""The backward in Triton: the gradients of hidden and input, and a launch for the memory's own gradients.
+
+A factored memory adds the backward of its core kernel, trained weights PyTorch's products.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memvp_kernels.backends.torch import eager
-from memvp_kernels.backends.triton.forward import dense_segments, visual_of, without_memory
+from memvp_kernels.backends.triton.forward import dense_segments, is_trivial, is_unread, visual_of, without_memory
 from memvp_kernels.backends.triton.gemm import GemmSteps, choose_steps
 from memvp_kernels.backends.triton.kernels.core import core_forward
 from memvp_kernels.backends.triton.kernels.core_backward import CoreGradients, core_backward
@@ -44,16 +47,12 @@ def backward(
     Args:
         sums: by the names of `SHARED`: what their gradients are added to, in place.
         grad: dy (N, d), any strides.
-        pre, scores: as the forward kept them, or None where it kept nothing: then the forward's kernels recompute them.
+        pre, scores: as the forward saved them, or None where it saved nothing: then the forward's kernels recompute them.
         steps: what computes the large products; None: the cost model's choice.
     """
-    empty = problem.rows == 0 or problem.width == 0 or (problem.key is not None and problem.pairs == 0)
-    # A factored memory of rank 0 still has its positions.
-    empty = empty or (problem.factored and problem.rank == 0)
-    unread = problem.has_memory and 0 in (problem.slots, problem.memories, problem.segments.sequences)
-    if empty or (unread and problem.key is None):
+    if is_trivial(problem):
         return eager.backward(problem, grad, pre, scores, needs, sums)
-    if unread:
+    if is_unread(problem):
         nothing = {n: _zeros(problem, n, sums) for n in needs.intersection(MEMORY)}
         return backward(without_memory(problem), grad, pre, None, needs.difference(MEMORY), steps=steps) | nothing
 
@@ -61,9 +60,9 @@ def backward(
     grad = _with_rows(grad)
     through_ffn = problem.key is not None and not needs.isdisjoint(BEHIND_PRE)
     through_memory = problem.has_memory and not needs.isdisjoint(BEHIND_SCORES | BEHIND_VISUAL)
-    # Pre-activations formed again are nobody else's: their gradients may take their place.
+    # Recomputed pre-activations can be overwritten by their gradients.
     overwrite = pre is None and "value" not in needs
-    pre, scores = _kept_or_again(
+    pre, scores = _saved_or_recomputed(
         problem, steps, pre, scores, need_pre=through_ffn or "value" in needs, need_scores=through_memory
     )
     used = pre if through_ffn else None, scores if through_memory else None
@@ -86,29 +85,29 @@ def _with_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
 
 
-def _kept_or_again(
+def _saved_or_recomputed(
     problem: Problem, steps: GemmSteps, pre: Tensor | None, scores: Tensor | None, *, need_pre: bool, need_scores: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Pre-activations and scores, formed again where they are needed and were not kept."""
-    again_pre, again_scores = need_pre and pre is None, need_scores and scores is None
-    if again_pre or again_scores:
+    """Pre-activations and scores, recomputed where they are needed and were not saved."""
+    recompute_pre, recompute_scores = need_pre and pre is None, need_scores and scores is None
+    if recompute_pre or recompute_scores:
         segments, memory = problem.segments, None
-        if again_scores and problem.factored:
+        if recompute_scores and problem.factored:
             segments = dense_segments(problem.rows)
             memory = key_operand(problem)[None]
-        elif again_scores:
+        elif recompute_scores:
             assert problem.visual_key is not None
             descriptors = launch.has_tma(problem.x.device)
             memory = materialise_memory(
                 problem.visual_key, problem.key_position, None, problem.x.dtype, descriptors=descriptors
             )
-        made = steps.hidden(
-            problem.x, problem.key if again_pre else None, problem.gate if again_pre else None, problem.key_bias, problem.gate_bias,
-            problem.activation, memory, segments, None, save_hidden=again_pre, save_scores=again_scores, need_hidden=False,
+        products = steps.hidden(
+            problem.x, problem.key if recompute_pre else None, problem.gate if recompute_pre else None, problem.key_bias, problem.gate_bias,
+            problem.activation, memory, segments, None, save_hidden=recompute_pre, save_scores=recompute_scores, need_hidden=False,
         )  # fmt: skip
-        pre = made.pre if again_pre else pre
-        if again_scores:
-            scores = made.scores
+        pre = products.pre if recompute_pre else pre
+        if recompute_scores:
+            scores = products.scores
             if problem.factored:
                 assert scores is not None and problem.visual_key is not None and problem.visual_value is not None
                 _, scores = core_forward(
@@ -136,9 +135,9 @@ def _plain_backward(
         value_memory = materialise_memory(
             problem.visual_value, problem.value_position, None, dtype, descriptors=descriptors
         )
-    made = HiddenGradients(None, None, None, None)
+    hidden = HiddenGradients(None, None, None, None)
     if pre is not None or scores is not None:
-        made = steps.dhidden(
+        hidden = steps.dhidden(
             grad, problem.value if pre is not None else None, pre, problem.activation, value_memory, problem.memories, scores, segments,
             visual_of(problem) if scores is not None else None,
             need_visual=not needs.isdisjoint(BEHIND_VISUAL), overwrite=overwrite,
@@ -147,19 +146,19 @@ def _plain_backward(
     grads: dict[str, Tensor] = {}
     if "x" in needs:
         key_memory = None
-        if made.dscores is not None:
+        if hidden.dscores is not None:
             assert problem.visual_key is not None
             key_memory = materialise_memory(
                 problem.visual_key, problem.key_position, segments.lengths, dtype, descriptors=descriptors
             )
-        grads["x"] = steps.dinput(made.dpre, problem.key, problem.gate, made.dscores, key_memory, segments, x)
+        grads["x"] = steps.dinput(hidden.dpre, problem.key, problem.gate, hidden.dscores, key_memory, segments, x)
 
     # Each side's left and right operand: dKv = dSᵀ x, dVv = visualᵀ dy.
     sides: dict[str, Pair] = {}
-    if made.dscores is not None:
-        sides["key"] = (made.dscores, _with_rows(x))
-    if made.visual is not None:
-        sides["value"] = (made.visual, grad)
+    if hidden.dscores is not None:
+        sides["key"] = (hidden.dscores, _with_rows(x))
+    if hidden.visual is not None:
+        sides["value"] = (hidden.visual, grad)
     together = "core" in needs
     memory = {f"visual_{side}": operands for side, operands in sides.items() if together or f"visual_{side}" in needs}
     if memory:
@@ -180,7 +179,7 @@ def _plain_backward(
         grads |= zip(dense, _over_readers(problem, list(dense.values())), strict=True)
     if together:
         grads["core"] = grads.pop("visual_key").add_(grads.pop("visual_value"))
-    return made.dpre, grads
+    return hidden.dpre, grads
 
 
 def _factored_backward(
@@ -252,15 +251,15 @@ def _over_readers(problem: Problem, pairs: list[Pair], totals: Sequence[Tensor |
 
 
 def _through_basis(problem: Problem, steps: GemmSteps) -> Tensor:
-    """x Wᵀ (N, r), formed again: it is not kept."""
+    """x Wᵀ (N, r), recomputed: it is not saved."""
     assert problem.visual_basis is not None
     basis = shared_operand(problem.visual_basis, None, problem.x.dtype)[None]
-    made = steps.hidden(
+    products = steps.hidden(
         problem.x, None, None, None, None, problem.activation, basis, dense_segments(problem.rows), None,
         save_hidden=False, save_scores=True,
     )  # fmt: skip
-    assert made.scores is not None
-    return made.scores
+    assert products.scores is not None
+    return products.scores
 
 
 def _operand_gradients(

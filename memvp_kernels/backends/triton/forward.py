@@ -1,4 +1,7 @@
-"""The forward in Triton: two steps, and the core kernel between them with a factored memory; a step is one launch where it is fused."""
+"""The forward in Triton: hidden and output, and with a factored memory the core kernel between them.
+
+Each step is one launch where it is fused.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from memvp_kernels.backends.triton.kernels.materialise import key_operand, mater
 from memvp_kernels.backends.triton.runtime import launch
 from memvp_kernels.problem import Problem, Segments
 
-__all__ = ["dense_segments", "forward", "unsupported", "visual_of", "without_memory"]
+__all__ = ["dense_segments", "forward", "is_trivial", "is_unread", "unsupported", "visual_of", "without_memory"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -38,7 +41,7 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def visual_of(problem: Problem) -> Visual:
-    """What becomes of a score, with dropout's 1/(1 - p) in the scale."""
+    """How a score becomes a visual activation, with dropout's 1/(1 - p) in the scale."""
     keep = 1.0 - problem.dropout_p
     scale = problem.visual_scale / keep if keep > 0 else 0.0
     threshold = philox.keep_threshold(problem.dropout_p)
@@ -52,7 +55,7 @@ def dense_segments(rows: int) -> Segments:
 
 
 def without_memory(problem: Problem) -> Problem:
-    """The same problem with its visual branch gone, for a memory without slots, rows or readers."""
+    """The same problem without its visual branch, for a memory without slots, rows or readers."""
     return replace(
         problem,
         visual_key=None,
@@ -65,6 +68,18 @@ def without_memory(problem: Problem) -> Problem:
         seed=None,
         dropout_p=0.0,
     )
+
+
+def is_unread(problem: Problem) -> bool:
+    """Whether there is a memory that no row can read."""
+    return problem.has_memory and 0 in (problem.slots, problem.memories, problem.segments.sequences)
+
+
+def is_trivial(problem: Problem) -> bool:
+    """Whether there is nothing to launch, so that PyTorch's own handling of empty tensors serves."""
+    empty = 0 in (problem.rows, problem.width) or (problem.key is not None and problem.pairs == 0)
+    # A factored memory of rank 0 still has its positions.
+    return empty or (problem.factored and problem.rank == 0) or (is_unread(problem) and problem.key is None)
 
 
 def forward(
@@ -80,11 +95,8 @@ def forward(
         y (N, d), the pre-activations (P, N, F) and the scores (N, M), the last two None unless asked for.
     """
     x, segments = problem.x, problem.segments
-    empty = problem.rows == 0 or problem.width == 0 or (problem.key is not None and problem.pairs == 0)
-    # A factored memory of rank 0 still has its positions.
-    empty = empty or (problem.factored and problem.rank == 0)
-    unread = problem.has_memory and 0 in (problem.slots, problem.memories, segments.sequences)
-    if empty or (unread and problem.key is None) or (problem.key is None and not problem.has_memory):
+    unread = is_unread(problem)
+    if is_trivial(problem) or (problem.key is None and not problem.has_memory):
         return eager.forward(problem, save_hidden=save_hidden, save_scores=save_scores)
     if unread:
         y, pre, _ = forward(without_memory(problem), save_hidden=save_hidden, save_scores=False, steps=steps)
@@ -107,26 +119,26 @@ def forward(
         )
 
     dense = dense_segments(problem.rows)
-    made = steps.hidden(
+    products = steps.hidden(
         x, problem.key, problem.gate, problem.key_bias, problem.gate_bias, problem.activation,
         key_memory, dense if problem.factored else segments, None if problem.factored else visual,
         save_hidden=save_hidden, save_scores=save_scores or problem.factored,
     )  # fmt: skip
-    middle, scores = made.visual, made.scores
+    left, scores = products.visual, products.scores
     if problem.factored:
-        assert made.scores is not None and problem.visual_key is not None and problem.visual_value is not None
-        middle, scores = core_forward(
-            made.scores, problem.visual_key, problem.visual_value, segments, visual,
+        assert products.scores is not None and problem.visual_key is not None and problem.visual_value is not None
+        left, scores = core_forward(
+            products.scores, problem.visual_key, problem.visual_value, segments, visual,
             value_position=problem.value_position is not None, save_scores=save_scores,
         )  # fmt: skip
     y = steps.output(
-        made.hidden,
+        products.hidden,
         problem.value,
         problem.value_bias,
-        middle,
+        left,
         value_memory,
         dense if problem.factored else segments,
         problem.residual,
         x,
     )
-    return y, made.pre, scores
+    return y, products.pre, scores

@@ -1,17 +1,7 @@
-"""The four large steps with the shared products by the vendor's library (torch.mm), and around them only what is not a plain product.
+"""The four large steps with their shared products by cuBLAS (torch.mm), and only what is not a plain product around them.
 
-Each function takes the place of the fused kernel named beside it, argument for argument, and may be mixed with the others':
-
-    hidden     hidden_forward     one product for each pre-activation, then one pass to hidden
-    output     output_forward     one product, the memory accumulated onto it in place
-    dhidden    dhidden_backward   one product, then one pass to the gradients of the pre-activations
-    dinput     dinput_backward    two products and the memory's, each accumulated in place
-
-What this road moves beyond the fused kernels is the pass over what the product left in device memory, and y once more where memory is
-added to it. A memory that all rows share (the d-wide operands of a factored one) is one more dense product; a memory per sequence stays
-with the fused kernels' own tiles, launched alone: batched products would need a pass for activation and dropout as well.
-
-The products sum as PyTorch's do: float32, or what `torch.backends.cuda.matmul` allows them instead.
+Each function replaces the fused kernel named in its docstring, argument for argument. A memory that all rows share (the d-wide operands
+of a factored one) is one more dense product; a memory per sequence keeps the fused kernels' own tiles, launched alone.
 """
 
 from __future__ import annotations
@@ -45,22 +35,25 @@ def hidden(
     save_scores: bool,
     need_hidden: bool = True,
 ) -> Products:
-    """As `hidden_forward`. A bias is the product's own epilogue and rounded to x's dtype first, as PyTorch's linear layer has it."""
+    """As `hidden_forward`: one product for each pre-activation, then one pass to hidden.
+
+    A bias is the product's own epilogue and rounded to x's dtype first, as in PyTorch's linear layer.
+    """
     rows = x.shape[0]
-    pre = formed = None
+    pre = stored = None
     if key is not None:
         pre = x.new_empty(1 + (gate is not None), rows, key.shape[0])
         branches = [(key, key_bias)] if gate is None else [(gate, gate_bias), (key, key_bias)]
         for out, (weight, bias) in zip(pre, branches, strict=True):
             _product(x, weight.T, bias, out)
         if need_hidden:
-            formed = activation_forward(pre, activation, into=None if save_hidden else pre[0])
-    made = Products(None, None, None, None)
+            stored = activation_forward(pre, activation, into=None if save_hidden else pre[0])
+    of_memory = Products(None, None, None, None)
     if memory is not None and visual is None and segments.shared:
-        made = Products(None, None, None, _columns(x, memory))
+        of_memory = Products(None, None, None, _columns(x, memory))
     elif memory is not None:
-        made = memory_forward(x, activation, memory, segments, visual, save_scores=save_scores)
-    return Products(formed, pre if save_hidden else None, made.visual, made.scores)
+        of_memory = memory_forward(x, activation, memory, segments, visual, save_scores=save_scores)
+    return Products(stored, pre if save_hidden else None, of_memory.visual, of_memory.scores)
 
 
 def output(
@@ -73,7 +66,7 @@ def output(
     residual: Tensor | None,
     like: Tensor,
 ) -> Tensor:
-    """As `output_forward`."""
+    """As `output_forward`: one product, and the memory accumulated onto it in place."""
     if hidden is None or value is None:
         if segments.shared and visual is not None and memory is not None:
             return _product(visual, memory[0], residual)
@@ -98,17 +91,22 @@ def dhidden(
     need_visual: bool,
     overwrite: bool,
 ) -> HiddenGradients:
-    """As `dhidden_backward`. dHidden itself waits in the place of one of the gradients that it becomes."""
+    """As `dhidden_backward`: one product, then one pass to the gradients of the pre-activations.
+
+    dHidden itself is stored where one of those gradients will be.
+    """
     dpre = None
     if pre is not None and value is not None:
         dpre = pre if overwrite else torch.empty_like(pre)
         activation_backward(_product(grad, value.T, out=None if overwrite else dpre[-1]), pre, dpre, activation)
-    made = HiddenGradients(None, None, None, None)
+    of_memory = HiddenGradients(None, None, None, None)
     if memory is not None and scores is None:
-        made = HiddenGradients(None, None, None, _columns(grad, memory))
+        of_memory = HiddenGradients(None, None, None, _columns(grad, memory))
     elif scores is not None:
-        made = memory_backward(grad, activation, memory, memories, scores, segments, visual, need_visual=need_visual)
-    return HiddenGradients(dpre, made.dscores, made.visual, made.columns)
+        of_memory = memory_backward(
+            grad, activation, memory, memories, scores, segments, visual, need_visual=need_visual
+        )
+    return HiddenGradients(dpre, of_memory.dscores, of_memory.visual, of_memory.columns)
 
 
 def dinput(
@@ -120,7 +118,7 @@ def dinput(
     segments: Segments,
     like: Tensor,
 ) -> Tensor:
-    """As `dinput_backward`."""
+    """As `dinput_backward`: two products and the memory's, each accumulated in place."""
     if dpre is None or key is None:
         return output(None, None, None, dscores, memory, segments, None, like)
     dx = _product(dpre[-1], key)
@@ -143,7 +141,7 @@ def _columns(left: Tensor, memory: Tensor) -> Tensor:
 
 
 def _add_memory(y: Tensor, left: Tensor | None, memory: Tensor | None, segments: Segments) -> Tensor:
-    """y + left · memory in y's place, each row of left times the memory that its sequence reads."""
+    """Add left · memory to y in place, each row of left times the memory that its sequence reads."""
     if left is None or memory is None:
         return y
     if segments.shared:

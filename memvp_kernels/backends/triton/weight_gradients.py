@@ -1,4 +1,4 @@
-"""Gradients of the FFN's own weights and biases, for those who train them: PyTorch's products over what the kernels left behind."""
+"""Gradients of the FFN's own weights and biases, where they are trained: PyTorch's products over what the kernels saved."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def dmemory_tile(
 
 @cache
 def row_splits(multiprocessors: int, outputs: int, steps: int) -> int:
-    """Into how many parts to cut the rows of a product over all of them, whose partial sums are then added up.
+    """How many splits a product over all rows takes, whose partial sums are then added.
 
     Args:
         outputs: tiles of the result.

@@ -1,10 +1,8 @@
-"""Which tile each kernel runs with: a deterministic cost model in plain Python, instead of timing at run time.
+"""Which tile each kernel runs with: a deterministic cost model in plain Python, and no timing at run time.
 
-A tile is a candidate only if its operands' stages fit the block's shared memory and its accumulators the registers (or, from sm_100, the
-tensor memory). Of the candidates the one with the fewest predicted cycles wins: waves times a tile's K steps, each step bound by
-the tensor cores or by what L2 delivers to one multiprocessor, and never less than the bytes over the memory bandwidth.
-
-Rows and sequences enter in powers of two, so a model that sees every length compiles a handful of kernels.
+A tile is a candidate only if its operands' stages fit the block's shared memory and its accumulators the registers (or, on sm_100, the
+tensor memory); the fewest predicted cycles win. Rows and sequences enter in powers of two, so a model that sees every length compiles a
+handful of kernels.
 """
 
 from __future__ import annotations
@@ -50,7 +48,7 @@ class Tile:
         block_k: step of the K loop.
         warps, stages: Triton's num_warps and num_stages.
         group: row tiles that run side by side and share columns in L2.
-        splits: parts that the K loop is cut into, for the kernels that can (output, dx).
+        splits: of the K loop (split-K), for the kernels that can (output, dx).
     """
 
     block_n: int
@@ -86,17 +84,15 @@ _SHAPES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
     "ieee": ((64, 64, 16, 4, 3), (32, 64, 32, 4, 3)),
 }
 _RESERVE = 2 * 1024  # barriers and the epilogue's scratch beside the stages
-FILL = 900  # cycles before a tile's first product: launch, first loads
-_REFILL = 500  # of them where the program is there already and only the loads have to arrive; assumed like the other
-EPILOGUE_COLUMNS = 64  # of a subtile of an epilogue that stores through shared memory
+FILL = 900  # cycles before a tile's first product: launch, first loads; assumed
+_REFILL = 500  # of them where a persistent program only waits for the loads; assumed
+EPILOGUE_COLUMNS = 64  # of a subtile that an epilogue stores through shared memory
 _WIDE_EFFICIENCY = {256: 1.0, 128: 0.9, 64: 0.75, 32: 0.5}  # of the tensor cores' rate, by accumulator width
 _PER_MULTIPROCESSOR_REGISTERS = 65536
 _SPLITS = (1, 2, 3, 4, 6, 8)
 _LONGEST_EDGE = 1 << 10  # rows; no tile has more
-CACHE_SIZE = 4096  # shapes and layouts as they come, with every length of a batch: so many, and not without end
-_SPLIT_MARGIN = (
-    1.05  # a cut loop must promise this much: the model is no better, and one launch less is one thing less to go wrong
-)
+CACHE_SIZE = 4096  # shapes and layouts that the caches below and in runtime/ hold
+_SPLIT_MARGIN = 1.05  # split-K must promise this much: the model is no better, and costs a launch
 
 
 def loading(chip: Chip, dtype: torch.dtype, precision: str, descriptors: bool) -> str:
@@ -177,7 +173,7 @@ def hidden_cycles(chip: Chip, tile: Tile, shape: Shape, persistent: bool = False
 
 
 def is_persistent(chip: Chip, tile: Tile, dtype: torch.dtype, wide: int, count: int) -> bool:
-    """Whether `count` tiles of `wide` accumulated columns go through programs that stay: one fills a multiprocessor, and waves are several.
+    """Whether `count` tiles of `wide` accumulated columns take a persistent kernel: one tile fills a multiprocessor, and waves are several.
 
     Smaller tiles have neighbours on the multiprocessor that work while one begins or ends.
     """
@@ -195,10 +191,10 @@ def is_persistent(chip: Chip, tile: Tile, dtype: torch.dtype, wide: int, count: 
 @lru_cache(CACHE_SIZE)
 def output_tile(chip: Chip, shape: Shape) -> Tile:
     """The output kernel's tile."""
-    # The largest power of two in T decides which tiles a sequence's edge may cut, and nothing else about T matters.
+    # Which tiles straddle two sequences depends on the largest power of two in T alone.
     length = shape.length
-    whole = length if length is None else min(length & -length, _LONGEST_EDGE) if shape.sequences > 1 else _LONGEST_EDGE
-    return _output_tile(chip, _bucketed(shape, whole))
+    even = length if length is None else min(length & -length, _LONGEST_EDGE) if shape.sequences > 1 else _LONGEST_EDGE
+    return _output_tile(chip, _bucketed(shape, even))
 
 
 @cache
@@ -208,30 +204,30 @@ def _output_tile(chip: Chip, shape: Shape) -> Tile:
     double = set(candidates(*kind, descriptors=shape.descriptors, accumulators=2))
     found: list[tuple[float, int, Tile]] = []
     for order, tile in enumerate(single):
-        cut = shape.slots > 0 and (not shape.length or shape.length % tile.block_n != 0)
-        if cut and tile not in double:
+        straddling = shape.slots > 0 and (not shape.length or shape.length % tile.block_n != 0)
+        if straddling and tile not in double:
             continue
         for splits in split_choices(chip, tile, shape.rows, shape.width, shape.pairs):
             tile = replace(tile, splits=splits)
-            cycles = output_cycles(chip, tile, shape, cut)
+            cycles = output_cycles(chip, tile, shape, straddling)
             found.append((cycles * (_SPLIT_MARGIN if splits > 1 else 1.0), order, tile))
     return min(found, key=lambda f: f[:2])[2]
 
 
 def split_choices(chip: Chip, tile: Tile, rows: int, columns: int, depth: int) -> tuple[int, ...]:
-    """Into how many parts a loop of `depth` may be cut: one, unless tiles are fewer than multiprocessors; no part under four steps."""
+    """How many splits a loop of `depth` may have: one, unless tiles are fewer than multiprocessors; none under four steps."""
     count = math.ceil(rows / tile.block_n) * math.ceil(columns / tile.columns)
     most = depth // (4 * tile.block_k) if count < chip.multiprocessors else 1
     return tuple(s for s in _SPLITS if s <= max(most, 1))
 
 
-def output_cycles(chip: Chip, tile: Tile, shape: Shape, cut: bool) -> float:
-    """Predicted clock cycles of one output launch; `cut`: sequences end inside row tiles."""
+def output_cycles(chip: Chip, tile: Tile, shape: Shape, straddling: bool) -> float:
+    """Predicted clock cycles of one output launch; `straddling`: sequences end inside row tiles."""
     rows, width, pairs, slots, sequences = shape.rows, shape.width, shape.pairs, shape.slots, shape.sequences
     row_tiles = math.ceil(rows / tile.block_n)
-    touched = 1 + (min(sequences, rows) - 1) / row_tiles if cut else 1.0
-    part = tile.block_k * tile.splits
-    steps = math.ceil(pairs / part) + touched * math.ceil(slots / part)
+    touched = 1 + (min(sequences, rows) - 1) / row_tiles if straddling else 1.0
+    depth = tile.block_k * tile.splits
+    steps = math.ceil(pairs / depth) + touched * math.ceil(slots / depth)
     count = row_tiles * math.ceil(width / tile.columns) * tile.splits
     moved = (rows * (pairs + slots) + pairs * width + sequences * slots * width + rows * width) * shape.dtype.itemsize
     cycles = _cycles(chip, tile, shape.dtype, shape.precision, tile.columns, count, steps, moved)
@@ -239,7 +235,7 @@ def output_cycles(chip: Chip, tile: Tile, shape: Shape, cut: bool) -> float:
 
 
 def reduce_cycles(chip: Chip, numbers: int, splits: int) -> float:
-    """Cycles to store the parts of a result in float32 and to add them up in a second launch; L2 holds what is so small."""
+    """Cycles to store the partial sums of a result in float32 and to add them in a second launch; L2 holds what is so small."""
     if splits == 1:
         return 0.0
     return 4 * numbers * (2 * splits + 1) / (chip.l2 * chip.multiprocessors) + chip.cycles(

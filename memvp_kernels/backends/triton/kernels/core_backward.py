@@ -131,9 +131,11 @@ def core_bwd_kernel(
                 if VALUE_POSITION:
                     b_position = load_tile(e, row, RANK + slot, N, WIDTH, stride_e_n, 1, BLOCK_N, BLOCK_M, POINTER)
                     b_dvisual += b_position.to(tl.float32)
-            # All blocks of t and u compute dS and visual; only the first one stores them.
+            # All blocks of t and u compute dS and visual; only the first one stores them. `tl.where`, because the interpreter of Triton 3.9
+            # takes no comparison of scalars in a mask.
+            stores = tl.where(column == 0, True, False)
             b_dscores, b_visual = store_visual_gradient(
-                b_dvisual, visual_pass, row, slot, first, end, slots, column == 0, M, VISUAL_ACTIVATION, DTYPE
+                b_dvisual, visual_pass, row, slot, first, end, slots, stores, M, VISUAL_ACTIVATION, DTYPE
             )  # fmt: skip
             if THROUGH_KEY:
                 b_key = load_memory_tile(

@@ -122,23 +122,33 @@ def hidden_forward(
     block_store = (tile.block_n, min(tile.columns, tiles.EPILOGUE_COLUMNS))
     accumulated = tile.columns * (1 + gated)
     persistent = stored and tiles.is_persistent(chip, tile, x.dtype, accumulated, programs)
-    with launch.on_device(x):
-        hidden_fwd_kernel[(min(programs, chip.multiprocessors) if persistent else programs,)](
-            tma.make_descriptor(x, (tile.block_n, tile.block_k), load), gate_operand, key_operand, gate_bias, key_bias,
-            tma.make_descriptor(memory, block_memory, load),
-            tma.make_descriptor(out.hidden, block_store, store),
-            tma.make_descriptor(out.pre, (1, *block_store), store),
-            out.visual, out.scores,
-            visual.seed if visual is not None else None, segments.cu_seqlens, segments.index, segments.lengths,
-            *x.stride(), *strides(gate, 2), *strides(key, 2), *strides(memory, 3), *strides(gate_bias, 1), *strides(key_bias, 1),
-            *strides(out.hidden, 1), *strides(out.visual, 1),
-            rows, segments.length or 0, segments.sequences, memory.shape[0] if memory is not None else 0, gate_first,
-            visual.scale if visual is not None else 1.0, visual.threshold if visual is not None else 0,
-            F=pairs, d=width, M=slots, BLOCK_N=tile.block_n, BLOCK_F=tile.columns, BLOCK_K=tile.block_k, GROUP=tile.group,
-            ACTIVATION=activation, VISUAL_ACTIVATION=visual.activation if visual is not None else "none",
-            LOAD=load, LOAD_GATE=load_gate, LOAD_KEY=load_key, STORE=store, PERSISTENT=persistent,
-            PRECISION=shape.precision, DTYPE=launch.element_type(x.dtype),
-            num_warps=tile.warps, num_stages=tile.stages, **pdl_options(x.device),
+    try:
+        with launch.on_device(x):
+            hidden_fwd_kernel[(min(programs, chip.multiprocessors) if persistent else programs,)](
+                tma.make_descriptor(x, (tile.block_n, tile.block_k), load), gate_operand, key_operand, gate_bias, key_bias,
+                tma.make_descriptor(memory, block_memory, load),
+                tma.make_descriptor(out.hidden, block_store, store),
+                tma.make_descriptor(out.pre, (1, *block_store), store),
+                out.visual, out.scores,
+                visual.seed if visual is not None else None, segments.cu_seqlens, segments.index, segments.lengths,
+                *x.stride(), *strides(gate, 2), *strides(key, 2), *strides(memory, 3), *strides(gate_bias, 1), *strides(key_bias, 1),
+                *strides(out.hidden, 1), *strides(out.visual, 1),
+                rows, segments.length or 0, segments.sequences, memory.shape[0] if memory is not None else 0, gate_first,
+                visual.scale if visual is not None else 1.0, visual.threshold if visual is not None else 0,
+                F=pairs, d=width, M=slots, BLOCK_N=tile.block_n, BLOCK_F=tile.columns, BLOCK_K=tile.block_k, GROUP=tile.group,
+                ACTIVATION=activation, VISUAL_ACTIVATION=visual.activation if visual is not None else "none",
+                LOAD=load, LOAD_GATE=load_gate, LOAD_KEY=load_key, STORE=store, PERSISTENT=persistent,
+                PRECISION=shape.precision, DTYPE=launch.element_type(x.dtype),
+                num_warps=tile.warps, num_stages=tile.stages, **pdl_options(x.device),
+            )  # fmt: skip
+    except RuntimeError:
+        if not paired:
+            raise
+        # The driver refused to encode a descriptor over two allocations, and nothing was launched.
+        tma.refuse_pairs()
+        return hidden_forward(
+            x, key, gate, key_bias, gate_bias, activation, memory, segments, visual,
+            save_hidden=save_hidden, save_scores=save_scores, need_hidden=need_hidden,
         )  # fmt: skip
     return out
 

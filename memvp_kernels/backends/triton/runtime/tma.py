@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from memvp_kernels.backends.triton.device.operands import POINTER, TMA, TMA_TRANSPOSED
 from memvp_kernels.backends.triton.heuristics.tiles import CACHE_SIZE
 
-__all__ = ["can_pair", "load_mode", "make_descriptor", "make_pair_descriptor", "supports_tma"]
+__all__ = ["can_pair", "load_mode", "make_descriptor", "make_pair_descriptor", "refuse_pairs", "supports_tma"]
 
 _LARGEST_STRIDE = 2**40  # bytes, cuTensorMapEncodeTiled
 
@@ -77,8 +77,19 @@ def _descriptor(base: Tensor, fields: dict[str, list[int]]) -> TensorDescriptor:
     return descriptor
 
 
+_pairs_refused = False
+
+
+def refuse_pairs() -> None:
+    """The driver has refused a descriptor over two allocations: make no more of them in this process."""
+    global _pairs_refused
+    _pairs_refused = True
+
+
 def can_pair(first: Tensor, second: Tensor) -> bool:
     """Whether one descriptor can span two matrices of one layout, wherever the allocator put them."""
+    if _pairs_refused:
+        return False
     distance = abs(first.data_ptr() - second.data_ptr())
     same = first.shape == second.shape and first.stride() == second.stride() and first.dtype == second.dtype
     return same and 0 < distance < _LARGEST_STRIDE and distance % 16 == 0 and supports_tma(first)
