@@ -28,8 +28,7 @@ def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     chip = chip_of(90, int(request.param))
     monkeypatch.setattr(launch, "chip", lambda device: chip)
     monkeypatch.setattr(tiles, "is_persistent", lambda *_: True)
-    monkeypatch.setattr(tiles, "EPILOGUE_COLUMNS", 16)
-    monkeypatch.setattr(hidden, "EPILOGUE_COLUMNS", type(hidden.EPILOGUE_COLUMNS)(16))
+    monkeypatch.setattr(tiles, "epilogue_columns", lambda *_: 16)
     monkeypatch.setattr(tiles, "hidden_tile", lambda *_: Tile(32, 32, 16, 4, 2, group=2))
     return int(request.param)
 

@@ -106,6 +106,6 @@ def core_backward_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: 
     if odd:
         return Tile(min(block_n, 32), columns, 16, 4, 2)
     # Steps of 64 slots spill: scores, their slope and dropout's generator are alive beside the accumulators of t and u. So did steps
-    # of 32 on sm_80 at a rank of 48, and on sm_100 in tiles of 16 rows, with Triton 3.6.
-    crowded = {"mma": block_n == 64 and columns <= 64, "tcgen05": block_n == 16}.get(chip.family, False)
+    # of 32 on sm_80 at a rank of 48, on sm_90 and sm_120 with Triton 3.9, and on sm_100 in tiles of 16 rows with Triton 3.6.
+    crowded = block_n == (16 if chip.family == "tcgen05" else 64)
     return Tile(block_n, columns, 16 if crowded else 32, 8 if block_n == 64 else 4, 2)

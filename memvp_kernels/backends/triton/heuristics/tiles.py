@@ -19,11 +19,11 @@ from memvp_kernels.hardware import RATES, Chip
 
 __all__ = [
     "CACHE_SIZE",
-    "EPILOGUE_COLUMNS",
     "FILL",
     "Tile",
     "candidates",
     "core_tile",
+    "epilogue_columns",
     "hidden_cycles",
     "hidden_tile",
     "is_persistent",
@@ -86,7 +86,6 @@ _SHAPES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
 _RESERVE = 2 * 1024  # barriers and the epilogue's scratch beside the stages
 FILL = 900  # cycles before a tile's first product: launch, first loads; assumed
 _REFILL = 500  # of them where a persistent program only waits for the loads; assumed
-EPILOGUE_COLUMNS = 64  # of a subtile that an epilogue stores through shared memory
 _WIDE_EFFICIENCY = {256: 1.0, 128: 0.9, 64: 0.75, 32: 0.5}  # of the tensor cores' rate, by accumulator width
 _PER_MULTIPROCESSOR_REGISTERS = 65536
 _SPLITS = (1, 2, 3, 4, 6, 8)
@@ -177,7 +176,7 @@ def is_persistent(chip: Chip, tile: Tile, dtype: torch.dtype, wide: int, count: 
 
     Smaller tiles have neighbours on the multiprocessor that work while one begins or ends.
     """
-    staged = 2 * tile.block_n * EPILOGUE_COLUMNS * dtype.itemsize
+    staged = 2 * tile.block_n * epilogue_columns(chip, dtype) * dtype.itemsize
     stages = tile.stages * (tile.block_n + wide) * tile.block_k * dtype.itemsize
     alone = 2 * stages > chip.shared_memory
     return (
@@ -186,6 +185,12 @@ def is_persistent(chip: Chip, tile: Tile, dtype: torch.dtype, wide: int, count: 
         and stages + staged + _RESERVE <= chip.shared_memory
         and count > chip.multiprocessors
     )
+
+
+def epilogue_columns(chip: Chip, dtype: torch.dtype) -> int:
+    """Columns that the hidden kernel's epilogue works on, and stores through shared memory, at a time."""
+    # Of 64 columns sm_100 spilled 104 bytes with Triton 3.9.
+    return (32 if chip.family == "tcgen05" else 64) * 2 // dtype.itemsize
 
 
 @lru_cache(CACHE_SIZE)

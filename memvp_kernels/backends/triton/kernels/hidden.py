@@ -34,8 +34,6 @@ from memvp_kernels.problem import Segments
 
 __all__ = ["Products", "hidden_forward", "hidden_fwd_kernel", "memory_forward"]
 
-EPILOGUE_COLUMNS = tl.constexpr(tiles.EPILOGUE_COLUMNS)
-
 
 @dataclass(frozen=True)
 class Products:
@@ -119,7 +117,8 @@ def hidden_forward(
     results = [t for t in (out.hidden, out.pre) if t is not None]
     stored = use_tma and visual is None and x.dtype != torch.float32 and all(map(tma.supports_tma, results))
     store = (TMA if stored else POINTER).value
-    block_store = (tile.block_n, min(tile.columns, tiles.EPILOGUE_COLUMNS))
+    subtile = tiles.epilogue_columns(chip, x.dtype)
+    block_store = (tile.block_n, min(tile.columns, subtile))
     accumulated = tile.columns * (1 + gated)
     persistent = stored and tiles.is_persistent(chip, tile, x.dtype, accumulated, programs)
     try:
@@ -137,7 +136,7 @@ def hidden_forward(
                 visual.scale if visual is not None else 1.0, visual.threshold if visual is not None else 0,
                 F=pairs, d=width, M=slots, BLOCK_N=tile.block_n, BLOCK_F=tile.columns, BLOCK_K=tile.block_k, GROUP=tile.group,
                 ACTIVATION=activation, VISUAL_ACTIVATION=visual.activation if visual is not None else "none",
-                LOAD=load, LOAD_GATE=load_gate, LOAD_KEY=load_key, STORE=store, PERSISTENT=persistent,
+                LOAD=load, LOAD_GATE=load_gate, LOAD_KEY=load_key, STORE=store, SUBTILE=subtile, PERSISTENT=persistent,
                 PRECISION=shape.precision, DTYPE=launch.element_type(x.dtype),
                 num_warps=tile.warps, num_stages=tile.stages, **pdl_options(x.device),
             )  # fmt: skip
@@ -176,7 +175,7 @@ def hidden_fwd_kernel(
     F: tl.constexpr, d: tl.constexpr, M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr, VISUAL_ACTIVATION: tl.constexpr,
-    LOAD: tl.constexpr, LOAD_GATE: tl.constexpr, LOAD_KEY: tl.constexpr, STORE: tl.constexpr, PERSISTENT: tl.constexpr,
+    LOAD: tl.constexpr, LOAD_GATE: tl.constexpr, LOAD_KEY: tl.constexpr, STORE: tl.constexpr, SUBTILE: tl.constexpr, PERSISTENT: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Tiles: first cdiv(N, BLOCK_N) · cdiv(F, BLOCK_F) of the FFN, then the memory's, which are fewer and end the last wave.
@@ -198,13 +197,13 @@ def hidden_fwd_kernel(
         for tile in tl.range(tl.program_id(0), count, tl.num_programs(0)):
             _tile(
                 tile, x, x_strides, gate_side, key_side, hidden, pre, stride_hidden_n, memory, memory_strides, visual_out, segments,
-                F, d, M, BLOCK_N, BLOCK_F, BLOCK_K, GROUP, ACTIVATION, VISUAL_ACTIVATION, LOAD, LOAD_GATE, LOAD_KEY, STORE,
+                F, d, M, BLOCK_N, BLOCK_F, BLOCK_K, GROUP, ACTIVATION, VISUAL_ACTIVATION, LOAD, LOAD_GATE, LOAD_KEY, STORE, SUBTILE,
                 PRECISION, DTYPE,
             )  # fmt: skip
     else:
         _tile(
             tl.program_id(0), x, x_strides, gate_side, key_side, hidden, pre, stride_hidden_n, memory, memory_strides, visual_out, segments,
-            F, d, M, BLOCK_N, BLOCK_F, BLOCK_K, GROUP, ACTIVATION, VISUAL_ACTIVATION, LOAD, LOAD_GATE, LOAD_KEY, STORE,
+            F, d, M, BLOCK_N, BLOCK_F, BLOCK_K, GROUP, ACTIVATION, VISUAL_ACTIVATION, LOAD, LOAD_GATE, LOAD_KEY, STORE, SUBTILE,
             PRECISION, DTYPE,
         )  # fmt: skip
 
@@ -215,7 +214,7 @@ def _tile(
     F: tl.constexpr, d: tl.constexpr, M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr, VISUAL_ACTIVATION: tl.constexpr,
-    LOAD: tl.constexpr, LOAD_GATE: tl.constexpr, LOAD_KEY: tl.constexpr, STORE: tl.constexpr,
+    LOAD: tl.constexpr, LOAD_GATE: tl.constexpr, LOAD_KEY: tl.constexpr, STORE: tl.constexpr, SUBTILE: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     # One accumulator's width; a memory tile spans all of it.
@@ -226,7 +225,7 @@ def _tile(
     if memory is None:
         _ffn_tile(
             tile, row_tiles, x, x_strides, gate_side, key_side, hidden, pre, stride_hidden_n, N, F, d,
-            BLOCK_N, BLOCK_F, BLOCK_K, GROUP, ACTIVATION, LOAD, LOAD_GATE, LOAD_KEY, STORE, PRECISION, DTYPE,
+            BLOCK_N, BLOCK_F, BLOCK_K, GROUP, ACTIVATION, LOAD, LOAD_GATE, LOAD_KEY, STORE, SUBTILE, PRECISION, DTYPE,
         )  # fmt: skip
     elif F == 0:
         _memory_tile(
@@ -237,7 +236,7 @@ def _tile(
         if tile < ffn_tiles:
             _ffn_tile(
                 tile, row_tiles, x, x_strides, gate_side, key_side, hidden, pre, stride_hidden_n, N, F, d,
-                BLOCK_N, BLOCK_F, BLOCK_K, GROUP, ACTIVATION, LOAD, LOAD_GATE, LOAD_KEY, STORE, PRECISION, DTYPE,
+                BLOCK_N, BLOCK_F, BLOCK_K, GROUP, ACTIVATION, LOAD, LOAD_GATE, LOAD_KEY, STORE, SUBTILE, PRECISION, DTYPE,
             )  # fmt: skip
         else:
             _memory_tile(
@@ -250,7 +249,7 @@ def _tile(
 def _ffn_tile(
     tile, row_tiles, x, x_strides, gate_side, key_side, hidden, pre, stride_hidden_n, N,
     F: tl.constexpr, d: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    ACTIVATION: tl.constexpr, LOAD: tl.constexpr, LOAD_GATE: tl.constexpr, LOAD_KEY: tl.constexpr, STORE: tl.constexpr,
+    ACTIVATION: tl.constexpr, LOAD: tl.constexpr, LOAD_GATE: tl.constexpr, LOAD_KEY: tl.constexpr, STORE: tl.constexpr, SUBTILE: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     EVEN_K: tl.constexpr = d % BLOCK_K == 0
@@ -288,23 +287,22 @@ def _ffn_tile(
 
     biases = (gate_bias, key_bias, stride_gate_bias, stride_key_bias)
     _store_hidden(
-        b_gate, b_key, row, column, biases, hidden, pre, stride_hidden_n, N, F, gate is not None, ACTIVATION, STORE, DTYPE
+        b_gate, b_key, row, column, biases, hidden, pre, stride_hidden_n, N, F, gate is not None, ACTIVATION, STORE, SUBTILE, DTYPE
     )  # fmt: skip
 
 
 @triton.jit
 def _store_hidden(
     b_gate, b_key, row, column, biases, hidden, pre, stride_hidden_n, N,
-    F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, STORE: tl.constexpr, DTYPE: tl.constexpr,
+    F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, STORE: tl.constexpr, SUBTILE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Biases, the pre-activations that the backward keeps, and hidden.
 
-    In subtiles of EPILOGUE_COLUMNS, half of that in float32: biases, addresses and the activation of a whole tile do not fit the registers
+    In subtiles of SUBTILE columns: biases, addresses and the activation of a whole tile do not fit the registers
     beside its accumulator, nor does what a descriptor stores from fit the shared memory beside the stages.
     """
     BLOCK_N: tl.constexpr = b_key.shape[0]
     BLOCK_F: tl.constexpr = b_key.shape[1]
-    SUBTILE: tl.constexpr = EPILOGUE_COLUMNS * 16 // DTYPE.primitive_bitwidth
     if BLOCK_F > SUBTILE:
         HALF: tl.constexpr = BLOCK_F // 2
         key_low, key_high = tl.split(tl.permute(tl.reshape(b_key, (BLOCK_N, 2, HALF)), (0, 2, 1)))
@@ -313,10 +311,10 @@ def _store_hidden(
         else:
             gate_low, gate_high = key_low, key_high
         _store_hidden(
-            gate_low, key_low, row, column, biases, hidden, pre, stride_hidden_n, N, F, GATED, ACTIVATION, STORE, DTYPE
+            gate_low, key_low, row, column, biases, hidden, pre, stride_hidden_n, N, F, GATED, ACTIVATION, STORE, SUBTILE, DTYPE
         )  # fmt: skip
         _store_hidden(
-            gate_high, key_high, row, column + HALF, biases, hidden, pre, stride_hidden_n, N, F, GATED, ACTIVATION, STORE, DTYPE
+            gate_high, key_high, row, column + HALF, biases, hidden, pre, stride_hidden_n, N, F, GATED, ACTIVATION, STORE, SUBTILE, DTYPE
         )  # fmt: skip
     else:
         gate_bias, key_bias, stride_gate_bias, stride_key_bias = biases
