@@ -7,11 +7,15 @@ are. Autocast's casts are made inside too, and again in the backward, so that no
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
+from torch._guards import TracingContext
+from torch.fx import traceback
 
 from memvp_kernels.autograd import (
     ACCUMULATORS,
@@ -49,11 +53,29 @@ def call_op(tensors: dict[str, Tensor | None], options: Options) -> Tensor:
     x = tensors["x"]
     assert x is not None
     require(options.backend, x.device)
+    if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
+        _count_flops()
     if options.scalars["dropout_p"] != 0 and tensors["visual_key"] is not None:
         tensors["seed"] = draw_seed(x.device)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
     keep = kept(tensors, options.recompute) if training else 0
     return forward_op(*pack(tensors), *options.scalars.values(), keep, training, options.backend, options.autocast)[0]
+
+
+def _count_flops() -> None:
+    """Let PyTorch's counter of FLOPs, which somebody imported, count the ops."""
+    from memvp_kernels import flops
+
+    def of_forward(tensors: list[Tensor], present: int, *rest: Any, out_val: Any = None) -> int:
+        *scalars, keep, training, backend, autocast = rest
+        return flops.forward(unpack(tensors, present), _options(scalars, backend, autocast), keep, training)
+
+    def of_backward(grad: Tensor, tensors: list[Tensor], present: int, *rest: Any, out_val: Any = None) -> int:
+        *scalars, needs, backend, autocast = rest
+        return flops.backward(grad, unpack(tensors, present), _options(scalars, backend, autocast), _wanted(needs))
+
+    ops = torch.ops.memvp_kernels
+    flops.count({ops.ffn_forward: of_forward, ops.ffn_backward: of_backward})
 
 
 def pack(tensors: Mapping[str, Tensor | None]) -> tuple[list[Tensor], int]:
@@ -80,11 +102,12 @@ def unpack(tensors: Sequence[Tensor], present: int) -> dict[str, Tensor | None]:
     return bound
 
 
-def _options(
-    activation: str, visual_activation: str, visual_scale: float, dropout_p: float, backend: str, autocast: Any
-) -> Options:
-    scalars = dict(zip(_SCALARS, (activation, visual_activation, visual_scale, dropout_p), strict=True))
-    return Options(scalars, False, backend, autocast)
+def _options(scalars: Sequence[Any], backend: str, autocast: torch.dtype | None) -> Options:
+    return Options(dict(zip(_SCALARS, scalars, strict=True)), False, backend, autocast)
+
+
+def _wanted(bits: int) -> list[str]:
+    return [name for bit, name in enumerate(_CROSSING) if bits >> bit & 1]
 
 
 def _kept_shapes(tensors: Mapping[str, Tensor | None], keep: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -97,6 +120,19 @@ def _kept_shapes(tensors: Mapping[str, Tensor | None], keep: int) -> tuple[tuple
     if keep & KEEP_SCORES and visual_key is not None and has_slots(visual_key):
         scores = (rows, visual_key.shape[-2])
     return pre, scores
+
+
+def _refuse_memory_budget() -> None:
+    """Under a budget PyTorch draws random numbers again in the backward, others than the forward's; its own dropout's too."""
+    if TracingContext.try_get() is None:
+        return
+    region = (traceback.get_current_meta().get("custom") or {}).get("_region_activation_memory_budget", 1)
+    budget = min(torch._functorch.config.activation_memory_budget, region)
+    if budget < 1:
+        raise RuntimeError(
+            f"dropout_p: wanted an activation memory budget of 1 under torch.compile, got {budget}, with which PyTorch draws the dropout "
+            "again in the backward; use recompute=True or torch.utils.checkpoint to save memory, or leave out the dropout"
+        )
 
 
 def _member_by_member(op: Callable[..., Any], info: Any, in_dims: Sequence[Any], given: Sequence[Any]) -> list[Any]:
@@ -128,7 +164,7 @@ def forward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, pre-activations or empty, scores or empty); `keep` is a sum of `KEEP_HIDDEN` and `KEEP_SCORES`."""
     bound = unpack(tensors, present)
-    options = _options(activation, visual_activation, visual_scale, dropout_p, backend, autocast)
+    options = _options((activation, visual_activation, visual_scale, dropout_p), backend, autocast)
     y, *saved = run_forward(bound, options, keep, training)
     pre, scores = (
         y.new_empty(shape) if t is None else t for t, shape in zip(saved, _kept_shapes(bound, keep), strict=True)
@@ -149,6 +185,8 @@ def _(
     backend: str,
     autocast: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if training and dropout_p > 0:
+        _refuse_memory_budget()
     x = tensors[0]
     pre, scores = _kept_shapes(unpack(tensors, present), keep)
     y = x.new_empty(x.shape, dtype=cast_dtype("x", x.dtype, autocast))
@@ -177,9 +215,8 @@ def backward_op(
 ) -> list[Tensor]:
     """The gradients of the tensors whose bit is set in `needs`, in the order of `_CROSSING`."""
     bound = unpack(tensors, present)
-    options = _options(activation, visual_activation, visual_scale, dropout_p, backend, autocast)
-    wanted = [name for bit, name in enumerate(_CROSSING) if needs >> bit & 1]
-    return list(run_backward(grad, bound, options, wanted).values())
+    options = _options((activation, visual_activation, visual_scale, dropout_p), backend, autocast)
+    return list(run_backward(grad, bound, options, _wanted(needs)).values())
 
 
 @backward_op.register_fake
@@ -196,8 +233,8 @@ def _(
     autocast: torch.dtype | None,
 ) -> list[Tensor]:
     bound = unpack(tensors, present)
-    wanted = [name for bit, name in enumerate(_CROSSING) if needs >> bit & 1]
-    return [like.new_empty(like.shape, dtype=dtype) for like, dtype in (gradient_like(name, bound) for name in wanted)]
+    likes = (gradient_like(name, bound) for name in _wanted(needs))
+    return [like.new_empty(like.shape, dtype=dtype) for like, dtype in likes]
 
 
 @backward_op.register_vmap
@@ -224,7 +261,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     rest = (None,) * 9
-    names = [name for bit, name in enumerate(_CROSSING) if ctx.present >> bit & 1]
+    names = _wanted(ctx.present)
     if grad is None:
         return [None] * len(names), *rest
     wants = dict(zip(names, ctx.needs_input_grad[0], strict=True))

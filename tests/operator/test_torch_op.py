@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 from memvp_kernels import fused_ffn
 from memvp_kernels.autograd import KEEP_HIDDEN, KEEP_SCORES
@@ -158,3 +160,76 @@ def test_vmap_with_dropout_follows_its_randomness() -> None:
     for randomness in ("same", "different"):
         one, two = torch.vmap(lambda x: fused_ffn(**{**a, "x": x}), randomness=randomness)(xs)
         assert torch.equal(one, two) == (randomness == "same")
+
+
+@pytest.mark.parametrize("form", ["plain", "factored"])
+def test_compile_once_for_every_batch(form: str) -> None:
+    """Sequences, their lengths and the images they read are dynamic together."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fused_ffn, fullgraph=True, dynamic=True, backend=counter)
+    frames = set()
+    for sequences in range(2, 12):
+        a = cases.memory(
+            cases.ffn(torch.float32, S=sequences, T=sequences + 1), R=5, r=9 if form == "factored" else None
+        )
+        a["visual_index"] = torch.arange(sequences) % 6 - 1
+        torch.testing.assert_close(compiled(**a), fused_ffn(**a))
+        frames.add(counter.frame_count)
+    assert len(frames) == 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_a_dynamic_batch(strict: bool) -> None:
+    a = cases.memory(cases.ffn(torch.float32), R=5)
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor, index: Tensor) -> Tensor:
+            return fused_ffn(**{**a, "x": x}, visual_index=index)
+
+    batch = torch.export.Dim("batch")
+    shapes = {"x": {0: batch, 1: torch.export.Dim("length")}, "index": {0: batch}}
+    given = (torch.randn(3, 5, 24), torch.tensor([0, 1, -1]))
+    exported = torch.export.export(Module(), given, dynamic_shapes=shapes, strict=strict).module()
+    x, index = torch.randn(6, 9, 24), torch.tensor([0, 1, -1, 4, 3, 2])
+    torch.testing.assert_close(exported(x, index), Module()(x, index))
+
+
+def test_dropout_under_a_memory_budget_is_refused() -> None:
+    """PyTorch's partitioner would draw the seed again in the backward."""
+    a = cases.leaves(cases.build("one_each-plain", torch.float32), "x")
+    compiled = torch.compile(fused_ffn, fullgraph=True, backend="aot_eager")
+    for p, error in (
+        (0.5, pytest.raises(RuntimeError, match="dropout_p: wanted an activation memory budget of 1")),
+        (0.0, nullcontext()),
+    ):
+        torch._dynamo.reset()
+        with torch._functorch.config.patch(activation_memory_budget=0.5), error:
+            compiled(**a, dropout_p=p).sum().backward()
+
+
+def test_a_scale_that_changes_every_step_is_followed_under_inductor() -> None:
+    torch._dynamo.reset()
+    a = cases.build("one_each-plain", torch.float32)
+
+    def step(x: Tensor, scale: float) -> Tensor:
+        return fused_ffn(**{**a, "x": torch.cos(x)}, visual_scale=scale)
+
+    compiled = torch.compile(step)
+    for scale in (0.1, 0.2, 0.3):
+        torch.testing.assert_close(compiled(a["x"], scale), step(a["x"], scale))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_pytorch_counts_the_flops(backend: str) -> None:
+    pytest.importorskip(backend)
+    a = cases.leaves(cases.build("index-factored", torch.float32), "x", "visual_key")
+    N, d, F, M, r = 20, 24, 40, 7, 9
+    with FlopCounterMode(display=False) as counter:
+        y = fused_ffn(**a, backend=backend)
+        forward = counter.get_total_flops()
+        y.sum().backward()
+    memory = 2 * N * d * (r + M) + 2 * N * M * r
+    assert forward == 3 * 2 * N * d * F + 2 * memory
+    # Through hidden and scores to x, and the core's gradient: x Wᵀ again, and its product with the scores' gradient.
+    assert counter.get_total_flops() - forward == 3 * 2 * N * d * F + 2 * memory + 2 * N * d * r + 2 * N * M * r
