@@ -23,6 +23,7 @@ from memvp_kernels.models.memory.projector import Projector
 from memvp_kernels.models.memory.visual_memory import Memory, VisualMemory
 from memvp_kernels.models.parallel.data_loading import refuse_cut_images
 from memvp_kernels.models.parallel.fsdp import like_forward
+from memvp_kernels.models.parallel.offloading import fetch
 from memvp_kernels.models.patching.attach import Attachment, attach, check_all_read, detach, hidden_dtype, memory_ffns
 from memvp_kernels.models.patching.mixins import MemoryFFN
 from memvp_kernels.models.patching.vision_adapters import VisionTower
@@ -328,7 +329,11 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
         return self._source().read(samples_of(inputs), images, **options)
 
     def _source(self) -> MemorySource:
+        if self._tower is not None:
+            self._tower.fetch_adapters()
         return MemorySource(self.memory, self._visual_memory(), self.vision_model, self.language_model)
 
     def _visual_memory(self) -> VisualMemory:
-        return getattr(self.memory, "module", self.memory)  # data-parallel wrappers keep it there
+        memory = getattr(self.memory, "module", self.memory)  # data-parallel wrappers keep it there
+        fetch(memory)
+        return memory

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.models.tiny import ENCODER_DECODERS, FAMILIES, features, language_model, tokens, with_memory
+from tests.models.tools import without_dropout
 
 KINDS = ["Trainer", "MemVPTrainer"]
 ROWS, LENGTH = 4, 6
@@ -64,14 +65,6 @@ def _smoothed(model: Any, batch: dict[str, Any], epsilon: float) -> Tensor:
     return (1 - epsilon) * own - epsilon * log_p[count].mean()
 
 
-def _without_dropout(base: Any) -> Any:
-    for module in base.modules():
-        for name in ("p", "dropout", "activation_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    return base
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_evaluation(family: str, kind: str, tmp_path: Path) -> None:
@@ -110,7 +103,7 @@ def test_label_smoothing_over_lora(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "t5", "bart"])
 def test_accumulated_steps_are_one_batch(family: str, kind: str, smoothing: float, tmp_path: Path) -> None:
     """One row at a time, with unequal numbers of labels and one row without any: loss and step of all rows at once."""
-    base = _without_dropout(language_model(family))
+    base = without_dropout(language_model(family))
     runs = []
     for size in (ROWS, 1):
         model = with_memory(copy.deepcopy(base))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear  # quantize_ passes over it
 
 __all__ = ["Projector"]
 
@@ -35,8 +36,8 @@ class Projector(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(vision_dim, projector_dim, dtype=dtype, device=device)
-        self.fc2 = nn.Linear(projector_dim, width, dtype=dtype, device=device)
+        self.fc1 = NonDynamicallyQuantizableLinear(vision_dim, projector_dim, dtype=dtype, device=device)
+        self.fc2 = NonDynamicallyQuantizableLinear(projector_dim, width, dtype=dtype, device=device)
 
     @property
     def rank(self) -> int:

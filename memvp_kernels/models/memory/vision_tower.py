@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memvp_kernels.models.parallel.offloading import execution_device
+
 __all__ = ["blank", "encode", "tower"]
 
 _TOWER = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
@@ -35,8 +37,8 @@ def encode(vision_model: nn.Module, pixel_values: Tensor) -> Tensor:
         raise TypeError(f"pixel_values must be a floating-point tensor, got {got}: normalise the image first")
     if pixel_values.dim() != 4:
         raise ValueError(f"pixel_values must be (B, channels, height, width), got shape {tuple(pixel_values.shape)}")
-    patch = clip.embeddings.patch_embedding.weight
-    h = clip.pre_layrnorm(clip.embeddings(pixel_values.to(patch)))
+    patch = clip.embeddings.patch_embedding
+    h = clip.pre_layrnorm(clip.embeddings(pixel_values.to(execution_device(patch), patch.weight.dtype)))
     for layer in clip.encoder.layers[:-1]:
         h = layer(h, attention_mask=None)
     features: Tensor = clip.post_layernorm(h[:, 1:])

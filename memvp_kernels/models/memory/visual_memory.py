@@ -121,6 +121,9 @@ class VisualMemory(nn.Module):
         shape = (config.num_slots, width) if config.shared_positions else (layers, config.num_slots, width)
         self.key_position = nn.Parameter(_POSITION_STD * torch.randn(shape, dtype=dtype, device=device))
         self.value_position = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+        self.dropout = nn.Dropout(
+            config.dropout
+        )  # never called; a module, so that tools which turn dropout off find it
 
     def encode(self, features: Tensor, valid: Tensor) -> Tensor:
         """An image's core: its factor rows, then zero rows up to M.
@@ -152,5 +155,5 @@ class VisualMemory(nn.Module):
             key_position=key_position,
             value_position=value_position,
             scale=self.config.memory_scale,
-            dropout=self.config.dropout if self.training else 0.0,
+            dropout=self.dropout.p if self.training else 0.0,
         )

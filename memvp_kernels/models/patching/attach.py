@@ -10,6 +10,7 @@ from torch import nn
 
 from memvp_kernels.models.config import MemVPConfig
 from memvp_kernels.models.memory.visual_memory import Memory
+from memvp_kernels.models.parallel.offloading import execution_device
 from memvp_kernels.models.patching.families import find_layers
 from memvp_kernels.models.patching.feed_forward import log_opaque
 from memvp_kernels.models.patching.mixins import MemoryFFN, MemoryLanguageModel, MemoryLayer
@@ -104,7 +105,7 @@ def attach(language_model: nn.Module, config: MemVPConfig) -> Attachment:
     if not uses_peft(language_model):
         frozen = tuple(name for name, p in language_model.named_parameters() if p.requires_grad)
         language_model.requires_grad_(False)
-    return Attachment(width=_width(top), layers=chosen, device=_device(layers[0][1]), frozen=frozen)
+    return Attachment(width=_width(top), layers=chosen, device=execution_device(layers[0][1]), frozen=frozen)
 
 
 def detach(language_model: nn.Module, frozen: tuple[str, ...]) -> None:
@@ -188,15 +189,6 @@ def hidden_dtype(language_model: nn.Module) -> torch.dtype:
     norms = (p for p in layer.parameters() if p.dim() == 1 and p.is_floating_point()) if layer is not None else iter(())
     norm = next(norms, None)
     return torch.float32 if norm is None else norm.dtype
-
-
-def _device(layer: nn.Module) -> torch.device:
-    """Where the layer computes: an offloaded parameter is on no device until its hook fetches it."""
-    parameter = next(layer.parameters())
-    if parameter.device.type != "meta":
-        return parameter.device
-    devices = (getattr(vars(m).get("_hf_hook"), "execution_device", None) for m in layer.modules())
-    return torch.device(next((device for device in devices if device is not None), "cpu"))
 
 
 def _log_opaque(language_model: nn.Module) -> None:

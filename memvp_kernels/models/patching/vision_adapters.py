@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear  # quantize_ passes over it
 
 from memvp_kernels.models.memory.vision_tower import tower
+from memvp_kernels.models.parallel.offloading import fetch
 from memvp_kernels.models.patching.attach import uses_peft
 from memvp_kernels.models.patching.patch import Patch, is_patched, patch, unpatch
 
@@ -48,8 +50,8 @@ class ClipAdapter(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden_dim, bias=False, dtype=dtype, device=device)
-        self.fc2 = nn.Linear(hidden_dim, width, bias=False, dtype=dtype, device=device)
+        self.fc1 = NonDynamicallyQuantizableLinear(width, hidden_dim, bias=False, dtype=dtype, device=device)
+        self.fc2 = NonDynamicallyQuantizableLinear(hidden_dim, width, bias=False, dtype=dtype, device=device)
         self.dropout = nn.Dropout(dropout)
         nn.init.zeros_(self.fc2.weight)
 
@@ -104,7 +106,13 @@ class VisionTower:
 
     def trainable(self) -> dict[str, Tensor]:
         """The parameters that train, by name."""
+        self.fetch_adapters()
         return {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def fetch_adapters(self) -> None:
+        """Take the adapters out of offloading, which does not reach weights that are read without their layer's forward."""
+        for adapter in adapters(self.module):
+            fetch(adapter)
 
     def parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Those of ``names`` that it has, trainable or not."""
