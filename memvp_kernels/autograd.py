@@ -21,21 +21,9 @@ from memvp_kernels.dispatch import choose
 from memvp_kernels.problem import BEHIND_PRE, BEHIND_SCORES, BEHIND_VISUAL, SHARED, Problem, normalise
 
 __all__ = [
-    "ACCUMULATORS",
-    "KEEP_HIDDEN",
-    "KEEP_SCORES",
-    "Dequantize",
-    "call_directly",
-    "can_bypass_dispatcher",
-    "draw_seed",
-    "gradient_like",
-    "join_memory",
-    "kept",
-    "one_by_one",
-    "run_backward",
-    "run_forward",
-    "split_memory",
-]
+    "ACCUMULATORS", "KEEP_HIDDEN", "KEEP_SCORES", "Dequantize", "call_directly", "can_bypass_dispatcher", "draw_seed", "gradient_like",
+    "join_memory", "kept", "one_by_one", "run_backward", "run_forward", "split_memory",
+]  # fmt: skip
 
 #: What the forward keeps for the backward, as bits.
 KEEP_HIDDEN, KEEP_SCORES = 1, 2

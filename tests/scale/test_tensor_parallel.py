@@ -35,15 +35,9 @@ from tests.scale.tiny import (
 def _operands(slots: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     sizes = {
-        "x": (3, 4, 8),
-        "key": (12, 8),
-        "gate": (12, 8),
-        "value": (12, 8),
-        "core": (3, slots, 5),
-        "basis": (5, 8),
-        "key_position": (slots, 8),
-        "value_position": (slots, 8),
-    }
+        "x": (3, 4, 8), "key": (12, 8), "gate": (12, 8), "value": (12, 8), "core": (3, slots, 5), "basis": (5, 8),
+        "key_position": (slots, 8), "value_position": (slots, 8),
+    }  # fmt: skip
     return {
         name: torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_(
             name not in ("key", "gate", "value")
@@ -54,17 +48,9 @@ def _operands(slots: int) -> dict[str, Tensor]:
 
 def _ffn(t: dict[str, Tensor], memory: Memory, x: Tensor, pairs: slice) -> Tensor:
     return fused_ffn(
-        x,
-        t["key"][pairs],
-        t["value"][pairs],
-        memory.core,
-        memory.core,
-        gate=t["gate"][pairs],
-        visual_basis=memory.basis,
-        key_position=memory.key_position,
-        value_position=memory.value_position,
-        visual_scale=memory.scale,
-    )
+        x, t["key"][pairs], t["value"][pairs], memory.core, memory.core, gate=t["gate"][pairs], visual_basis=memory.basis,
+        key_position=memory.key_position, value_position=memory.value_position, visual_scale=memory.scale,
+    )  # fmt: skip
 
 
 def _memory(t: dict[str, Tensor]) -> Memory:
