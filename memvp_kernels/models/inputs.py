@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from memvp_kernels.checks import autocast_dtype
-from memvp_kernels.models.memory.images import ImageFeatures, Pixels, encode_pixels, pad_features
+from memvp_kernels.models.memory.images import (
+    ImageFeatures,
+    PaddedFeatures,
+    Pixels,
+    encode_pixels,
+    pad_features,
+    stack_pixels,
+)
 from memvp_kernels.models.memory.vision_tower import blank, encode
 from memvp_kernels.models.memory.visual_memory import Memory, Readers, VisualMemory
 from memvp_kernels.models.parallel.tensor_parallel import shard_slots, tensor_mesh
@@ -43,9 +52,31 @@ class MemorySource(NamedTuple):
     vision_model: nn.Module | None
     language_model: nn.Module
 
+    def tensors(self, images: Images) -> Images:
+        """The images, with tensors in place of lists."""
+        features, pixels = images.image_features, images.pixel_values
+        if isinstance(features, (list, tuple)) and (self.vision_model is None or _any(features)):
+            features = self._padded(features, 0)
+        if isinstance(pixels, (list, tuple)) and _any(pixels):
+            pixels = stack_pixels(pixels)
+            if pixels is not None:
+                torch._dynamo.maybe_mark_dynamic(pixels.pixels, 0)
+        return images._replace(image_features=features, pixel_values=pixels)
+
+    def _padded(self, features: ImageFeatures | None, samples: int) -> PaddedFeatures:
+        config = self.memory.config
+        return pad_features(
+            features,
+            samples=samples,
+            vision_dim=config.vision_dim,
+            num_slots=config.num_slots,
+            dtype=self.memory.projector.fc1.weight.dtype,
+            device=self.memory.key_position.device,
+        )
+
     def features(self, samples: int, images: Images) -> tuple[Tensor, Tensor]:
         """Features (R, n, vision_dim) and which of their rows are real, (R, n) bool."""
-        clip, config, fc1 = self.vision_model, self.memory.config, self.memory.projector.fc1
+        clip = self.vision_model
         features = images.image_features
         if images.pixel_values is not None:
             if clip is None:
@@ -53,21 +84,9 @@ class MemorySource(NamedTuple):
                     "pixel_values: wanted a MemVPModel with vision_model=, got one without; pass image_features"
                 )
             features = encode_pixels(clip, images.pixel_values)
-        padded, valid = pad_features(
-            features,
-            samples=samples,
-            vision_dim=config.vision_dim,
-            num_slots=config.num_slots,
-            dtype=fc1.weight.dtype,
-            device=self.memory.key_position.device,
-        )
-        shown = isinstance(features, Tensor) or any(entry is not None for entry in features or ())
-        if (
-            clip is not None
-            and not shown
-            and torch.is_grad_enabled()
-            and any(p.requires_grad for p in clip.parameters())
-        ):
+        padded, valid = self._padded(features, samples)
+        trains = clip is not None and torch.is_grad_enabled() and any(p.requires_grad for p in clip.parameters())
+        if clip is not None and trains and not (isinstance(features, Tensor) or _any(features or ())):
             # no image in the whole batch: a blank one, on rows marked as padding, so that the vision model's adapters get
             # zeros and not None, and a sharded vision model takes part in the gathering of its blocks like the other ranks'
             unseen = encode(clip, blank(clip))[:, :1]
@@ -110,11 +129,11 @@ class MemorySource(NamedTuple):
         dtype = hidden_dtype(self.language_model)
         if not torch.is_grad_enabled():  # under grad the sums stay wide
             memory = memory.to(dtype)
-        memory = memory._replace(readers=Readers(), **options)
+        memory = replace(memory, readers=Readers(), **options)
         mesh, dtype = tensor_mesh(self.language_model), autocast_dtype(memory.core.device) or dtype
         # all once, outside the layers: what crosses the network backward then does so once per step
         if mesh is not None:
-            memory = memory._replace(shard=shard_slots(memory, mesh).sharing(dtype))
+            memory = replace(memory, shard=shard_slots(memory, mesh).sharing(dtype))
         index = None if images.visual_index is None else narrow(images.visual_index.to(memory.core.device))
         return memory.sharing(dtype), index
 
@@ -140,12 +159,21 @@ def samples_of(inputs: dict[str, Any]) -> int:
     return 1 if encoded is None else encoded[0].shape[0]
 
 
+def _any(entries: Iterable[object]) -> bool:
+    return any(entry is not None for entry in entries)
+
+
 def _check_index(index: object, samples: int) -> None:
     """Values are the operator's to check."""
-    wanted = f"wanted ({samples},) int32 or int64, the image of each sample"
     if not isinstance(index, Tensor):
-        raise TypeError(f"visual_index: {wanted}, got {type(index).__name__}; torch.as_tensor makes a tensor of it")
+        raise TypeError(_wanted_index(samples, f"{type(index).__name__}; torch.as_tensor makes a tensor of it"))
     if index.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"visual_index: {wanted}, got {index.dtype}; cast it with .int()")
+        raise TypeError(_wanted_index(samples, f"{index.dtype}; cast it with .int()"))
     if index.dim() != 1 or index.shape[0] != samples:
-        raise ValueError(f"visual_index: {wanted}, got {tuple(index.shape)}; -1 stands for no image")
+        raise ValueError(_wanted_index(samples, f"{tuple(index.shape)}; -1 stands for no image"))
+
+
+def _wanted_index(
+    samples: int, got: str
+) -> str:  # not before it is needed: torch.compile would fix a batch put into text
+    return f"visual_index: wanted ({samples},) int32 or int64, the image of each sample, got {got}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import skip_code
 from transformers import GenerationMixin
 
 from memvp_kernels.models.activation_checkpointing import ActivationCheckpointing
@@ -158,7 +159,9 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
             TypeError, ValueError: images that do not fit the adapter or the batch.
             RuntimeError: reentrant activation checkpointing, which cannot share the memory between layers.
         """
-        self._refuse_reentrant_checkpointing()
+        images = (image_features, pixel_values, visual_core, visual_index)
+        if not torch.compiler.is_dynamo_compiling():
+            images = _with_tensors(self, images)
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -168,10 +171,17 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
             "decoder_input_ids": decoder_input_ids,
             "decoder_attention_mask": decoder_attention_mask,
         }
+        return self._forward(given, inputs, images)
+
+    # torch.compile starts below it: compiled, lists of images, which are tensors by then, are one graph whichever are missing
+    skip_code(forward.__code__)
+
+    def _forward(self, given: dict[str, Any], inputs: dict[str, Any], images: tuple[Any, ...]) -> Any:
+        self._refuse_reentrant_checkpointing()
         inputs.update({name: tensor for name, tensor in given.items() if tensor is not None})
         items = inputs.pop("num_items_in_batch", None) if self.config.is_encoder_decoder else None
-        images = Images(image_features, pixel_values, visual_core, visual_index)
-        output = self._run(self.language_model, inputs, images)
+        output = self._run(self.language_model, inputs, Images(*images))
+        labels = given["labels"]
         return output if items is None or labels is None else loss_per_item(output, labels, items)
 
     @like_forward
@@ -337,3 +347,9 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
         memory = getattr(self.memory, "module", self.memory)  # data-parallel wrappers keep it there
         fetch(memory)
         return memory
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _with_tensors(model: MemVPModel, images: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Images with tensors in place of lists."""
+    return images if model._is_disabled() else tuple(model._source().tensors(Images(*images)))

@@ -249,3 +249,30 @@ def test_disabled_memory_compiles() -> None:
                 assert torch.equal(
                     compiled(image_features=images, **_inputs()).logits, model.language_model(**_inputs()).logits
                 )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "t5", "t5-gated", "bart"])
+@pytest.mark.parametrize("opaque", [False, True], ids=["fused", "opaque"])
+def test_an_ffns_output_may_be_changed_in_place(family: str, opaque: bool) -> None:
+    """Activation steering, also under activation checkpointing: what the same hook gives out of place."""
+
+    def step(in_place: bool, checkpointing: bool) -> tuple[Tensor, Tensor]:
+        model = with_memory(language_model(family).double())
+        for _, ffn in model.memory_ffns():
+            steered = ffn._modules["fc2"] if family == "bart" and opaque else ffn
+            steered.register_forward_hook(lambda module, args, y: y.mul_(1.5).add_(0.1) if in_place else y * 1.5 + 0.1)
+            if opaque:
+                next(m for m in ffn.modules() if isinstance(m, nn.Linear)).register_forward_hook(lambda *_: None)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+            for module in model.modules():
+                module.training = not isinstance(module, nn.Dropout)
+                for name in ("dropout", "activation_dropout", "attention_dropout"):
+                    if isinstance(getattr(module, name, None), float):
+                        setattr(module, name, 0.0)
+        loss = model(image_features=IMAGES, **_inputs()).loss
+        return loss.detach(), torch.autograd.grad(loss, model.key_position)[0]
+
+    wanted = step(False, False)
+    torch.testing.assert_close(step(True, False), wanted)
+    torch.testing.assert_close(step(True, True), wanted)

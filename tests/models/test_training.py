@@ -1,4 +1,4 @@
-"""Training around the memory: checkpointing, compile, autocast, accelerate, recompute, and two backends that agree."""
+"""Training around the memory: activation checkpointing, autocast, accelerate, recompute, and two backends that agree."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -74,54 +73,6 @@ def test_reentrant_checkpointing_is_refused() -> None:
 @pytest.mark.parametrize("family", ["llama", "t5", "bart"])
 def test_recompute_changes_nothing(family: str) -> None:
     _assert_same(_step(wrapped(family, recompute=True)), _step(wrapped(family)), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("family", ["llama", "t5-gated", "bart"])
-def test_compiles_whole(family: str) -> None:
-    """A tensor of features, and a list with one image shorter and one missing; dropout draws what it draws uncompiled."""
-    torch._dynamo.reset()
-    model = wrapped(family, dataclasses.replace(CONFIG, dropout=0.5))
-    model.memory.train()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for images in (torch.stack([*features(4, 4, 4)]), IMAGES):
-        torch.manual_seed(3)
-        got = _step(compiled, image_features=images)
-        torch.manual_seed(3)
-        wanted = _step(model, image_features=images)
-        _assert_same((got[0], {n.removeprefix("_orig_mod."): g for n, g in got[1].items()}), wanted)
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler that inductor calls is not installed")
-def test_compiles_with_inductor() -> None:
-    """The default backend, once, forward and backward."""
-    torch._dynamo.reset()
-    model = wrapped(config=dataclasses.replace(CONFIG, layers=(1,)))
-    loss, gradients = _step(torch.compile(model, fullgraph=True))
-    _assert_same((loss, {n.removeprefix("_orig_mod."): g for n, g in gradients.items()}), _step(model))
-
-
-def test_compiles_whole_when_opaque_and_in_training() -> None:
-    torch._dynamo.reset()
-    model = wrapped("t5").train()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    loss = compiled(image_features=torch.stack([*features(4, 4, 4)]), **_inputs()).loss
-    loss.backward()
-    assert model.key_position.grad is not None and loss.isfinite()
-
-
-def test_compiles_as_generate_does() -> None:
-    """With a static cache on a GPU, generate() compiles the language model, which then gets the memory from outside."""
-    torch._dynamo.reset()
-    model = wrapped()
-    index = torch.tensor([0, 2, 1])
-    with torch.no_grad():
-        wanted = model(image_features=IMAGES, visual_index=index, **_inputs()).logits
-        memory = model.memory(core=model.encode_images(IMAGES))
-        compiled = torch.compile(model.language_model, fullgraph=True, backend="aot_eager")
-        got = compiled(**_inputs(), visual_memory=memory, memory_index=index).logits
-        torch.testing.assert_close(got, wanted)
-        whole = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(whole(image_features=IMAGES, visual_index=index, **_inputs()).logits, wanted)
 
 
 @pytest.mark.parametrize("family", ["llama", "t5-gated", "bart"])

@@ -18,22 +18,20 @@ CONFIG = MemVPConfig(vision_dim=VISION, projector_dim=6, num_slots=10, feature_s
 
 
 def _decoder(config: Any, model: Any, **extra: Any) -> nn.Module:
-    return model(
-        config(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=64,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            **extra,
-        )
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return model(config(**{**sizes, **extra}))
 
 
 def _t5(config: Any, model: Any, **extra: Any) -> nn.Module:
@@ -101,6 +99,12 @@ def language_model(family: str = "llama", seed: int = 0) -> Any:
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model
+
+
+def one_layer() -> Any:
+    """The quickest model to trace."""
+    torch.manual_seed(0)
+    return _decoder(tf.LlamaConfig, tf.LlamaForCausalLM, num_hidden_layers=1).eval()
 
 
 def wrapped(family: str = "llama", config: MemVPConfig = CONFIG, seed: int = 0, **options: Any) -> MemVPModel:

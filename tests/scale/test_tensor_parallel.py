@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -101,7 +102,8 @@ def _wrong_splits() -> dict[str, float]:
         slots = slice(2 * mesh.get_local_rank(), 2 * (mesh.get_local_rank() + 1))
         part = parallel.shard_slots(memory, mesh)
         if mistake == "plain slots":
-            part = memory._replace(
+            part = dataclasses.replace(
+                memory,
                 core=memory.core[:, slots],
                 key_position=memory.key_position[slots],
                 value_position=memory.value_position[slots],

@@ -3,17 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from memvp_kernels.models.memory.vision_tower import encode
 
-__all__ = ["ImageFeatures", "Pixels", "encode_pixels", "pad_features"]
+__all__ = [
+    "ImageFeatures",
+    "PaddedFeatures",
+    "Pixels",
+    "StackedPixels",
+    "encode_pixels",
+    "pad_features",
+    "stack_pixels",
+]
 
-ImageFeatures: TypeAlias = "Tensor | Sequence[Tensor | Sequence[Tensor] | None]"
-Pixels: TypeAlias = "Tensor | Sequence[Tensor | None]"
+
+class PaddedFeatures(NamedTuple):
+    """A batch's features as two tensors, whichever of its samples have an image: one graph under torch.compile.
+
+    Attributes:
+        features: (B, n, vision_dim).
+        valid: (B, n) bool, False on padding.
+    """
+
+    features: Tensor
+    valid: Tensor
+
+
+class StackedPixels(NamedTuple):
+    """A batch's images as two tensors.
+
+    Attributes:
+        pixels: (images, 3, H, W).
+        place: (B, k) int64, the images of each sample; ``len(pixels)`` stands for none.
+    """
+
+    pixels: Tensor
+    place: Tensor
+
+
+ImageFeatures: TypeAlias = "PaddedFeatures | Tensor | Sequence[Tensor | Sequence[Tensor] | None]"
+Pixels: TypeAlias = "StackedPixels | Tensor | Sequence[Tensor | None]"
 
 
 def encode_pixels(vision_model: nn.Module, pixel_values: Pixels) -> ImageFeatures:
@@ -30,22 +63,38 @@ def encode_pixels(vision_model: nn.Module, pixel_values: Pixels) -> ImageFeature
         TypeError: an entry is something else.
         ValueError: an entry has another shape.
     """
-    entries = [pixel_values] if isinstance(pixel_values, Tensor) else pixel_values
+    stacked = pixel_values if isinstance(pixel_values, Tensor) else stack_pixels(pixel_values)
+    if stacked is None:
+        return [None] * len(pixel_values)
+    pixels = stacked if isinstance(stacked, Tensor) else stacked.pixels
     # through a frozen vision model the pixels themselves may be what is asked about (a saliency map, an attack)
-    asked = any(isinstance(entry, Tensor) and entry.requires_grad for entry in entries)
-    trains = asked or any(p.requires_grad for p in vision_model.parameters())
+    trains = pixels.requires_grad or any(p.requires_grad for p in vision_model.parameters())
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-        if isinstance(pixel_values, Tensor):
-            return encode(vision_model, pixel_values)
-        images = [_images(entry, i) for i, entry in enumerate(pixel_values)]
-        given = [entry for entry in images if entry is not None]
-        if not given:
-            return [None] * len(images)
-        sizes = {tuple(entry.shape[1:]) for entry in given}
-        if len(sizes) > 1:
-            raise ValueError(f"pixel_values: wanted images of one size, got {sorted(sizes)}; resize them")
-        counts = iter(torch.split(encode(vision_model, torch.cat(given)), [len(entry) for entry in given]))
-        return [None if entry is None else list(next(counts)) for entry in images]
+        features = encode(vision_model, pixels)
+    if isinstance(stacked, Tensor):
+        return features
+    absent = features.new_zeros(1, *features.shape[1:])
+    rows = torch.cat([features, absent])[stacked.place]  # (B, k, patches, vision_dim)
+    valid = (stacked.place < features.shape[0]).unsqueeze(-1).expand(rows.shape[:3])
+    return PaddedFeatures(rows.flatten(1, 2), valid.flatten(1, 2))
+
+
+def stack_pixels(pixel_values: StackedPixels | Sequence[Tensor | None]) -> StackedPixels | None:
+    """One entry per sample as two tensors; None where no sample has an image."""
+    if isinstance(pixel_values, StackedPixels):
+        return pixel_values
+    images = [_images(entry, i) for i, entry in enumerate(pixel_values)]
+    given = [entry for entry in images if entry is not None]
+    if not given:
+        return None
+    sizes = {tuple(entry.shape[1:]) for entry in given}
+    if len(sizes) > 1:
+        raise ValueError(f"pixel_values: wanted images of one size, got {sorted(sizes)}; resize them")
+    counts = [0 if entry is None else len(entry) for entry in images]
+    total = sum(counts)
+    numbers = iter(range(total))
+    place = [[next(numbers) for _ in range(n)] + [total] * (max(counts) - n) for n in counts]
+    return StackedPixels(torch.cat(given), torch.tensor(place, device=given[0].device))
 
 
 def _images(entry: Tensor | None, i: int) -> Tensor | None:
@@ -66,7 +115,7 @@ def pad_features(
     num_slots: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> tuple[Tensor, Tensor]:
+) -> PaddedFeatures:
     """One batch of features with the rows that are real marked.
 
     A sample without an image is a row of zeros marked as padding, and so is every sample of a text-only batch: the
@@ -82,14 +131,14 @@ def pad_features(
         device: of the result.
 
     Returns:
-        (B, n, vision_dim) and (B, n) bool.
+        (B, n, vision_dim) and (B, n) bool; a list is padded to n = M.
 
     Raises:
         TypeError: something else than the above.
         ValueError: a wrong shape, or more visual tokens than slots.
     """
     if features is None:
-        return (
+        return PaddedFeatures(
             torch.zeros(samples, 1, vision_dim, dtype=dtype, device=device),
             torch.zeros(samples, 1, dtype=torch.bool, device=device),
         )
@@ -98,20 +147,23 @@ def pad_features(
             raise ValueError(f"image_features: wanted (B, n, {vision_dim}), got {tuple(features.shape)}")
         _check(features, "image_features", vision_dim, num_slots)
         valid = torch.ones(features.shape[:2], dtype=torch.bool, device=device)
-        return features.to(device, dtype), valid
+        return PaddedFeatures(features.to(device, dtype), valid)
+    if isinstance(features, PaddedFeatures):
+        _check(features.features, "image_features", vision_dim, num_slots)
+        return PaddedFeatures(features.features.to(device, dtype), features.valid.to(device))
     if not isinstance(features, Sequence) or isinstance(features, str):
         raise TypeError(
             f"image_features: wanted a tensor, a list with one entry per sample or None, got {type(features).__name__}"
         )
     rows = [_entry(entry, i, vision_dim, num_slots) for i, entry in enumerate(features)]
-    longest = max([1, *(row.shape[0] for row in rows if row is not None)])
-    padded = torch.zeros(len(rows), longest, vision_dim, dtype=dtype, device=device)
-    valid = torch.zeros(len(rows), longest, dtype=torch.bool, device=device)
+    # to all slots and not to the longest entry: one shape for every batch
+    padded = torch.zeros(len(rows), num_slots, vision_dim, dtype=dtype, device=device)
+    valid = torch.zeros(len(rows), num_slots, dtype=torch.bool, device=device)
     for i, row in enumerate(rows):
         if row is not None:
             padded[i, : row.shape[0]] = row.to(device, dtype)
             valid[i, : row.shape[0]] = True
-    return padded, valid
+    return PaddedFeatures(padded, valid)
 
 
 def _entry(entry: Tensor | Sequence[Tensor] | None, i: int, vision_dim: int, num_slots: int) -> Tensor | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 from memvp_kernels.models.config import MemVPConfig
 from memvp_kernels.models.memory.projector import Projector
@@ -32,8 +34,9 @@ class Readers:
         return not hasattr(self, f"layer_{layer}")
 
 
-class Memory(NamedTuple):
-    """What every FFN of a forward pass reads. A tuple, which generation, sharding and device maps carry along.
+@dataclass(eq=False)
+class Memory:
+    """What every FFN of a forward pass reads; a pytree of its tensors, so that sharding and export carry it along.
 
     Attributes:
         core: (R, M, r), one row per image; R = 1 and more sequences share or skip rows through an index.
@@ -46,7 +49,7 @@ class Memory(NamedTuple):
         observer: called with (position among the layers with memory, the FFN's input x, its output) by each FFN.
         readers: the layers that have read it.
         shard: under tensor parallelism, the slots that this rank computes.
-        shared: the tensors above as the FFNs read them, cast and joined once. No tuple, so nothing on the way moves it.
+        shared: the tensors above as the FFNs read them, cast and joined once; no part of the pytree.
     """
 
     core: Tensor
@@ -74,25 +77,41 @@ class Memory(NamedTuple):
 
     def to(self, target: torch.dtype | torch.device) -> Memory:
         """The same memory with every tensor in a dtype, or on a device, where device maps send it."""
-        tensors = (self.core, self.basis, self.key_position, self.value_position)
-        moved = tuple(t.to(target) for t in tensors)
-        if all(new is old for new, old in zip(moved, tensors, strict=True)):
+        moved = {name: getattr(self, name).to(target) for name in _TENSORS}
+        if all(tensor is getattr(self, name) for name, tensor in moved.items()):
             return self
-        core, basis, key_position, value_position = moved
-        return self._replace(
-            core=core, basis=basis, key_position=key_position, value_position=value_position, shared=None
-        )
+        return replace(self, **moved, shared=None)
 
     def sharing(self, dtype: torch.dtype) -> Memory:
         """With ``shared``, for FFNs that compute in ``dtype``."""
         parts = (self.core, self.basis, self.key_position, self.value_position)
-        return self._replace(shared=SharedMemory(*parts, dtype))
+        return replace(self, shared=SharedMemory(*parts, dtype))
 
     def close(self) -> None:
         """The forward is over."""
         for memory in (self, self.shard):
             if memory is not None and memory.shared is not None:
                 memory.shared.close()
+
+
+_TENSORS = ("core", "basis", "key_position", "value_position")
+_REST = tuple(field.name for field in fields(Memory))[len(_TENSORS) :]
+
+
+def _flatten(memory: Memory) -> tuple[list[Tensor], tuple[Any, ...]]:
+    return [getattr(memory, name) for name in _TENSORS], tuple(getattr(memory, name) for name in _REST)
+
+
+register_pytree_node(
+    Memory,
+    _flatten,
+    lambda tensors, rest: Memory(*tensors, *rest),
+    serialized_type_name=f"{Memory.__module__}.Memory",
+    flatten_with_keys_fn=lambda memory: (
+        [(GetAttrKey(name), getattr(memory, name)) for name in _TENSORS],
+        _flatten(memory)[1],
+    ),
+)
 
 
 class VisualMemory(nn.Module):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -127,7 +128,8 @@ def shard_slots(memory: Memory, mesh: Any) -> Memory:
     every rank ends with the whole gradient and ranks that started equal stay equal.
     """
     slots = memory.key_position.dim() - 2  # (M, d), or (layers, M, d)
-    return memory._replace(
+    return replace(
+        memory,
         core=_chunk(memory.core, mesh, 1),
         basis=sum_gradients(memory.basis, mesh),
         key_position=_chunk(memory.key_position, mesh, slots),
