@@ -41,8 +41,8 @@ class SharedMemory:
     ) -> None:
         self._rank = basis.shape[0]
         self._layered = key_position.dim() == 3
-        self._core = core
-        self._key, self._value = _joined(basis, key_position), _joined(basis, value_position)
+        self._core = _wide(core)
+        self._key, self._value = (_wide(_joined(basis, position)) for position in (key_position, value_position))
         # The backward of a slice for every caller would fill and add the whole of it for every caller.
         self._keys = self._key.unbind() if self._layered else (self._key,)
         self._values = self._value.unbind() if self._layered else (self._value,)
@@ -112,6 +112,11 @@ class SharedMemory:
     def close(self) -> None:
         """The forward is over; later calls are repetitions. Kept longer, the accumulators would hold the graph that holds this."""
         self._open, self._latest = False, None
+
+
+def _wide(t: Tensor) -> Tensor:
+    """Where a gradient is summed, in float32 at least: a sum has the dtype of the tensor that it belongs to."""
+    return t.to(torch.promote_types(t.dtype, torch.float32)) if t.requires_grad else t
 
 
 def _joined(basis: Tensor, position: Tensor) -> Tensor:
