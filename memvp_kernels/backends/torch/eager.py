@@ -91,10 +91,15 @@ class _Memory:
 
     def _clean(self, memory: Tensor, position: Tensor | None) -> Tensor:
         """In x's dtype; slots that don't exist become zero, whatever they held."""
+        dtype = self.p.x.dtype
         if position is not None:
-            wide = torch.promote_types(torch.promote_types(memory.dtype, position.dtype), torch.float32)
-            memory = memory.to(wide) + position
-        memory = memory.to(self.p.x.dtype)
+            # Two 16-bit numbers are added in float32 and rounded once as they are; with a wider one, the sum is formed wide.
+            if not memory.dtype == position.dtype == dtype:
+                memory = memory.to(
+                    torch.promote_types(torch.promote_types(memory.dtype, position.dtype), torch.float32)
+                )
+            memory = memory + position
+        memory = memory.to(dtype)
         return memory if self.valid is None else memory.masked_fill(~self.valid[:, :, None], 0)
 
     def mask_(self, scores: Tensor) -> Tensor:
