@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from memvp_kernels import fused_ffn
 from memvp_kernels.checks import TENSORS
-from memvp_kernels.problem import normalise
+from memvp_kernels.problem import normalize
 
 SMALL = {"sequences": 2, "tokens": 1, "width": 16, "pairs": 32, "slots": 4, "rank": 8}
 DECODE = {"sequences": 16, "tokens": 1, "width": 512, "pairs": 1408, "slots": 320, "rank": 136}
@@ -115,7 +115,7 @@ def test_triton_launches(benchmark: Any, form: str, launched: list[str]) -> None
 
     arguments = {name: t.bfloat16() for name, t in operands(SMALL, form).items()}
     scalars = {"activation": "silu", "visual_activation": "silu", "visual_scale": 0.1, "dropout_p": 0.0}
-    problem = normalise({name: arguments.get(name) for name in TENSORS}, scalars)
+    problem = normalize({name: arguments.get(name) for name in TENSORS}, scalars)
     backend.forward(problem, save_hidden=False, save_scores=False)
     assert {"hidden_fwd_kernel", "output_fwd_kernel"} <= set(launched)
     benchmark(lambda: backend.forward(problem, save_hidden=False, save_scores=False))

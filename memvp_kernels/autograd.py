@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from memvp_kernels.checks import INTEGERS, TENSORS, Options, autocast_dtype, check_values
 from memvp_kernels.dispatch import choose
-from memvp_kernels.problem import BEHIND_PRE, BEHIND_SCORES, BEHIND_VISUAL, SHARED, Problem, normalise
+from memvp_kernels.problem import BEHIND_PRE, BEHIND_SCORES, BEHIND_VISUAL, SHARED, Problem, normalize
 
 __all__ = [
     "ACCUMULATORS", "KEEP_HIDDEN", "KEEP_SCORES", "Dequantize", "call_directly", "can_bypass_dispatcher", "draw_seed", "gradient_like",
@@ -40,7 +40,7 @@ _TRAINED = (*TENSORS[: TENSORS.index("residual") + 1], "memory")
 _KEEPS_HIDDEN = BEHIND_PRE | {"value"}
 _KEEPS_SCORES = BEHIND_SCORES | BEHIND_VISUAL | set(ACCUMULATORS)
 
-#: x's dtype → key, value, gate and the biases of a quantised FFN, made for one pass and kept by nobody.
+#: x's dtype → key, value, gate and the biases of a quantized FFN, for one pass; nothing keeps them.
 Dequantize = Callable[[torch.dtype], dict[str, Tensor | None]]
 
 _Tensors = Mapping[str, Tensor | None]
@@ -49,7 +49,7 @@ _Tensors = Mapping[str, Tensor | None]
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh dropout seed, (1,) int64 on `device`, from PyTorch's default generator there.
 
-    It stays on the device: no synchronisation, and under CUDA graphs each replay draws another one.
+    It stays on the device: no synchronization, and under CUDA graphs each replay draws another one.
     """
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
 
@@ -87,7 +87,7 @@ def _prepare(tensors: _Tensors, options: Options, training: bool) -> tuple[Probl
     """
     if any(tensors[name] is not None for name in INTEGERS):
         check_values(tensors)
-    problem = normalise(tensors, options.scalars, options.autocast)
+    problem = normalize(tensors, options.scalars, options.autocast)
     return problem, choose(problem, options.backend, training=training)
 
 
@@ -149,7 +149,7 @@ def run_backward(
     Returns:
         The gradients by name, in the order of `wanted`; for an accumulator its sum where there is one.
     """
-    problem = normalise(tensors, options.scalars, options.autocast)
+    problem = normalize(tensors, options.scalars, options.autocast)
     # An empty memory was dropped from the problem: its gradients are zeros.
     names = {name: _AS_KNOWN_TO_BACKENDS.get(name, name) for name in wanted}
     known = frozenset(n for n in names.values() if getattr(problem, n) is not None)
@@ -273,7 +273,7 @@ class _Call:
 class FusedFFN(torch.autograd.Function):
     """(y, *accumulators) from the tensors of `call.names`.
 
-    Dequantised weights are not kept. An accumulator's gradient is the sum of the incoming one and this call's, written where the
+    Dequantized weights are not kept. An accumulator's gradient is the sum of the incoming one and this call's, written where the
     former lay.
     """
 

@@ -1,7 +1,7 @@
 """Checks of :func:`memvp_kernels.fused_ffn`'s arguments.
 
 Each error says the argument, what was wanted, what was given and the way out, and is raised before any work is done. Names, dtypes
-and shapes are checked at every call; values of integer tensors only where they can be read without a synchronisation.
+and shapes are checked at every call; values of integer tensors only where they can be read without a synchronization.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def cast_dtype(name: str, dtype: torch.dtype, autocast: torch.dtype | None) -> t
 
 
 def check_tensors(tensors: Tensors, autocast: torch.dtype | None = None) -> None:
-    """Presence, types, devices and shapes; values are read nowhere, so this traces and never synchronises.
+    """Presence, types, devices and shapes; values are read nowhere, so this traces and never synchronizes.
 
     Args:
         autocast: dtypes are judged as `cast_dtype` leaves them, before anything is cast.
@@ -358,7 +358,7 @@ def _check_memory(x: Tensor, tensors: Tensors, sequences: int | None) -> None:
 
 
 def check_values(tensors: Tensors) -> None:
-    """Ranges of the integer tensors: on a CPU always, on a GPU (where it synchronises) only under ``MEMVP_CHECK=1``.
+    """Ranges of the integer tensors: on a CPU always, on a GPU (where it synchronizes) only under ``MEMVP_CHECK=1``.
 
     They are read as they were given, so an offset of a text-only call or an index into an empty memory is judged too.
 

@@ -42,7 +42,7 @@ def fused_ffn(
 
         hidden = act(x Kᵀ + b_K)                    plain FFN (BART, T5 v1.0)
         hidden = act(x Gᵀ + b_G) ⊙ (x Kᵀ + b_K)     gated FFN (LLaMA, Mistral, Qwen, Gemma, T5 v1.1)
-        visual = dropout(vact(x Kvᵀ))               per sequence; never gated, never normalised
+        visual = dropout(vact(x Kvᵀ))               per sequence; never gated, never normalized
         y      = hidden V + b_V + visual_scale · visual Vv [+ residual]
 
     with Kv = visual_key + key_position and Vv = visual_value + value_position. Under `visual_basis` W the memory is factored,
@@ -85,7 +85,7 @@ def fused_ffn(
     Raises:
         TypeError: a dtype that doesn't fit, or not a tensor.
         ValueError: a shape, an unknown name, an argument without its partner, or (on a CPU, or with MEMVP_CHECK=1) an index, length or
-            offset out of range. On a GPU values out of range mean "no memory", without a synchronisation.
+            offset out of range. On a GPU values out of range mean "no memory", without a synchronization.
         RuntimeError: a backend asked for by name that this machine or this input can't have, or a derivative asked of `torch.func` or
             of forward mode: it is written for `backward` and `torch.autograd.grad`.
     """

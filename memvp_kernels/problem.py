@@ -1,4 +1,4 @@
-"""The one normalised problem that every backend takes: what :func:`memvp_kernels.fused_ffn` was asked, checked and flattened."""
+"""The one normalized problem that every backend takes: what :func:`memvp_kernels.fused_ffn` was asked, checked and flattened."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
     "has_slots",
     "known_finite",
     "narrow",
-    "normalise",
+    "normalize",
 ]
 
 #: Gradients that may be asked for in float32 at least, added to those of other calls: of a memory whose key and value are one tensor,
@@ -171,7 +171,7 @@ def contain(memory: Mapping[str, Any]) -> Mapping[str, Any]:
         memory: visual_key, visual_value, visual_basis, key_position, value_position.
 
     Returns:
-        `memory` itself where everything is known to be finite, which on a GPU would take a synchronisation.
+        `memory` itself where everything is known to be finite, which on a GPU would take a synchronization.
     """
     shared = {n: memory[n] for n in ("visual_basis", "key_position", "value_position")}
     given = [t for t in shared.values() if t is not None]
@@ -190,13 +190,13 @@ def contain(memory: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def known_finite(*tensors: Tensor) -> bool:
-    """Whether all values are known to be finite; False where looking would synchronise, or nothing is to be seen yet."""
+    """Whether all values are known to be finite; False where looking would synchronize, or nothing is to be seen yet."""
     if tensors[0].device.type != "cpu" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     return all(bool(t.sum(dtype=torch.promote_types(t.dtype, torch.float32)).isfinite()) for t in tensors)
 
 
-def normalise(
+def normalize(
     tensors: Mapping[str, Tensor | None], scalars: Mapping[str, Any], autocast: torch.dtype | None = None
 ) -> Problem:
     """Checked arguments (and dropout's seed) to a Problem: x as rows, memory as (R, M, ·), empty memory as none.

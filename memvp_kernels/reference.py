@@ -1,6 +1,6 @@
-"""The definition of the operator in float64: one plain loop over sequences, sharing no code with the backends it judges.
+"""The definition of the operator in float64: a plain loop over sequences that shares no code with the backends.
 
-Slow by intent, and differentiable, so that its autograd gradients judge the hand-written ones.
+It is slow on purpose, and differentiable: its autograd gradients are the reference for the hand-written ones.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def ffn(
         keep: (N, M) bool, the dropout mask to apply (True keeps); required when ``dropout_p`` > 0.
 
     Returns:
-        float64, the shape of x. No argument is checked: this is the yardstick, not the product.
+        float64, the shape of x. No argument is checked.
     """
 
     def wide(t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A factored memory that many FFNs read: its operands are formed once, and its gradient is summed once, in float32.
+"""A factored memory that many FFNs read: its operands are joined and cast once, and its gradient is summed once, in float32.
 
 Left to autograd, every FFN would cast the memory, join [W; p^k] and [W; p^v], return a gradient of each part and add it to those of
 the other FFNs: for LLaMA-7B a dozen passes over megabytes per layer. Instead each call hands gradient accumulators (tensors of which

@@ -1,7 +1,7 @@
 """The operator as PyTorch sees it: two registered ops, forward and backward, with their fake kernels and vmap rules.
 
-Arguments cross the ops as a list of the tensors that are there; the problem is made and the backend chosen inside, where real tensors
-are. Autocast's casts are made inside too, and again in the backward, so that no copy of a weight is kept.
+Arguments cross the ops as a list of the tensors that are present. Problem, backend and autocast's casts are decided inside, where the
+tensors are real, and again in the backward, so that no cast copy of a weight is kept.
 """
 
 from __future__ import annotations

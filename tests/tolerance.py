@@ -145,16 +145,16 @@ def assert_within_twice(out: Tensor, exact: Tensor, theirs: Tensor | Sequence[Te
     unit = torch.finfo(out.dtype).eps
     rounding = exact.detach().double().abs() * unit / 2
     mine = errors(out, exact)
-    yardstick = [
+    baseline = [
         max(e)
         for e in zip(*(errors(t, exact) for t in ([theirs] if isinstance(theirs, Tensor) else theirs)), strict=True)
     ]
-    for name, m, y, floor in (
-        ("norm", mine[0], yardstick[0], rounding.norm().item()),
-        ("max", mine[1], yardstick[1], rounding.max().item() if rounding.numel() else 0.0),
+    for name, m, y, rounded in (
+        ("norm", mine[0], baseline[0], rounding.norm().item()),
+        ("max", mine[1], baseline[1], rounding.max().item() if rounding.numel() else 0.0),
     ):
-        assert m <= max(2 * y, floor), (
-            f"{what}: {name} error {m:.3e}, PyTorch's own {y:.3e} (allowed: twice that, or one rounding {floor:.3e})"
+        assert m <= max(2 * y, rounded), (
+            f"{what}: {name} error {m:.3e}, PyTorch's own {y:.3e} (allowed: twice that, or one rounding {rounded:.3e})"
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from memvp_kernels import dispatch
 from memvp_kernels.backends.cuda import decode, extension
 from memvp_kernels.checks import TENSORS, check_scalars, check_tensors
-from memvp_kernels.problem import Problem, normalise
+from memvp_kernels.problem import Problem, normalize
 
 DEVICE = torch.device("cuda", 0)
 
@@ -115,7 +115,7 @@ def problem_of(
         "visual_scale": visual_scale,
         "dropout_p": 0.0,
     }
-    return normalise(given, scalars)
+    return normalize(given, scalars)
 
 
 def on_gpu(problem: Problem, **changes: Any) -> Problem:

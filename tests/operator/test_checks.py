@@ -155,7 +155,7 @@ def test_nothing_ran_before_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("work was begun")
 
     monkeypatch.setattr(autograd, "choose", forbidden)
-    monkeypatch.setattr(autograd, "normalise", forbidden)
+    monkeypatch.setattr(autograd, "normalize", forbidden)
     monkeypatch.setattr(autograd, "draw_seed", forbidden)
     for _, change, error, _ in CASES:
         for autocast in (False, True) if error is ValueError else (False,):  # it mends a dtype

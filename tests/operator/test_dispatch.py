@@ -14,7 +14,7 @@ from memvp_kernels import dispatch
 from memvp_kernels.checks import TENSORS
 from memvp_kernels.dispatch import Sizes
 from memvp_kernels.hardware import Chip, chip_of
-from memvp_kernels.problem import Problem, normalise
+from memvp_kernels.problem import Problem, normalize
 from tests import cases
 from tests.csrc.fake_gpu import OnGPU
 
@@ -23,7 +23,7 @@ HOPPER = chip_of(90)
 
 def problem_of(a: dict[str, Any]) -> Problem:
     scalars = {"activation": "silu", "visual_activation": "silu", "visual_scale": 0.1, "dropout_p": 0.0}
-    return normalise({n: a.get(n) for n in TENSORS}, scalars)
+    return normalize({n: a.get(n) for n in TENSORS}, scalars)
 
 
 def llama_7b(rows: int, dtype: torch.dtype = torch.bfloat16, images: int = 1, factored: bool = True) -> Sizes:

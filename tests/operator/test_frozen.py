@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop
 
 from memvp_kernels import fused_ffn
 from memvp_kernels.backends.torch import eager
-from memvp_kernels.problem import normalise
+from memvp_kernels.problem import normalize
 from tests import cases, tolerance
 
 MEMORY = ("visual_key", "visual_value", "key_position", "value_position")
@@ -53,7 +53,7 @@ def test_at_most_two_pre_activations_and_the_scores(form: str) -> None:
 
 @pytest.mark.parametrize("form", ["plain", "factored"])
 def test_autocast_keeps_no_copy_of_a_weight(form: str) -> None:
-    """Under autocast the 16-bit weights are made for each pass: kept, they would be half as large as the float32 base itself."""
+    """Under autocast the 16-bit weights live for one pass: kept, they would be half as large as the float32 base itself."""
     a = trainable(cases.build(f"gated_biased_residual-{form}", torch.float32), "x", "visual_key")
     tokens, pairs, slots = 15, 40, 7
     with torch.autocast("cpu", torch.bfloat16):
@@ -78,10 +78,10 @@ _IN_PLACE = {
 
 
 def backward_under(mode: Any, a: dict[str, Any], needs: set[str]) -> None:
-    """The backend's own backward, watched by `mode`."""
+    """The backend's own backward under `mode`."""
     tensors = {n: a.get(n) for n in ("x", *tolerance.FLOATING, "visual_lengths", "visual_index", "cu_seqlens")}
     scalars = {"activation": "silu", "visual_activation": "silu", "visual_scale": 1.0, "dropout_p": 0.0}
-    problem = normalise(tensors, scalars)
+    problem = normalize(tensors, scalars)
     _, pre, scores = eager.forward(problem, save_hidden=True, save_scores=True)
     with mode:
         eager.backward(problem, torch.randn(problem.rows, problem.width), pre, scores, frozenset(needs))

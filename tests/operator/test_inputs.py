@@ -174,7 +174,7 @@ def test_nan_in_a_shared_memory_stays_out_of_text_only_rows(backend: str, spoile
 
 
 def test_nan_is_contained_without_reading_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where looking for NaN would synchronise."""
+    """As on a GPU, where looking for NaN would synchronize."""
     names = ("visual_key", "visual_value", "visual_basis", "key_position", "value_position")
     for spoiled in (None, *names[2:]):
         a = {n: cases.build("one_each-factored", torch.float32)[n] for n in names}

@@ -36,7 +36,7 @@ def _blocked(segments: Segments, memories: int) -> MemoryRows:
     return Blocked(segments, memories, DEVICE)
 
 
-# Each with segments that it serves; made inside the tests, on the device.
+# Each with segments that it serves; built inside the tests, on the device.
 FORMS: list[tuple[str, Segments, int, Callable[[Segments, int], MemoryRows]]] = [
     ("shared", SHARED, 1, lambda *_: Shared()),
     ("padded", PADDED, 4, lambda s, _: Padded(s.sequences, s.length or 0)),
@@ -120,7 +120,7 @@ def test_a_sum_over_many_blocks_is_rounded_once() -> None:
     assert not found[1:].any()
 
 
-def test_choice_needs_no_synchronisation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice_needs_no_synchronization(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     assert isinstance(memory_rows(SHARED, 1, gpu), Shared)
     assert isinstance(memory_rows(PADDED, 4, gpu), Padded)
@@ -130,7 +130,7 @@ def test_choice_needs_no_synchronisation(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_blocks_read_nothing_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would synchronise on a GPU: a number taken out of a tensor, or a shape that follows from its values."""
+    """What would synchronize on a GPU: a number taken out of a tensor, or a shape that follows from its values."""
 
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("this would wait for the GPU")
@@ -146,7 +146,7 @@ def test_blocks_read_nothing_on_the_host(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("segments", ANY)
 def test_blocks_do_not_wait_for_the_gpu(segments: Segments) -> None:
-    """The same numbers there, and PyTorch's own watch over synchronisation says nothing."""
+    """The same numbers there, and PyTorch's synchronization check stays silent."""
     gpu = torch.device("cuda")
     moved = {n: v.to(gpu) for n in ("index", "cu_seqlens") if (v := getattr(segments, n)) is not None}
     a, b, matrices = torch.randn(12, 5), torch.randn(12, 6), torch.randn(4, 5, 6)

@@ -1,4 +1,4 @@
-"""What only a GPU shows of the operator: values out of range without a synchronisation, graphs, and backends that agree."""
+"""What only a GPU shows of the operator: values out of range without a synchronization, graphs, and backends that agree."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_checked_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["index-plain", "packed_index_lengths-factored", "lengths-plain"])
-def test_the_torch_backend_never_synchronises(name: str) -> None:
+def test_the_torch_backend_never_synchronizes(name: str) -> None:
     a = cases.build(name, torch.bfloat16, DEVICE)
     expected = step(a, backend="torch")
     torch.cuda.set_sync_debug_mode("error")

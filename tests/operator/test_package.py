@@ -48,7 +48,9 @@ def test_a_pinned_version_exists_for_every_python_that_is_promised() -> None:
     for python in ("3.10", "3.11", "3.14"):
         here = {"python_version": python, "python_full_version": f"{python}.0"}
         applying = [p for p in pins if p.marker is None or p.marker.evaluate(here)]
-        assert len({p.name for p in applying}) == len(applying) == len({p.name for p in pins})
+        # pyproject.toml asks for TRL, which brings datasets, on Python 3.11 and newer only.
+        absent = {"trl", "datasets"} if python == "3.10" else set()
+        assert sorted(p.name for p in applying) == sorted({p.name for p in pins} - absent)
         for pin in applying:
             try:
                 about = metadata.metadata(pin.name)

@@ -1,4 +1,4 @@
-"""The yardstick notices: results that are wrong in a small way fail it, PyTorch's own pass."""
+"""The tolerance itself: results that are wrong in a small way fail it, and PyTorch's own pass."""
 
 from __future__ import annotations
 

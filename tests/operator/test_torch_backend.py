@@ -69,8 +69,8 @@ def test_it_is_the_concatenated_form() -> None:
     torch.testing.assert_close(run(**a), torch.nn.functional.silu(z) @ torch.cat([a["value"], vv]))
 
 
-def test_factored_is_the_formed_memory() -> None:
+def test_factored_is_the_multiplied_out_memory() -> None:
     a = cases.build("index-factored", torch.float64, DEVICE)
-    formed = {n: a[n] @ a["visual_basis"] for n in ("visual_key", "visual_value")}
-    expected = run(**{**a, **formed, "visual_basis": None})
+    whole = {n: a[n] @ a["visual_basis"] for n in ("visual_key", "visual_value")}
+    expected = run(**{**a, **whole, "visual_basis": None})
     torch.testing.assert_close(run(**a), expected)

@@ -16,7 +16,7 @@ from memvp_kernels import reference
 from memvp_kernels.backends import triton as backend
 from memvp_kernels.backends.triton.gemm import IMPLEMENTATIONS, GemmSteps
 from memvp_kernels.checks import TENSORS
-from memvp_kernels.problem import Problem, Segments, normalise
+from memvp_kernels.problem import Problem, Segments, normalize
 from tests import cases, tolerance
 from tests.cases import DEVICE
 
@@ -47,7 +47,7 @@ def problem(
 
 def problem_of(a: cases.Arguments, *, dropout_p: float = 0.0) -> Problem:
     seed = torch.tensor([77], device=DEVICE) if dropout_p else None
-    return normalise({**{n: a.get(n) for n in TENSORS}, "seed": seed}, {**SCALARS, "dropout_p": dropout_p})
+    return normalize({**{n: a.get(n) for n in TENSORS}, "seed": seed}, {**SCALARS, "dropout_p": dropout_p})
 
 
 def judge(found: dict[str, Tensor], a: cases.Arguments, grad: Tensor) -> None:
@@ -226,7 +226,7 @@ def test_empty_sizes(empty: str) -> None:
         "visual_basis": a["visual_basis"][:r], "key_position": a["key_position"][:M], "value_position": a["value_position"][:M],
         "visual_index": a["visual_index"] if R else torch.full_like(a["visual_index"], -1),
     }  # fmt: skip
-    # Past `normalise`, which would drop a memory without slots before the backend sees it.
+    # Past `normalize`, which would drop a memory without slots before the backend sees it.
     full = problem_of({n: t for n, t in a.items() if n not in MEMORY and n != "visual_index"})
     index = a["visual_index"].to(torch.int32)
     p = Problem(**{**vars(full), **{n: a[n] for n in MEMORY}, "segments": Segments(5 * T, 5, T, index=index)})

@@ -1,7 +1,7 @@
-"""The torch backend: the two branches in plain PyTorch, for any dtype and device. The fallback, the CPU path and the yardstick.
+"""The torch backend: the two branches in plain PyTorch, for any dtype and device. The fallback, the CPU path and the baseline.
 
-Nothing is concatenated, no weight is copied, products accumulate into the output, and a frozen weight costs nothing. The
-backward is written by hand so that only the pre-activations are kept, and none of them with ``recompute``.
+No weight is concatenated or copied, products accumulate into the output, and a frozen weight costs nothing. The backward is
+written by hand, so that only the pre-activations are kept, and none of them with ``recompute``.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class _Memory:
         if lengths is not None:
             limit = torch.where((lengths >= 0) & (lengths <= p.slots), lengths, 0)
             self.valid = torch.arange(p.slots, device=p.x.device)[None, :] < limit[:, None]
-        # Plain: Kv and Vv (R, M, d), formed in the wider dtype and rounded once. Factored: the cores (R, M, r).
+        # Plain: Kv and Vv (R, M, d), summed in the wider dtype and rounded once. Factored: the cores (R, M, r).
         add = (None, None) if p.factored else (p.key_position, p.value_position)
         self.key = self._clean(p.visual_key, add[0])
         same = p.visual_value is p.visual_key and add[0] is add[1]
@@ -93,7 +93,7 @@ class _Memory:
         """In x's dtype; slots that don't exist become zero, whatever they held."""
         dtype = self.p.x.dtype
         if position is not None:
-            # Two 16-bit numbers are added in float32 and rounded once as they are; with a wider one, the sum is formed wide.
+            # PyTorch adds two 16-bit numbers in float32 and rounds once; beside a wider one, both are widened first.
             if not memory.dtype == position.dtype == dtype:
                 memory = memory.to(
                     torch.promote_types(torch.promote_types(memory.dtype, position.dtype), torch.float32)
@@ -122,8 +122,8 @@ class _Memory:
     def only_readers(self, a: Tensor) -> Tensor:
         """`a` (N, ·) with the rows that read no slot zeroed, for a product over all rows: 0 · NaN of such a row would be NaN.
 
-        A library's product has no mask, so this is a copy, made where some row may read none: on a CPU where one does, on a GPU,
-        where looking would synchronise, wherever the form of the call allows it.
+        Dense products take no mask, so this is a copy. On a CPU it is made if some row reads none; on a GPU, where looking would
+        synchronize, if the arguments allow for such rows.
         """
         idle = self._idle
         return a if idle is None else a.masked_fill(idle, 0)

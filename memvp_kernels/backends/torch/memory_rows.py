@@ -5,7 +5,7 @@ there) and `outer` (its gradient: for every memory row the sum over the rows tha
 
     Shared    every row reads memory row 0: one dense product
     Padded    sequence s reads row s: one batched product
-    Grouped   anything, on a CPU, where reading the index costs no synchronisation: one product per memory row, sequences that share it together
+    Grouped   anything, on a CPU, where reading the index costs no synchronization: one product per memory row, sequences that share it together
     Blocked   anything, on a GPU: rows sorted by the memory row they read and cut into blocks of one size, a batched product over these
 """
 
@@ -193,7 +193,7 @@ class Blocked:
 
 
 def row_of(segments: Segments, memories: int, device: torch.device) -> Tensor:
-    """(N,) int64, the memory row of each row of x, -1 for none, without a synchronisation."""
+    """(N,) int64, the memory row of each row of x, -1 for none, without a synchronization."""
     rows = torch.arange(segments.rows, device=device)
     if segments.cu_seqlens is None:
         sequence, inside = rows // (segments.length or 1), None
@@ -209,7 +209,7 @@ def row_of(segments: Segments, memories: int, device: torch.device) -> Tensor:
 
 
 def memory_rows(segments: Segments, memories: int, device: torch.device) -> MemoryRows:
-    """The form that serves these segments on this device without a synchronisation."""
+    """The form that serves these segments on this device without a synchronization."""
     if segments.shared:
         return Shared()
     if segments.index is None and segments.length is not None:

@@ -34,7 +34,7 @@ def encode(vision_model: nn.Module, pixel_values: Tensor) -> Tensor:
     clip = tower(vision_model)
     if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
         got = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
-        raise TypeError(f"pixel_values must be a floating-point tensor, got {got}: normalise the image first")
+        raise TypeError(f"pixel_values must be a floating-point tensor, got {got}: normalize the image first")
     if pixel_values.dim() != 4:
         raise ValueError(f"pixel_values must be (B, channels, height, width), got shape {tuple(pixel_values.shape)}")
     patch = clip.embeddings.patch_embedding
