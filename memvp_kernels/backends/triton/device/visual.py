@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -15,8 +15,7 @@ from memvp_kernels.backends.triton.device.operands import tile_pointers
 __all__ = ["Visual", "store_visual", "store_visual_subtiles"]
 
 
-@dataclass(frozen=True)
-class Visual:
+class Visual(NamedTuple):
     """How a score becomes a visual activation: scale · keep · act(score).
 
     Attributes:

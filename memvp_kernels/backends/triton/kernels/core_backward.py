@@ -8,7 +8,7 @@ c_w = x Wᵀ and e_w, give the gradients of the cores. One program takes one row
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -27,8 +27,7 @@ from memvp_kernels.problem import Segments
 __all__ = ["CoreGradients", "core_backward", "core_bwd_kernel"]
 
 
-@dataclass(frozen=True)
-class CoreGradients:
+class CoreGradients(NamedTuple):
     """Results of one launch in x's dtype.
 
     Attributes:

@@ -6,7 +6,7 @@ With a factored memory the tiles over slots, one sequence wide, are the columns 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -39,8 +39,7 @@ _SUBTILE = (
 )
 
 
-@dataclass(frozen=True)
-class HiddenGradients:
+class HiddenGradients(NamedTuple):
     """Results of one launch in x's dtype, None where not asked for.
 
     Attributes:

@@ -6,7 +6,7 @@ otherwise. With a factored memory the tiles over slots, one sequence wide and wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -35,8 +35,7 @@ from memvp_kernels.problem import Segments
 __all__ = ["Products", "hidden_forward", "hidden_fwd_kernel", "memory_forward"]
 
 
-@dataclass(frozen=True)
-class Products:
+class Products(NamedTuple):
     """Results of one launch in x's dtype, None where not asked for: hidden (N, F), pre (P, N, F), visual (N, M), scores (N, M)."""
 
     hidden: Tensor | None

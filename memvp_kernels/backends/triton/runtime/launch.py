@@ -5,7 +5,10 @@ All of it runs before every launch, so it is remembered by device, shape and str
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import triton
@@ -83,8 +86,16 @@ def shape_of(x: Tensor, pairs: int, slots: int, segments: Segments, *, gated: bo
     )
 
 
-#: The context in which to launch: the tensor's device is the current one. Triton takes that device's current stream.
-on_device = torch.cuda.device_of
+_NOTHING = contextlib.nullcontext()
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """The context in which to launch: the tensor's device is the current one. Triton takes that device's current stream."""
+    index = tensor.get_device()
+    # Entering `device_of` costs microseconds, and nearly every call is on the current device.
+    if index < 0 or index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(index)
 
 
 def programs(count: int, block: int) -> int:
