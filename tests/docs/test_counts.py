@@ -1,4 +1,4 @@
-"""Figures by arithmetic: docs/distributed.md by the formulas that tests/scale holds to small models, docs/performance.md by its own."""
+"""Figures by arithmetic: docs/distributed.md by the formulas that tests/models/parallel holds to small models, docs/performance.md by its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tests.docs.pages import ROOT
-from tests.scale import counts
+from tests.models.parallel import counts
 
 PAGE = (ROOT / "docs" / "distributed.md").read_text()
 MODELS = {

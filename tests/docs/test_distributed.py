@@ -19,9 +19,9 @@ from torch import Tensor
 import memvp_kernels
 from memvp_kernels import MemVPConfig, MemVPModel
 from tests.docs.pages import ROOT, blocks
+from tests.models.parallel.processes import Group, free_port
+from tests.models.parallel.tiny import difference, language_model, saved_base
 from tests.models.tiny import shuffled
-from tests.scale.processes import Group, free_port
-from tests.scale.tiny import difference, language_model, saved_base
 
 BLOCKS = [code.lstrip() for code in blocks(ROOT / "docs" / "distributed.md")]
 IMPORTS, *_RECIPES, LOOP, CHECKPOINT = BLOCKS

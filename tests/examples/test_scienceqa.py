@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.examples.tiny_scienceqa import write_data, write_models
 from tests.models.clip import official_state, save_official
-from tests.scale.processes import Group, free_port
+from tests.models.parallel.processes import Group, free_port
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def plain_ffn(module: nn.Module, x: Tensor) -> Tensor:
     return module(x)
 
 
-def formed(model: MemVPModel, image: Tensor | None) -> tuple[Tensor, Tensor]:
+def materialised(model: MemVPModel, image: Tensor | None) -> tuple[Tensor, Tensor]:
     """Kv and Vv (M, d) from the parameters, as the paper writes them."""
     f = torch.zeros_like(model.key_position)
     if image is not None:
@@ -79,7 +79,7 @@ def test_slots_are_each_slots_own_addition() -> None:
         x = seen[number][0]
         for sample, image in enumerate(images):
             with torch.no_grad():
-                key, value = formed(model, image)
+                key, value = materialised(model, image)
                 each = CONFIG.memory_scale * F.silu(x[sample] @ key.T).unsqueeze(-1) * value  # [T, M, d]
             torch.testing.assert_close(layer.slots[sample], each.norm(dim=-1).float())
 

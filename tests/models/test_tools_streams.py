@@ -12,8 +12,8 @@ import torch
 
 from memvp_kernels import MemVPModel
 from tests.models.clip import vision_model
+from tests.models.parallel.processes import Group, free_port
 from tests.models.tiny import CONFIG, VISION, language_model, with_memory
-from tests.scale.processes import Group, free_port
 
 SAMPLES, FIRST = 8, 3  # sample i is token FIRST + i; its image is of the number i
 

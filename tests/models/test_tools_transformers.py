@@ -14,9 +14,9 @@ import transformers as tf
 from memvp_kernels import MemVPModel
 from memvp_kernels.models.patching.vision_adapters import attach_adapters
 from tests.models.clip import pixels, vision_model
+from tests.models.parallel.processes import Group, free_port
 from tests.models.tiny import FAMILIES, VISION, features, language_model, tokens, with_memory
 from tests.models.tools import tokenizer, without_dropout
-from tests.scale.processes import Group, free_port
 
 
 def _images(form: str) -> dict[str, Any]:

@@ -138,15 +138,15 @@ print(json.dumps([train("triton", family) for family in sys.argv[1:]]))
 def train(
     backend: str, family: str, dtype: torch.dtype = torch.float32, order: int | None = None
 ) -> tuple[list[float], dict[str, list[float]]]:
-    """Twenty steps; the losses, and the adapter afterwards."""
+    """Eight steps; the losses, and the adapter afterwards."""
     config = CONFIG if family == "llama" else dataclasses.replace(CONFIG, layers=(0,))
     base = language_model(family)
     model = with_memory(base if order is None else shuffled(base, order), config, backend=backend).to(dtype)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     losses = []
-    for step in range(20):
-        ids = tokens(3, 5, seed=step % 4)
-        loss = model(input_ids=ids, labels=ids, image_features=features(4, 0, 10, seed=step % 4)).loss
+    for step in range(8):
+        ids = tokens(3, 5, seed=step % 2)
+        loss = model(input_ids=ids, labels=ids, image_features=features(4, 0, 10, seed=step % 2)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -154,8 +154,8 @@ def train(
     return losses, {name: tensor.flatten().tolist() for name, tensor in model.adapter_state_dict().items()}
 
 
-def test_twenty_steps_agree_between_backends() -> None:
-    """Interpreted Triton kernels and PyTorch take the same road, gated and plain.
+def test_eight_steps_agree_between_backends() -> None:
+    """Interpreted Triton kernels and PyTorch train alike, gated and plain.
 
     Steps carry rounding along: against float64, the kernels stray at most twice as far as PyTorch does over a few orders of the
     FFN's sums.
@@ -173,7 +173,7 @@ def test_twenty_steps_agree_between_backends() -> None:
     assert run.returncode == 0, run.stderr[-2000:]
     for family, (losses, state) in zip(families, json.loads(run.stdout.splitlines()[-1]), strict=True):
         exact_losses, exact = train("torch", family, torch.float64)
-        assert sum(exact_losses[-4:]) < sum(exact_losses[:4]), f"{family} does not learn: {exact_losses}"
+        assert sum(exact_losses[-2:]) < sum(exact_losses[:2]), f"{family} does not learn: {exact_losses}"
         orders = [train("torch", family, order=order) for order in (None, 0, 1, 2)]
         _assert_strays_little(losses, exact_losses, [theirs for theirs, _ in orders], f"{family} losses")
         for name, wanted in exact.items():

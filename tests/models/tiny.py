@@ -162,7 +162,7 @@ def oracle(
 ) -> tuple[Any, list[Tensor]]:
     """The paper's equations on a plain copy of ``base``, added to each FFN by hooks.
 
-    K and V are formed per image, in float64, unless asked otherwise; ``factored`` in a half precision is what plain
+    K and V are materialised per image, in float64, unless asked otherwise; ``factored`` in a half precision is what plain
     PyTorch makes of the products in the factored order, the yardstick for that precision.
 
     Returns:
@@ -187,7 +187,7 @@ def oracle(
         if factored:
             branch = _factored(core.to(dtype), basis.to(dtype), pk.to(dtype), pv.to(dtype), act)
         else:
-            branch = _formed((core @ basis + pk).to(dtype), (core @ basis + pv).to(dtype), act)
+            branch = _materialised((core @ basis + pk).to(dtype), (core @ basis + pv).to(dtype), act)
         _add_branch(first, last, branch, config.memory_scale)
     out = lm(**inputs)
     gradients = [] if out.get("loss") is None else list(torch.autograd.grad(out.loss, leaves))
@@ -197,7 +197,7 @@ def oracle(
 Branch = Callable[[Tensor], Tensor]
 
 
-def _formed(k: Tensor, v: Tensor, act: Branch) -> Branch:
+def _materialised(k: Tensor, v: Tensor, act: Branch) -> Branch:
     return lambda x: act(x @ k.transpose(1, 2)) @ v
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.scale import counts as paper
-from tests.scale.counts import Preset
-from tests.scale.processes import Group
-from tests.scale.tiny import CONFIG, batch, language_model, memvp_model, saved_base
-from tests.scale.traffic import Traffic
+from tests.models.parallel import counts as paper
+from tests.models.parallel.counts import Preset
+from tests.models.parallel.processes import Group
+from tests.models.parallel.tiny import CONFIG, batch, language_model, memvp_model, saved_base
+from tests.models.parallel.traffic import Traffic
 
 SAMPLES, LENGTH = 4, 5
 FLOAT32 = 4

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.scale.processes import Group
+from tests.models.parallel.processes import Group
 
 
 @pytest.fixture(scope="module")

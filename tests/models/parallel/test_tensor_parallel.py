@@ -18,8 +18,8 @@ from memvp_kernels.models.memory.visual_memory import Memory
 from memvp_kernels.models.parallel import tensor_parallel as parallel
 from memvp_kernels.models.patching import feed_forward
 from memvp_kernels.models.patching.weights import Matrices, Opaque
-from tests.scale.processes import Group
-from tests.scale.tiny import (
+from tests.models.parallel.processes import Group
+from tests.models.parallel.tiny import (
     CONFIG,
     adapter_gradients,
     batch,

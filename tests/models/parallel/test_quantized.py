@@ -15,8 +15,16 @@ from memvp_kernels import autograd
 from memvp_kernels.models.parallel.quantized import QuantizedLinear, read_quantized
 from memvp_kernels.models.patching import feed_forward
 from memvp_kernels.models.patching.weights import Opaque, QuantizedMatrices
-from tests.scale.processes import Group
-from tests.scale.tiny import CONFIG, adapter_gradients, batch, difference, language_model, memvp_model, reference
+from tests.models.parallel.processes import Group
+from tests.models.parallel.tiny import (
+    CONFIG,
+    adapter_gradients,
+    batch,
+    difference,
+    language_model,
+    memvp_model,
+    reference,
+)
 
 EXTRA = "needs the `quantized` extra: pip install memvp_kernels[quantized]"
 
@@ -90,7 +98,7 @@ LONG = 20  # 4 × 20 tokens: more than a handful
 
 
 def _unpacked(packed: Any, **changes: Any) -> Any:
-    """A plain language model with the matrices that `packed` restores."""
+    """A plain language model with the matrices that `packed` dequantizes to."""
     base = language_model(**changes)
     for name, module in packed.named_modules():
         found = read_quantized(module)
@@ -110,7 +118,7 @@ def _run(model: Any, monkeypatch: pytest.MonkeyPatch, few: int) -> tuple[Tensor,
 
 @pytest.mark.parametrize("name", list(BASES))
 def test_restored_matrices_train_like_the_modules(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both roads over the same quantised base; gradients of a lower layer's memory went through a higher FFN's x."""
+    """Both implementations over the same quantized base; gradients of a lower layer's memory went through a higher FFN's x."""
     model = memvp_model(BASES[name]())
     weights = [ffn.ffn_matrices() for _, ffn in model.memory_ffns()]
     assert all(isinstance(found, QuantizedMatrices) for found in weights), weights
@@ -120,9 +128,9 @@ def test_restored_matrices_train_like_the_modules(name: str, monkeypatch: pytest
     wanted = reference(batch(length=LONG, without=(1,)), base=lambda: _unpacked(BASES[name](), **changes))
     by_modules = _run(model, monkeypatch, few=10**6)
     assert not runs
-    restored = _run(model, monkeypatch, few=0)
+    dequantized = _run(model, monkeypatch, few=0)
     assert runs == [True, True]
-    for errors in (wanted.errors(*by_modules), wanted.errors(*restored)):
+    for errors in (wanted.errors(*by_modules), wanted.errors(*dequantized)):
         assert max(errors.values()) < 1, errors
 
 
@@ -140,13 +148,13 @@ def test_a_restored_matrix_is_the_one_that_the_module_uses(name: str) -> None:
     linear = BASES[name]().model.layers[0].mlp.up_proj
     found = read_quantized(linear)
     assert isinstance(found, QuantizedLinear)
-    restored = found.dequantize(torch.float32)
+    dequantized = found.dequantize(torch.float32)
     module = linear(torch.eye(linear.in_features)).T - (0 if linear.bias is None else linear.bias[:, None])
-    assert restored.shape == (linear.out_features, linear.in_features)
+    assert dequantized.shape == (linear.out_features, linear.in_features)
     bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
     # a row of ones and zeros sums to the weight itself; adding the bias and taking it away rounds once each
     rounding = torch.finfo(torch.float32).eps * (module.abs() + bias.abs()[:, None])
-    assert ((restored - module).abs() <= rounding).all()
+    assert ((dequantized - module).abs() <= rounding).all()
 
 
 @pytest.mark.parametrize("name", list(OPAQUE))
@@ -230,7 +238,7 @@ def test_inference_keeps_nothing_for_a_backward(monkeypatch: pytest.MonkeyPatch)
     assert runs == [autograd.KEEP_SCORES, autograd.KEEP_HIDDEN | autograd.KEEP_SCORES]
 
 
-def test_the_road_of_a_few_tokens_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_own_kernels_for_a_few_tokens_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     feed_forward.log_opaque.cache_clear()
     model = memvp_model(BASES["torchao int8"]())
     assert not caplog.messages
@@ -248,7 +256,7 @@ WIDER: dict[str, Callable[[], Any]] = {  # bitsandbytes packs 64 at a time for s
 
 @pytest.mark.parametrize("name", list(WIDER))
 def test_generation(name: str) -> None:
-    """A long prompt takes the restored matrices, the tokens after it the module's own kernels; then a long one again.
+    """A long prompt takes the dequantized matrices, the tokens after it the module's own kernels; then a long one again.
 
     On some CPUs bitsandbytes repacks its weights in the first call without gradients, and restoring them as before would give
     noise.
@@ -282,7 +290,7 @@ def test_dropout_draws_one_mask_for_forward_and_backward(monkeypatch: pytest.Mon
 
 
 def test_lora_beside_the_memory_on_a_4_bit_base(monkeypatch: pytest.MonkeyPatch) -> None:
-    """QLoRA's setting: LoRA on attention leaves the FFNs restored, LoRA on an FFN leaves it opaque; both train."""
+    """QLoRA's setting: LoRA on attention leaves the FFNs dequantized, LoRA on an FFN leaves it opaque; both train."""
     peft = pytest.importorskip("peft")
     monkeypatch.setattr(feed_forward, "_FEW_TOKENS", 0)
     for targets, kind in ((["q_proj", "v_proj"], QuantizedMatrices), (["up_proj"], Opaque)):
@@ -314,7 +322,7 @@ def _sharded_nf4(storage: torch.dtype) -> dict[str, float]:
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.float32], ids=["uint8", "float32"])
 def test_a_sharded_4_bit_base(two: Group, storage: torch.dtype) -> None:
-    """FSDP2 gathers into a plain parameter without a quantisation state: it is read from the module."""
+    """FSDP2 gathers into a plain parameter without a quantization state: it is read from the module."""
     pytest.importorskip("bitsandbytes", reason=EXTRA)
     for errors in two.run(_sharded_nf4, storage):
         assert max(errors.values()) < 1, errors
@@ -323,7 +331,7 @@ def test_a_sharded_4_bit_base(two: Group, storage: torch.dtype) -> None:
 def _data_parallel(name: str, entire: bool) -> dict[str, float]:
     from torch.nn.parallel import DistributedDataParallel
 
-    from tests.scale.test_data_parallel import averaged, part
+    from tests.models.parallel.test_data_parallel import averaged, part
 
     inputs = batch(length=LONG, without=(2, 3))
     wanted = reference(inputs, base=lambda: _unpacked(BASES[name]()))
@@ -340,7 +348,7 @@ def _data_parallel(name: str, entire: bool) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("name", "entire"), [("bitsandbytes nf4", True), ("bitsandbytes nf4", False), ("torchao int8", False)]
 )
-def test_ddp_over_a_quantised_base(two: Group, name: str, entire: bool) -> None:
+def test_ddp_over_a_quantized_base(two: Group, name: str, entire: bool) -> None:
     """torchao's tensors do not take DDP's first broadcast: there the memory alone is wrapped, as the recipe does anyway."""
     pytest.importorskip(name.split()[0], reason=EXTRA)
     for errors in two.run(_data_parallel, name, entire):

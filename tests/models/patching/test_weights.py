@@ -1,4 +1,4 @@
-"""FFNs that are not plain linears run as they are, and the memory is added: LoRA, hooks, quantised and replaced linears."""
+"""FFNs that are not plain linears run as they are, and the memory is added: LoRA, hooks, quantized and replaced linears."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _inputs() -> dict[str, Any]:
 
 
 class Int8Linear(nn.Module):
-    """A quantised linear as the libraries make them: integer weights, scales, a forward of its own."""
+    """A quantized linear as the libraries make them: integer weights, scales, a forward of its own."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -94,8 +94,8 @@ def test_merged_lora_fuses_again() -> None:
 
 
 @pytest.mark.parametrize("family", TARGETS)
-def test_quantised_linears(family: str) -> None:
-    def quantised() -> nn.Module:
+def test_quantized_linears(family: str) -> None:
+    def quantized() -> nn.Module:
         base = language_model(family).double()
         for module in list(base.modules()):
             for name, child in list(module.named_children()):
@@ -103,9 +103,9 @@ def test_quantised_linears(family: str) -> None:
                     setattr(module, name, Int8Linear(child))
         return base
 
-    model = with_memory(quantised())
+    model = with_memory(quantized())
     out = model(image_features=IMAGES, **_inputs())
-    plain = quantised()
+    plain = quantized()
     wanted, gradients = oracle(plain, model, IMAGES, **_inputs())
     torch.testing.assert_close(out.logits, wanted.logits)
     out.loss.backward()
@@ -114,21 +114,21 @@ def test_quantised_linears(family: str) -> None:
 
 def test_a_hook_on_a_linear_is_called() -> None:
     model = with_memory(language_model().double())
-    twin = language_model().double()
-    for base in (model.language_model, twin):
+    other = language_model().double()
+    for base in (model.language_model, other):
         base.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, y: 2 * y)
-    wanted, _ = oracle(twin, model, IMAGES, **_inputs())
+    wanted, _ = oracle(other, model, IMAGES, **_inputs())
     torch.testing.assert_close(model(image_features=IMAGES, **_inputs()).logits, wanted.logits)
 
 
 @pytest.mark.parametrize("family", TARGETS)
 def test_a_replaced_forward_of_a_linear_is_called(family: str) -> None:
-    model, twin = with_memory(language_model(family).double()), language_model(family).double()
+    model, other = with_memory(language_model(family).double()), language_model(family).double()
     name = TARGETS[family][1]
-    for base in (model.language_model, twin):
+    for base in (model.language_model, other):
         linear = next(m for n, m in base.named_modules() if n.endswith(f".{name}"))
         linear.forward = lambda x, own=linear.forward: 2 * own(x)
-    wanted, _ = oracle(twin, model, IMAGES, **_inputs())
+    wanted, _ = oracle(other, model, IMAGES, **_inputs())
     torch.testing.assert_close(model(image_features=IMAGES, **_inputs()).logits, wanted.logits)
 
 
@@ -139,13 +139,13 @@ def test_an_ffn_class_patched_by_a_library_is_called() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
-    model, twin = language_model().double(), language_model().double()
-    for base in (model, twin):
+    model, other = language_model().double(), language_model().double()
+    for base in (model, other):
         base.model.layers[1].mlp.__class__ = Patched
     wrapped = with_memory(model)
     assert [type(ffn.ffn_matrices()) for _, ffn in wrapped.memory_ffns()] == [Matrices, Opaque]
     Patched.__name__ = "PatchedMLP"  # the oracle goes by names
-    wanted, _ = oracle(twin, wrapped, IMAGES, **_inputs())
+    wanted, _ = oracle(other, wrapped, IMAGES, **_inputs())
     torch.testing.assert_close(wrapped(image_features=IMAGES, **_inputs()).logits, wanted.logits)
 
 

@@ -96,16 +96,16 @@ def test_starts_in_the_bases_mode(training: bool) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_deepcopy_is_independent(family: str) -> None:
     model = wrapped(family)
-    twin = copy.deepcopy(model)
+    other = copy.deepcopy(model)
     images = features(4, 0, 10)
     with torch.no_grad():
         wanted = model(image_features=images, **_inputs()).logits
-        assert torch.equal(twin(image_features=images, **_inputs()).logits, wanted)
-        for parameter in twin.parameters():
+        assert torch.equal(other(image_features=images, **_inputs()).logits, wanted)
+        for parameter in other.parameters():
             parameter.mul_(1.5)
-        assert not torch.equal(twin(image_features=images, **_inputs()).logits, wanted)
+        assert not torch.equal(other(image_features=images, **_inputs()).logits, wanted)
         assert torch.equal(model(image_features=images, **_inputs()).logits, wanted)
-        twin.unload()
+        other.unload()
         assert torch.equal(model(image_features=images, **_inputs()).logits, wanted)
 
 
@@ -117,9 +117,9 @@ def test_pickle(family: str) -> None:
     buffer.seek(0)
     with torch.no_grad():
         wanted = model(image_features=images, **_inputs()).logits
-        for twin in (pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
-            assert torch.equal(twin(image_features=images, **_inputs()).logits, wanted)
-            assert type(twin.unload()) is type(language_model(family))
+        for other in (pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
+            assert torch.equal(other(image_features=images, **_inputs()).logits, wanted)
+            assert type(other.unload()) is type(language_model(family))
 
 
 def test_pickle_into_a_fresh_process(tmp_path: Path) -> None:

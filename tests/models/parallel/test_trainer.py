@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tests import tolerance
+from tests.models.parallel.processes import Group, free_port
+from tests.models.parallel.tiny import batch, language_model, memvp_model
 from tests.models.tiny import shuffled
-from tests.scale.processes import Group, free_port
-from tests.scale.tiny import batch, language_model, memvp_model
 
 STEPS = 5
 

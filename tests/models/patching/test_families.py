@@ -1,4 +1,4 @@
-"""Every family against an independent float64 forward: hooks on a plain model, memory formed as the paper writes it."""
+"""Every family against an independent float64 forward: hooks on a plain model, memory materialised as the paper writes it."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_half_precision_base_with_float32_memory(family: str, dtype: torch.dtype
     """
     ratios = []
     for seed in range(5):
-        base, twin = (language_model(family, seed).to(dtype) for _ in range(2))
+        base, other = (language_model(family, seed).to(dtype) for _ in range(2))
         model = with_memory(base)
         images = features(4, 0, 10)
         out = model(image_features=images, **_inputs(family))
@@ -140,8 +140,8 @@ def test_half_precision_base_with_float32_memory(family: str, dtype: torch.dtype
         out.loss.backward()
         mine = [out.logits, *_gradients(model)]
         assert all(g.dtype == torch.float32 for g in mine[1:])
-        exact, exact_gradients = oracle(twin, model, images, **_inputs(family))
-        theirs, their_gradients = oracle(twin, model, images, dtype=dtype, factored=True, **_inputs(family))
+        exact, exact_gradients = oracle(other, model, images, **_inputs(family))
+        theirs, their_gradients = oracle(other, model, images, dtype=dtype, factored=True, **_inputs(family))
         pairs = zip(mine, [theirs.logits, *their_gradients], [exact.logits, *exact_gradients], strict=True)
         ratios.append([ratio for m, t, e in pairs for ratio in _ratios(m, t, e)])
     assert all(statistics.median(column) <= 2 for column in zip(*ratios, strict=True)), ratios
@@ -150,15 +150,15 @@ def test_half_precision_base_with_float32_memory(family: str, dtype: torch.dtype
 @pytest.mark.parametrize("family", ["t5", "t5-gated", "bart"])
 def test_training_keeps_the_familys_own_dropout(family: str) -> None:
     """With its inner dropout on, the FFN runs as it is, so the same seed drops what the plain model drops."""
-    base, twin = language_model(family).double().train(), language_model(family).train()
-    for module in (*base.modules(), *twin.modules()):
+    base, other = language_model(family).double().train(), language_model(family).train()
+    for module in (*base.modules(), *other.modules()):
         if hasattr(module, "activation_dropout"):
             module.activation_dropout = 0.2
     model = with_memory(base)
     torch.manual_seed(5)
     got = model(image_features=features(4, 0, 10), **_inputs(family)).logits
     torch.manual_seed(5)
-    wanted, _ = oracle(twin, model, features(4, 0, 10), **_inputs(family))
+    wanted, _ = oracle(other, model, features(4, 0, 10), **_inputs(family))
     torch.testing.assert_close(got, wanted.logits, **EXACT)
 
 

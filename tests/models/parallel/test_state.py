@@ -13,10 +13,10 @@ from torch import Tensor
 
 from memvp_kernels import MemVPModel
 from memvp_kernels.models.io.state import AdapterState
+from tests.models.parallel.processes import Group
+from tests.models.parallel.test_data_parallel import laid_out, part
+from tests.models.parallel.tiny import batch, language_model, memvp_model, saved_base
 from tests.models.tiny import shuffled
-from tests.scale.processes import Group
-from tests.scale.test_data_parallel import laid_out, part
-from tests.scale.tiny import batch, language_model, memvp_model, saved_base
 
 LAYOUTS = ("ddp", "ddp-memory", "fsdp2-root", "fsdp2-own", "fsdp2-recipe", "tp", "alone")
 
@@ -27,7 +27,7 @@ def _made(layout: str, base: str) -> tuple[Any, Any]:
         model = memvp_model()
         return model, model
     if layout == "tp":
-        from tests.scale.test_tensor_parallel import parallel_model
+        from tests.models.parallel.test_tensor_parallel import parallel_model
 
         model = parallel_model(base)
         return model, model

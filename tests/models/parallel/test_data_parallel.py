@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.scale.processes import Group
-from tests.scale.tiny import (
+from tests.models.parallel.processes import Group
+from tests.models.parallel.tiny import (
     CONFIG,
     Reference,
     adapter_gradients,
@@ -199,9 +199,9 @@ def _sharded_first() -> tuple[dict[str, float], bool, bool]:
     tokens = model.eval().generate(**inputs, **options)
     alone = memvp_model().eval().generate(**inputs, **options)
     with torch.no_grad():
-        restored = model.unload()(input_ids=inputs["input_ids"]).logits
+        unloaded = model.unload()(input_ids=inputs["input_ids"]).logits
         plain = language_model()(input_ids=inputs["input_ids"]).logits
-    return errors, torch.equal(tokens, alone), torch.equal(restored, plain)
+    return errors, torch.equal(tokens, alone), torch.equal(unloaded, plain)
 
 
 def test_a_base_that_was_sharded_before(two: Group) -> None:

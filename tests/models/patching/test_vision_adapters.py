@@ -100,11 +100,11 @@ def test_adapters_are_refused_twice() -> None:
 def test_adapters_are_copied(copied: object) -> None:
     model = vision_model()
     randomise(vision.attach_adapters(model))
-    twin = copied(model)  # type: ignore[operator]
+    other = copied(model)  # type: ignore[operator]
     torch.testing.assert_close(
-        vision_tower.encode(twin, pixels(1)), vision_tower.encode(model, pixels(1)), rtol=0, atol=0
+        vision_tower.encode(other, pixels(1)), vision_tower.encode(model, pixels(1)), rtol=0, atol=0
     )
-    assert twin.encoder.layers[0].mlp.adapter_mlp is not model.encoder.layers[0].mlp.adapter_mlp
+    assert other.encoder.layers[0].mlp.adapter_mlp is not model.encoder.layers[0].mlp.adapter_mlp
 
 
 def test_dropout_is_on_in_training_only() -> None:
