@@ -52,7 +52,7 @@ class Report(NamedTuple):
 
 def environment(runner: str) -> dict[str, str]:
     """Variables for a process with this model runner, "v1" or "v2"."""
-    found = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    found = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), "VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2"))}
     if runner == "v2":
         found |= {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{Path(__file__).parent / 'triton_stub'}"}
     return found
