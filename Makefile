@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h)
 KEPT := --benchmark-storage=file://./out/bench
-CXX_FILES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cu')
+CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cuh' '*.cu')
 
 .PRECIOUS: $(VENV)/.installed-% $(VENV)/triton-%/.installed
 .PHONY: help latency test test-slow test-vllm test-gpu-stack lint format bench bench-compare report gpu-report digits clean

@@ -45,8 +45,11 @@ class Chip:
 
     @property
     def has_pdl(self) -> bool:
-        """Whether a launch may begin while the one before it ends (programmatic dependent launch)."""
-        return self.architecture >= 90
+        """Whether a launch may begin while the one before it ends (programmatic dependent launch): Hopper and sm_100, 103.
+
+        Not sm_120 and 121, where capture into a CUDA graph was reported to fail; csrc/common/launch.h has the same rule.
+        """
+        return self.architecture // 10 in (9, 10)
 
     def seconds(self, cycles: float) -> float:
         return cycles / (self.clock * 1e9)

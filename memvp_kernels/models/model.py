@@ -22,9 +22,9 @@ from memvp_kernels.models.io.pretrained import PretrainedAdapter
 from memvp_kernels.models.memory.images import ImageFeatures, Pixels
 from memvp_kernels.models.memory.projector import Projector
 from memvp_kernels.models.memory.visual_memory import Memory, VisualMemory
+from memvp_kernels.models.offloading import fetch
 from memvp_kernels.models.parallel.data_loading import refuse_cut_images
 from memvp_kernels.models.parallel.fsdp import like_forward
-from memvp_kernels.models.parallel.offloading import fetch
 from memvp_kernels.models.patching.attach import Attachment, attach, check_all_read, detach, hidden_dtype, memory_ffns
 from memvp_kernels.models.patching.mixins import MemoryFFN
 from memvp_kernels.models.patching.vision_adapters import VisionTower

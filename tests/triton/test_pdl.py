@@ -28,8 +28,8 @@ def forgetful() -> Iterator[None]:
         (90, 12_030, False, True),
         (100, 13_000, False, True),
         (103, None, False, True),  # compiled on a machine without a driver
-        (120, 13_000, False, True),
-        (121, 13_000, False, True),
+        (120, 13_000, False, False),
+        (121, 13_000, False, False),
         (90, 12_020, False, False),
         (80, 13_000, False, False),
         (89, 13_000, False, False),

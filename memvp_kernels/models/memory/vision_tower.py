@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memvp_kernels.models.parallel.offloading import execution_device
+from memvp_kernels.models.offloading import execution_device
 
 __all__ = ["blank", "encode", "tower"]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from memvp_kernels.models.config import MemVPConfig
 from memvp_kernels.models.memory.visual_memory import Memory
-from memvp_kernels.models.parallel.offloading import execution_device
+from memvp_kernels.models.offloading import execution_device
 from memvp_kernels.models.patching.families import find_layers
 from memvp_kernels.models.patching.feed_forward import log_opaque
 from memvp_kernels.models.patching.mixins import MemoryFFN, MemoryLanguageModel, MemoryLayer

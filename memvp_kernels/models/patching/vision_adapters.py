@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear  # quantize_ passes over it
 
 from memvp_kernels.models.memory.vision_tower import tower
-from memvp_kernels.models.parallel.offloading import fetch
+from memvp_kernels.models.offloading import fetch
 from memvp_kernels.models.patching.attach import uses_peft
 from memvp_kernels.models.patching.patch import Patch, is_patched, patch, unpatch
 
