@@ -56,7 +56,7 @@ def each(code: Code, pattern: str = "") -> list[tuple[str, Kernel]]:
 BFLOAT16, FLOAT16 = "8BFloat16", "7Float16"
 #: ffn_gemm_kernel<T, GemmKind, kGated>.
 STEP, HIDDEN, OUTPUT, DHIDDEN = "ffn_gemm_kernel", "GemmKindE0", "GemmKindE1", "GemmKindE2"
-RING = r"(hidden|values)_kernelI\w+Li[1-9]E"
+PIPELINE = r"(hidden|values)_kernelI\w+Li[1-9]E"
 SLOW = r"(hidden_kernelI\w+Li0EE|values_kernelI\w+Li0ELb0E|finish_kernelI\w+Lb0E)"
 
 
@@ -91,23 +91,23 @@ def test_no_kernel_spills(every: Code) -> None:
 
 
 def test_two_blocks_fit_a_multiprocessor(code: Code) -> None:
-    """While one block drains its ring, the next launch's fills its own."""
-    for what, kernel in each(code, RING):
+    """While one block drains its pipeline, the next launch's fills its own."""
+    for what, kernel in each(code, PIPELINE):
         assert 2 * BLOCK_THREADS * kernel.registers <= REGISTERS, f"{what} has {kernel.registers} registers"
 
 
 def test_weights_are_read_16_bytes_at_a_time(code: Code) -> None:
-    for what, kernel in each(code, f"{RING}|cooperative_kernel"):
+    for what, kernel in each(code, f"{PIPELINE}|cooperative_kernel"):
         assert kernel.count("LDGSTS", "128") > 0, f"{what}: no asynchronous 16-byte copy"
         assert kernel.count("LDGSTS") == kernel.count("LDGSTS", "128"), f"{what}: narrower asynchronous copies"
     for architecture, kernels in code.items():
         for name, kernel in kernels.items():
-            if not re.search(f"{RING}|{SLOW}", name):
+            if not re.search(f"{PIPELINE}|{SLOW}", name):
                 assert kernel.count("LDG", "128") > 0, f"{architecture} {name}: no 16-byte load"
 
 
 def test_shared_memory_is_read_by_matrices(code: Code) -> None:
-    for what, kernel in each(code, f"{RING}|cooperative_kernel"):
+    for what, kernel in each(code, f"{PIPELINE}|cooperative_kernel"):
         assert kernel.count("LDSM") > 0, f"{what}: no ldmatrix"
     for what, kernel in each(
         code, r"(values|cooperative)_kernelI\w+Li[1-9]E"
@@ -115,7 +115,7 @@ def test_shared_memory_is_read_by_matrices(code: Code) -> None:
         assert kernel.count("LDSM", "MT88") > 0, f"{what}: no ldmatrix.trans"
 
 
-def test_launches_are_chained_where_the_chip_can(code: Code) -> None:
+def test_launches_overlap_where_the_chip_can(code: Code) -> None:
     """Without the wait a kernel that begins early reads what is not there yet; no sm_80 has it, and none begins early."""
     for architecture in code:
         one = {architecture: code[architecture]}

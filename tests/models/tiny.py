@@ -163,7 +163,7 @@ def oracle(
     """The paper's equations on a plain copy of ``base``, added to each FFN by hooks.
 
     K and V are materialised per image, in float64, unless asked otherwise; ``factored`` in a half precision is what plain
-    PyTorch makes of the products in the factored order, the yardstick for that precision.
+    PyTorch makes of the products in the factored order, the tolerance for that precision.
 
     Returns:
         The copy's output, and the gradients that ``output.loss`` (if any) gives p^k, p^v and the projector's parameters.

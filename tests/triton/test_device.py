@@ -185,11 +185,11 @@ def test_memory_is_formed_in_float32_and_rounded_once(dtype: torch.dtype) -> Non
     position = torch.randn(3, 37, device=DEVICE)
     lengths = torch.tensor([3, 0, 2, -1, 9], dtype=torch.int32, device=DEVICE)
     memory[0, 1, 0] = memory[2, 2, 5] = float("nan")
-    formed = materialise_memory(memory, position, lengths, dtype, descriptors=True)
+    rows = materialise_memory(memory, position, lengths, dtype, descriptors=True)
     expected = (memory + position).to(dtype)
     for row, slots in enumerate([3, 0, 2, 0, 0]):
         expected[row, slots:] = 0
-    assert torch.equal(formed.nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert torch.equal(rows.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 def test_memory_that_needs_nothing_is_not_copied() -> None:

@@ -197,8 +197,8 @@ def test_what_is_kept_for_the_backward(form: str) -> None:
         if row < 0:
             continue
         rows, core, position = slice(11 * s, 11 * (s + 1)), a["visual_key"][row], a["key_position"]
-        formed = core.double() if form == "plain" else core.double() @ a["visual_basis"].double()
-        expected[rows] = x[rows].double() @ (formed + position.double()).T
+        key = core.double() if form == "plain" else core.double() @ a["visual_basis"].double()
+        expected[rows] = x[rows].double() @ (key + position.double()).T
         if form == "plain":
             own = products(x[rows], core + position)
         else:

@@ -1,4 +1,4 @@
-"""The kernels on a memory that many calls read: operands formed by the caller, gradients whole and added in place."""
+"""The kernels on a memory that many calls read: operands joined by the caller, gradients whole and added in place."""
 
 from __future__ import annotations
 

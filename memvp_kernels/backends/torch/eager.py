@@ -1,7 +1,6 @@
 """The torch backend: the two branches in plain PyTorch, for any dtype and device. The fallback, the CPU path and the baseline.
 
-No weight is concatenated or copied, products accumulate into the output, and a frozen weight costs nothing. The backward is
-written by hand, so that only the pre-activations are kept, and none of them with ``recompute``.
+No weight is copied, and a frozen one costs nothing. The backward keeps the pre-activations alone, and none with ``recompute``.
 """
 
 from __future__ import annotations
