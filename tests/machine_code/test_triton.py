@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 from memvp_kernels.backends import triton as backend
 from tests.machine_code.checks import KERNELS, Row, complaints
@@ -26,6 +27,10 @@ ARCHITECTURES = (80, 90, 100, 120)
 
 
 def check(architecture: int, *options: str) -> None:
+    if architecture == 120 and triton.__version__.startswith("3.6."):
+        pytest.skip(
+            "Triton 3.6's assembler spills 8 bytes on sm_120 in every kernel that loads by TMA; 3.7 and 3.9 don't"
+        )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     program = [sys.executable, "-m", "tests.machine_code", "--architecture", str(architecture), *options]
     done = subprocess.run(program, env=environment, cwd=ROOT, capture_output=True, text=True)
