@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import CLIPVisionModel
 from vllm.forward_context import get_forward_context
 
 from memvp_kernels.ffn import fused_ffn
 from memvp_kernels.models.io import adapter
 from memvp_kernels.models.memory import vision_tower
 from memvp_kernels.models.memory.visual_memory import VisualMemory
-from memvp_kernels.models.patching.vision_adapters import attach_adapters
+from memvp_kernels.models.patching.vision_adapters import VisionTower
 from memvp_kernels.serving.vllm.folder import ServedFolder
 
 __all__ = ["EngineMemory", "ImageEncoder", "give_memory"]
@@ -34,14 +35,17 @@ class ImageEncoder:
         self, folder: ServedFolder, *, width: int, layers: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         config, state, settings = adapter.load(folder.adapter)
-        prefix = "vision_model."
-        inside = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
         self._dtype = dtype
         self._memory = VisualMemory(config, width=width, layers=layers, dtype=torch.float32, device=device).eval()
-        self._memory.load_state_dict({n: t for n, t in state.items() if not n.startswith(prefix)})
-        self._vision: nn.Module | None = None
+        vision: VisionTower | None = None
         if folder.vision is not None:
-            self._vision = _vision_model(folder, inside, settings, dtype).to(device).eval()
+            clip: nn.Module = CLIPVisionModel.from_pretrained(folder.vision, dtype=dtype)
+            vision = VisionTower(clip.to(device))
+            vision.freeze()
+        else:  # ready features alone: what was trained inside a vision model has no place here
+            state = {name: tensor for name, tensor in state.items() if not name.startswith("vision_model.")}
+        adapter.load_into(adapter.Adapter(self._memory, vision), state, settings)
+        self._vision = None if vision is None else vision.module.eval()
         with torch.no_grad():
             empty = torch.zeros(1, config.num_slots, folder.rank, device=device)
             self.memory = self._memory(core=empty).to(dtype)
@@ -75,21 +79,6 @@ class ImageEncoder:
         return cores
 
 
-def _vision_model(folder: ServedFolder, inside: dict[str, Tensor], settings: dict[str, float], dtype: Any) -> nn.Module:
-    """The CLIP vision model, with the adapters that were trained inside it."""
-    from transformers import CLIPVisionModel
-
-    model: nn.Module = CLIPVisionModel.from_pretrained(folder.vision, dtype=dtype)
-    if inside:
-        width = next(t for n, t in inside.items() if n.endswith("adapter_mlp.fc1.weight")).shape[0]
-        attach_adapters(model, hidden_dim=width, **settings)
-        missing = set(inside) - set(model.state_dict())
-        if missing:
-            raise ValueError(f"the adapter does not fit the vision model: unexpected {sorted(missing)}")
-        model.load_state_dict(inside, strict=False)
-    return model
-
-
 class EngineMemory:
     """Cores and the sequences of a step, in buffers that never move: what a CUDA graph reads, a later step may change.
 
@@ -102,7 +91,6 @@ class EngineMemory:
     def __init__(self, encoder: ImageEncoder, requests: int, device: torch.device) -> None:
         memory = encoder.memory
         self.memory = memory
-        self._requests = requests
         self.no_image = requests
         """The row of a request without an image: a zero core, so that it keeps the positions, as in MemVPModel."""
         self.cores = memory.core.new_zeros(requests + 1, *memory.core.shape[1:])
