@@ -286,15 +286,8 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
             decoder_mask=inputs.get("decoder_attention_mask"),
             encoder_decoder=self.config.is_encoder_decoder,
         )
-        training = [module for module in self.modules() if module.training]
-        try:
-            for module in training:
-                module.training = False
-            with self.observing(recorder):
-                self(input_ids=input_ids, attention_mask=attention_mask, **inputs)
-        finally:
-            for module in training:
-                module.training = True
+        with self.observing(recorder), self._without_dropout():
+            self(input_ids=input_ids, attention_mask=attention_mask, **inputs)
         return recorder.result()
 
     def adapter(self) -> Adapter:
@@ -335,7 +328,9 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
         if self._attachment is None:
             raise RuntimeError("this MemVPModel was unloaded; wrap its language_model again, or call that")
         refuse_cut_images(self, **images._asdict())
-        options = {"backend": self.backend, "recompute": self.recompute, "observer": self._observer()}
+        options: dict[str, Any] = {"backend": self.backend, "recompute": self.recompute, "observer": self._observer()}
+        if not self._drops():
+            options["dropout"] = 0.0
         return self._source().read(samples_of(inputs), images, **options)
 
     def _source(self) -> MemorySource:

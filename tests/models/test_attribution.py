@@ -135,17 +135,32 @@ def test_an_untrained_memory_without_an_image_adds_nothing() -> None:
     assert (model.explain_memory(tokens(2)).shares() == 0).all()
 
 
-def test_the_model_is_left_as_it_was_and_dropout_is_off() -> None:
-    model = wrapped(config=dataclasses.replace(CONFIG, dropout=0.5))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "t5", "bart"])
+def test_training_mode_changes_nothing(family: str, attention: str) -> None:
+    """Nothing is dropped, and no module is seen in another mode, as by a thread that trains meanwhile."""
+    base = language_model(family)
+    base.set_attn_implementation(attention)
+    for module in base.modules():
+        for name in ("attention_dropout", "dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.5)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    model = with_memory(base, dataclasses.replace(CONFIG, dropout=0.5))
+    inputs: dict[str, Any] = {"input_ids": tokens(1), "image_features": features(4)}
+    if base.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens(1, 3)
+    wanted = model.eval().explain_memory(**inputs).slots()
     model.train()
-    model.language_model.model.layers[0].eval()
-    modes = [module.training for module in model.modules()]
-    first = model.explain_memory(tokens(1), image_features=features(4))
-    assert [module.training for module in model.modules()] == modes
-    assert torch.equal(model.explain_memory(tokens(1), image_features=features(4)).shares(), first.shares())
-    with pytest.raises(ValueError, match="width"):
-        model.explain_memory(tokens(1), image_features=[torch.ones(2, 3)])
-    assert [module.training for module in model.modules()] == modes
+    modes: set[bool] = set()
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, _: modes.add(module.training))
+    torch.testing.assert_close(model.explain_memory(**inputs).slots(), wanted)
+    assert modes == {True}
+    with torch.no_grad():
+        first, second = (model(**inputs).logits for _ in range(2))
+    assert not torch.equal(first, second), "dropout is on again"
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3), (3, 8, 8)])

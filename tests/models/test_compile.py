@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.nn.parallel import DistributedDataParallel
 
 from memvp_kernels import MemVPModel
 from tests.models.clip import pixels, vision_model
@@ -83,17 +85,36 @@ def test_the_language_model_compiles_as_generate_does_it() -> None:
     torch.testing.assert_close(got, wanted)
 
 
-def test_one_graph_whichever_images_are_missing(model: MemVPModel) -> None:
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.broadcast_buffers. is deprecated")
+@pytest.mark.parametrize("how", ["torch.compile", "model.compile", "DDP"])
+def test_one_graph_whichever_images_are_missing(model: MemVPModel, how: str, request: pytest.FixtureRequest) -> None:
     """The vision model specialises to a single image, and does not run for none."""
-    compiled = torch.compile(model, fullgraph=True, backend=(counter := CompileCounter()))
+    counter = CompileCounter()
+    compiled: Any = model
+    if how == "torch.compile":
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+    elif how == "model.compile":
+        model.compile(fullgraph=True, backend=counter)
+    else:
+        request.getfixturevalue("one_process")
+        compiled = torch.compile(DistributedDataParallel(model, broadcast_buffers=False), backend=counter)
     features_of_all, pixels_of_all = features(4, 7, 10), pixels(3)
     with torch.no_grad():
         for name, images, graphs in (("image_features", features_of_all, 1), ("pixel_values", pixels_of_all, 2)):
+            if name == "pixel_values" and how != "torch.compile":
+                continue
             counter.frame_count = 0
             for shown in list(itertools.product([True, False], repeat=3))[:-1]:
                 batch = {name: [image if there else None for image, there in zip(images, shown, strict=True)]}
                 got = compiled(**batch, **_inputs()).logits
-                torch.testing.assert_close(got, model(**batch, **_inputs()).logits)
+                torch.testing.assert_close(got, model.forward(**batch, **_inputs()).logits)
             assert counter.frame_count == graphs, name
 
 

@@ -73,7 +73,7 @@ def _seen(batch: dict[str, Any]) -> list[tuple[int, list[float]]]:
     return [(sample, _numbers(images[int(i)])) for sample, i in zip(samples, index, strict=True)]
 
 
-def _train(port: int, kind: str, form: str, accelerator: dict[str, Any]) -> Any:
+def _train(port: int, kind: str, form: str, accelerator: dict[str, Any], accumulate: int = 1) -> Any:
     """What this rank's model was given, or the error."""
     import transformers
     from accelerate.state import AcceleratorState, GradientState
@@ -90,7 +90,8 @@ def _train(port: int, kind: str, form: str, accelerator: dict[str, Any]) -> Any:
     arguments = transformers.TrainingArguments(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=2,
-        max_steps=2,
+        max_steps=2 // accumulate,
+        gradient_accumulation_steps=accumulate,
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
@@ -139,6 +140,16 @@ def test_one_process_that_reads_for_all(two: Group, form: str, kind: str) -> Non
     answers = two.run(_train, free_port(), kind, form, {"dispatch_batches": True})
     if form in TENSORS:
         _check(form, answers)
+    else:
+        assert all("dispatch" in answer for answer in answers), answers
+
+
+@pytest.mark.parametrize("kind", ["MemVPTrainer", "Trainer"])
+def test_an_epoch_of_one_update(two: Group, kind: str) -> None:
+    """Trainer has read the whole epoch before the first forward, and its loader is no longer active."""
+    answers = two.run(_train, free_port(), kind, "list", {}, 2)
+    if kind == "MemVPTrainer":
+        _check("list", answers)
     else:
         assert all("dispatch" in answer for answer in answers), answers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Any
 
@@ -44,4 +45,7 @@ def _dispatched() -> bool:
     state = sys.modules.get("accelerate.state")
     if state is None or not state.GradientState._shared_state or state.PartialState().num_processes == 1:
         return False
-    return type(state.GradientState().active_dataloader).__name__ == "DataLoaderDispatcher"
+    loader = state.GradientState().active_dataloader
+    # Trainer fetches all batches of an update first: after an epoch's last, its loader is no longer the active one
+    loaders = gc.get_objects() if loader is None else [loader]
+    return any(type(found).__name__ == "DataLoaderDispatcher" for found in loaders)

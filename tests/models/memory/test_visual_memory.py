@@ -317,3 +317,29 @@ def test_wide_positions_follow_a_float64_base() -> None:
     assert with_memory(language_model().double()).key_position.dtype == torch.float64
     assert with_memory(language_model().half()).key_position.dtype == torch.float32
     assert isinstance(wrapped().memory.key_position, nn.Parameter)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_core_reads_as_key_and_value_and_its_gradient_is_rounded_once(dtype: torch.dtype) -> None:
+    """As a key it gets -u² and as a value u² rounded to bfloat16; each rounded by itself, they would sum to zero."""
+    u = 1 + 2**-7
+    sizes: dict[str, Any] = {"vision_dim": VISION, "projector_dim": 2, "num_slots": 1, "layers": (0,)}
+    config = MemVPConfig(**sizes, feature_scale=1.0, memory_scale=1.0, dropout=0.0)
+    model = MemVPModel(language_model("t5").bfloat16(), config)
+    model.memory.to(dtype)
+    core = torch.zeros(1, 1, model.projector.rank, dtype=dtype)
+    core[..., 1:3] = torch.tensor([1.015625, -u])
+    core.requires_grad_()
+    x, dy = torch.zeros(1, 1, WIDTH), torch.zeros(1, 1, WIDTH, dtype=torch.bfloat16)
+    x[..., 0], x[..., 1] = u, 1
+    dy[..., 0] = dy[..., 2] = 1
+    with torch.no_grad():
+        for parameter in model.memory.parameters():
+            parameter.zero_()
+        model.projector.fc2.weight[:2] = torch.eye(2)
+        model.projector.fc2.bias[2] = 1
+    _, ffn = model.memory_ffns()[0]
+    ffn.register_forward_pre_hook(lambda *_: x.bfloat16())
+    ffn.register_forward_hook(lambda module, args, y: y.register_hook(lambda _: dy) and None)
+    model(input_ids=tokens(1, 1), labels=tokens(1, 1), visual_core=core).loss.backward()
+    assert core.grad is not None and core.grad[0, 0, 0].item() == -(2**-14)
