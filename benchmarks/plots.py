@@ -37,6 +37,8 @@ def plot_program(document: Document, path: Path | None) -> None:
         if program.endswith("-sweep")
         else plot_roofline
         if program in ("kernels", "decode")
+        else plot_serving
+        if program == "serving"
         else plot_speedups
     )
     if path is not None:
@@ -140,6 +142,51 @@ def plot_roofline(documents: Sequence[Document], path: Path) -> bool:
     axis.set_xlim(left=0)
     axis.set_xlabel("% of the roofline bound of its own form (100: nothing left to gain)")
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(plt, figure, path, documents)
+    return True
+
+
+_SERVED = {
+    "requests_per_s": "requests per second,\nmany at once",
+    "first_token_ms": "time to first token,\none at a time",
+    "per_token_ms": "time per token,\none at a time",
+}
+
+
+def plot_serving(documents: Sequence[Document], path: Path) -> bool:
+    """How many times as good as the prompt form: a panel per size of image, a group of bars per measure, a whisker over the turns."""
+    (document,) = documents
+    plt = _matplotlib()
+    if plt is None:
+        return False
+    sizes = sorted({row["visual_tokens"] for row in document["rows"]})
+    figure, grid = plt.subplots(1, len(sizes), figsize=(5.2 * len(sizes), 3.4), sharey=True, squeeze=False)
+    for axis, size in zip(grid[0], sizes, strict=True):
+        rows = [r for r in document["rows"] if r["visual_tokens"] == size and r["variant"] != "prompt"]
+        for place, row in enumerate(rows):
+            at = [i + 0.4 * (place - 0.5) for i in range(len(_SERVED))]
+            heights = [row[f"{name}_ratio"] for name in _SERVED]
+            spread = [row[f"{name}_spread"] for name in _SERVED]
+            whiskers = [
+                [h - low for h, (low, _) in zip(heights, spread, strict=True)],
+                [high - h for h, (_, high) in zip(heights, spread, strict=True)],
+            ]
+            bars = axis.bar(
+                at,
+                heights,
+                0.36,
+                color={"memory": _OURS}.get(row["variant"], _TEXT),
+                label=row["variant"],
+                yerr=whiskers,
+                error_kw={"lw": 0.8},
+            )
+            axis.bar_label(bars, fmt="%.2f×", fontsize=8, padding=2)
+        axis.axhline(1, color=_PROMPT, lw=1, ls="--")
+        axis.set_xticks(range(len(_SERVED)), list(_SERVED.values()), fontsize=8)
+        axis.set_title(f"{size} visual tokens", loc="left", fontsize=10)
+        axis.margins(y=0.1)
+    grid[0][0].set_ylabel("× the prompt form (more is better)")
+    grid[0][0].legend(fontsize=8)
     _save(plt, figure, path, documents)
     return True
 

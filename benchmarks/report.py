@@ -23,6 +23,7 @@ from typing import Any
 
 import pandas as pd
 import plots
+import serving
 import torch
 from options import commit_of, device_name, slug
 from rows import BASELINES, DIRTY, UNKNOWN_COMMIT, Row, cells, number, table
@@ -116,7 +117,9 @@ def machines(results: Path) -> list[Machine]:
     """
     found = []
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        documents = {path.stem: quotable(path) for path in sorted(folder.glob("*.json"))}
+        documents = {
+            path.stem: quotable(path) for path in sorted(folder.glob("*.json")) if path.stem != serving.PROGRAM
+        }
         if documents:
             found.append(Machine(folder, documents))
     return sorted(found, key=lambda machine: (not machine.is_gpu, machine.folder.name))
@@ -232,6 +235,7 @@ def section(machine: Machine) -> str:
             "faster."
         )
         parts += ["### Whole model, against visual tokens in the prompt", text, table(lines, _HEADLINE, style="pipe")]
+    parts += serving.section(machine.folder)
     pictures = sorted((machine.folder / "plots").glob("*.png"))
     parts += [f"![{picture.stem}](results/{machine.folder.name}/plots/{picture.name})" for picture in pictures]
     lost = losses(machine.rows(*_PROGRAMS))
@@ -377,6 +381,7 @@ def main(arguments: list[str] | None = None) -> int:
         for machine in found:
             for program, document in machine.documents.items():
                 plots.plot_program(document, machine.folder / "plots" / f"{program}.png")
+            serving.draw(machine.folder)
     wanted = {options.report: report(found)}
     if options.readme.exists():
         wanted[options.readme] = with_figures(options.readme.read_text(), figures(found))

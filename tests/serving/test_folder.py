@@ -69,6 +69,9 @@ def test_refusals(tmp_path: Path) -> None:
         export(tmp_path / "base", tmp_path / "base", tmp_path / "b")
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         export(tmp_path / "adapter", tmp_path / "adapter", tmp_path / "c")
+    with pytest.raises(ValueError, match="another folder"):
+        export(tmp_path / "base", tmp_path / "adapter", tmp_path / "base")
+    assert (tmp_path / "base" / "model.safetensors").is_file()
     tiny.model(layers=(2,)).save_pretrained(tmp_path / "deep")
     tiny.model(sizes={"num_hidden_layers": 2}).language_model.save_pretrained(tmp_path / "shallow")
     with pytest.raises(ValueError, match="layers"):

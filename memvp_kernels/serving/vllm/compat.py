@@ -32,13 +32,15 @@ def check_config(config: Any) -> None:
         config: vLLM's VllmConfig.
 
     Raises:
-        ValueError: pipeline parallelism, a KV connector, micro-batches, or CUDA graphs of the whole model under runner V1.
+        ValueError: pipeline or prefill context parallelism, a KV connector, micro-batches, or CUDA graphs of the whole model under runner V1.
     """
     parallel = config.parallel_config
     if parallel.pipeline_parallel_size > 1:
         raise _refused("pipeline parallelism", "the images reach the first stage only; use tensor parallelism")
-    if parallel.enable_dbo:
-        raise _refused("micro-batches (enable_dbo)", "the rows of a step are bound to images once; switch them off")
+    if parallel.prefill_context_parallel_size > 1:
+        raise _refused("prefill context parallelism", "a rank sees a part of the step's rows; use tensor parallelism")
+    if parallel.use_ubatching:
+        raise _refused("micro-batches (DBO)", "the rows of a step are bound to images once; switch them off")
     if config.kv_transfer_config is not None:
         raise _refused(
             "a KV connector or KV offload", "a KV cache from elsewhere comes without its image; switch it off"

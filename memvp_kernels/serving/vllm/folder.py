@@ -150,6 +150,8 @@ def _local(model: str, patterns: list[str] | None) -> Path:
 
 def _place(source: Path, target: Path, *, copy: bool) -> None:
     """The files of one folder in another, by link or copy; subfolders (other formats of the same weights) stay behind."""
+    if target.resolve() == source.resolve():
+        raise ValueError(f"{target} is written, so it can't be read from as well; name another folder to serve")
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if not file.is_file():

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,20 +52,27 @@ class Report(NamedTuple):
 
 def environment(runner: str) -> dict[str, str]:
     """Variables for a process with this model runner, "v1" or "v2"."""
-    found = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), "VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2"))}
-    if runner == "v2":
-        found |= {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{Path(__file__).parent / 'triton_stub'}"}
-    return found
+    paths = [ROOT, Path(__file__).parent / "triton_stub"][: 1 + (runner == "v2")]
+    found = {**os.environ, **ENVIRONMENT, "VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2"))}
+    found["PYTHONPATH"] = os.pathsep.join([*map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return found | ({"TRITON_INTERPRET": "1"} if runner == "v2" else {})
 
 
 def answers(
-    folder: Path, rounds: Sequence[Sequence[Request]], *, tokens: int, runner: str = "v1", **options: Any
+    folder: Path,
+    rounds: Sequence[Sequence[Request]],
+    *,
+    tokens: int,
+    runner: str = "v1",
+    variables: Mapping[str, str] | None = None,
+    **options: Any,
 ) -> Report:
     """Greedy float32 answers of an engine that serves `folder`.
 
     Args:
         tokens: of every answer.
-        options: of vLLM's LLM.
+        variables: environment variables of the engine.
+        options: of vLLM's LLM; and `image_cache`, how many images its encoder's cache holds, which vLLM has no option for.
     """
     with tempfile.TemporaryDirectory() as scratch:
         asked, said = Path(scratch, "asked.pt"), Path(scratch, "said.json")
@@ -80,7 +87,9 @@ def answers(
             str(tokens),
             json.dumps(defaults | options),
         ]
-        done = subprocess.run(command, env=environment(runner), capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(
+            command, env=environment(runner) | dict(variables or {}), capture_output=True, text=True, cwd=ROOT
+        )
         log = done.stdout + done.stderr
         assert done.returncode == 0, log[-4000:]
         found = json.loads(said.read_text())
@@ -90,8 +99,13 @@ def answers(
 
 def _main(folder: str, asked: str, said: str, tokens: str, options: str) -> None:
     from vllm import LLM, SamplingParams
+    from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 
-    llm = LLM(model=folder, skip_tokenizer_init=True, dtype="float32", disable_log_stats=False, **json.loads(options))
+    given = json.loads(options)
+    if "image_cache" in given:
+        images, made = given.pop("image_cache"), EncoderCacheManager.__init__
+        EncoderCacheManager.__init__ = lambda self, cache_size: made(self, images)
+    llm = LLM(model=folder, skip_tokenizer_init=True, dtype="float32", disable_log_stats=False, **given)
     sampling = SamplingParams(temperature=0, max_tokens=int(tokens), detokenize=False, ignore_eos=True)
     rounds = []
     for requests in torch.load(asked):

@@ -57,7 +57,7 @@ def test_every_family(family: str, runner: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_two_hundred_requests(runner: str, tmp_path: Path) -> None:
-    """In random order over a KV cache that holds few of them: preemption, eviction, images that come back."""
+    """In random order over a KV cache that holds few of them, and an encoder cache of two images: preemption, eviction, images that come back."""
     model = tiny.model()
     save_for_vllm(model, tmp_path)
     images, order = [None, *tiny.images(12)], random.Random(0)
@@ -76,6 +76,8 @@ def test_two_hundred_requests(runner: str, tmp_path: Path) -> None:
         block_size=32,
         max_num_batched_tokens=32,
         max_model_len=100,
+        image_cache=2,
+        mm_processor_cache_gb=0,
     )
     assert_equal(model, rounds, report)
     assert report.preemptions > 0 and any(a.cached for a in report.rounds[1])
