@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from memvp_kernels.checks import INTEGERS, TENSORS, Options, autocast_dtype, check_values
+from memvp_kernels.batched_gradients import one_by_one
+from memvp_kernels.checks import INTEGERS, TENSORS, Options, autocast_dtype
 from memvp_kernels.dispatch import choose
+from memvp_kernels.feature_map import needs_of_backend, with_key, with_key_gradients
 from memvp_kernels.problem import BEHIND_PRE, BEHIND_SCORES, BEHIND_VISUAL, SHARED, Problem, normalize
+from memvp_kernels.value_checks import check_values
 
 __all__ = [
     "ACCUMULATORS", "KEEP_HIDDEN", "KEEP_SCORES", "Dequantize", "call_directly", "can_bypass_dispatcher", "draw_seed", "gradient_like",
-    "join_memory", "kept", "one_by_one", "run_backward", "run_forward", "split_memory",
+    "join_memory", "kept", "run_backward", "run_forward", "split_memory", "without_autocast",
 ]  # fmt: skip
 
 #: What the forward keeps for the backward, as bits.
@@ -88,10 +91,19 @@ def _prepare(tensors: _Tensors, options: Options, training: bool) -> tuple[Probl
     if any(tensors[name] is not None for name in INTEGERS):
         check_values(tensors)
     problem = normalize(tensors, options.scalars, options.autocast)
-    return problem, choose(problem, options.backend, training=training)
+    module = choose(problem, options.backend, training=training)
+    if _lacks_key(problem) and problem.rows:
+        with without_autocast(problem.x.device, options.autocast):
+            problem = with_key(problem)
+    return problem, module
 
 
-def _without_autocast(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
+def _lacks_key(problem: Problem) -> bool:
+    """Whether the problem has a feature map, and φ(Kv) is still to be formed."""
+    return problem.visual_map is not None and problem.has_memory and problem.key_operand is None
+
+
+def without_autocast(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
     """The problem's tensors are cast already; inside a backend every dtype is meant."""
     return nullcontext() if autocast is None else torch.autocast(device.type, enabled=False)
 
@@ -103,7 +115,7 @@ def _run(
     x = problem.x
     if x.shape[0] == 0:
         return x.new_empty(shape), None, None
-    with _without_autocast(x.device, options.autocast):
+    with without_autocast(x.device, options.autocast):
         y, pre, scores = module.forward(
             problem, save_hidden=bool(keep & KEEP_HIDDEN), save_scores=bool(keep & KEEP_SCORES)
         )
@@ -156,10 +168,14 @@ def run_backward(
     given = {n: t for n, t in (sums or {}).items() if t is not None}
     grads: dict[str, Tensor] = {}
     if problem.rows and known:
-        with _without_autocast(grad.device, autocast_dtype(grad.device)):
+        with without_autocast(grad.device, autocast_dtype(grad.device)):
             module = module or choose(problem, options.backend, training=True)
             flat = grad.resolve_neg().reshape(problem.rows, problem.width)
-            grads = module.backward(problem, flat, tensors.get("pre"), tensors.get("scores"), known, given)
+            keyless = _lacks_key(problem)
+            needs = needs_of_backend(known) if keyless else known
+            problem = with_key(problem) if keyless else problem
+            grads = module.backward(problem, flat, tensors.get("pre"), tensors.get("scores"), needs, given)
+            grads = with_key_gradients(problem, grads, known) if keyless else grads
     out = {}
     for name, known_as in names.items():
         like, dtype = gradient_like(name, tensors)
@@ -371,26 +387,3 @@ class _Gradients(torch.autograd.Function):
             for i in range(info.batch_size)
         ]
         return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(step.wanted)
-
-
-def one_by_one(function: Callable[..., Sequence[Tensor]], given: Sequence[Tensor | None]) -> Sequence[Tensor]:
-    """`function(*given)`, once for each member of a batch of gradients.
-
-    `torch.autograd.grad(is_grads_batched=True)` and `jacobian(vectorize=True)` batch with PyTorch's older vmap, for which neither a
-    custom op nor an autograd function can have a rule.
-    """
-    batched = [t for t in given if t is not None and torch._C._functorch.is_legacy_batchedtensor(t)]
-    if not batched:
-        return function(*given)
-    # A tensor without a batch at this level is expanded to the size given here, which no batch has.
-    level = next(n for n in range(1, 64) if torch._remove_batch_dim(batched[0], n, 0, 0).shape[0])
-    size = torch._remove_batch_dim(batched[0], level, 0, 0).shape[0]
-    members = [
-        t if not any(t is b for b in batched) else torch._remove_batch_dim(t, level, size, 0)  # type: ignore[arg-type]
-        for t in given
-    ]
-    calls = [
-        one_by_one(function, [m[i] if m is not None and m is not t else t for m, t in zip(members, given, strict=True)])
-        for i in range(size)
-    ]
-    return tuple(torch._add_batch_dim(torch.stack(parts), 0, level) for parts in zip(*calls, strict=True))

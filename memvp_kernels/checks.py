@@ -7,7 +7,6 @@ and shapes are checked at every call; values of integer tensors only where they 
 from __future__ import annotations
 
 import numbers
-import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,7 +16,10 @@ from torch import Tensor
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
+    "FEATURE_MAPS",
+    "IDENTITY",
     "INTEGERS",
+    "SCALARS",
     "TENSORS",
     "Options",
     "autocast_dtype",
@@ -25,11 +27,16 @@ __all__ = [
     "check",
     "check_scalars",
     "check_tensors",
-    "check_values",
 ]
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+#: A visual activation that is none.
+IDENTITY = "identity"
+FEATURE_MAPS = ("silu",)
 BACKENDS = ("auto", "torch", "triton", "cuda")
+
+#: What `check_scalars` returns, in this order.
+SCALARS = ("activation", "visual_activation", "visual_map", "visual_drop", "visual_scale", "dropout_p")
 
 #: Every tensor argument in the operator's order; those up to residual may be differentiated.
 TENSORS = (
@@ -80,7 +87,7 @@ class Options(NamedTuple):
     """What a checked call is besides its tensors.
 
     Attributes:
-        scalars: activation, visual_activation, visual_scale and dropout_p, as :class:`memvp_kernels.problem.Problem` takes them.
+        scalars: names and numbers, those of `SCALARS`.
         recompute: keep nothing for the backward that it can compute again.
         backend: as asked for.
         autocast: the dtype that autocast casts to; None outside it.
@@ -92,65 +99,75 @@ class Options(NamedTuple):
     autocast: torch.dtype | None
 
 
-def check(
-    tensors: Tensors,
-    *,
-    activation: str,
-    visual_activation: str | None,
-    visual_scale: float,
-    dropout_p: float,
-    recompute: bool,
-    backend: str,
-) -> Options:
+def check(tensors: Tensors, *, recompute: bool, backend: str, **scalars: Any) -> Options:
     """Everything about a call that needs no value of a tensor.
 
-    Raises:
-        TypeError, ValueError: as `check_scalars` and `check_tensors`.
-    """
-    scalars = check_scalars(activation, visual_activation, visual_scale, dropout_p, recompute, backend)
-    x = tensors["x"]
-    autocast = autocast_dtype(x.device) if isinstance(x, Tensor) else None
-    check_tensors(tensors, autocast)
-    return Options(scalars, recompute, backend, autocast)
-
-
-def check_scalars(
-    activation: str, visual_activation: str | None, visual_scale: float, dropout_p: float, recompute: bool, backend: str
-) -> dict[str, Any]:
-    """Names and numbers.
-
-    Returns:
-        `Options.scalars`, the numbers as Python's own.
+    Args:
+        scalars: the arguments of :func:`check_scalars`.
 
     Raises:
-        TypeError: a number or flag of another type.
-        ValueError: an unknown name, or a probability outside [0, 1].
+        TypeError, ValueError: as `check_scalars` and `check_tensors`, or of `recompute` and `backend`.
     """
-    for argument, name in (("activation", activation), ("visual_activation", visual_activation)):
-        if name not in ACTIVATIONS and not (name is None and argument == "visual_activation"):
-            raise ValueError(
-                f"{argument}: wanted one of {', '.join(ACTIVATIONS)}, got {name!r}; 'gelu' is the erf form, 'gelu_tanh' its approximation"
-            )
+    checked = check_scalars(**scalars)
     if backend not in BACKENDS:
         raise ValueError(
             f"backend: wanted one of {', '.join(BACKENDS)}, got {backend!r}; 'auto' takes the fastest that this machine has"
         )
-    scale, probability = _number("visual_scale", visual_scale), _number("dropout_p", dropout_p)
-    if not 0.0 <= probability <= 1.0:
-        raise ValueError(f"dropout_p: wanted a probability in [0, 1], got {dropout_p}; 0.0 drops nothing")
     if not isinstance(recompute, bool):
         raise TypeError(
             f"recompute: wanted a bool, got {type(recompute).__name__}; True keeps x instead of the pre-activations"
         )
+    x = tensors["x"]
+    autocast = autocast_dtype(x.device) if isinstance(x, Tensor) else None
+    check_tensors(tensors, autocast)
+    return Options(checked, recompute, backend, autocast)
+
+
+def check_scalars(
+    *,
+    activation: str,
+    visual_activation: str | None,
+    visual_map: str | None,
+    visual_drop: float,
+    visual_scale: float,
+    dropout_p: float,
+) -> dict[str, Any]:
+    """The arguments by name, numbers as Python's own, as :class:`memvp_kernels.problem.Problem` takes them.
+
+    Raises:
+        TypeError: a number of another type.
+        ValueError: an unknown name, or a probability or share out of its range.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation: wanted one of {', '.join(ACTIVATIONS)}, got {activation!r}; 'gelu' is the erf form, 'gelu_tanh' its approximation"
+        )
+    if visual_activation is not None and visual_activation not in (*ACTIVATIONS, IDENTITY):
+        raise ValueError(
+            f"visual_activation: wanted one of {', '.join(ACTIVATIONS)}, {IDENTITY}, got {visual_activation!r}; None takes activation"
+        )
+    if visual_map is not None and visual_map not in FEATURE_MAPS:
+        raise ValueError(
+            f"visual_map: wanted None or {', '.join(map(repr, FEATURE_MAPS))}, got {visual_map!r}; None takes x and the memory as they are"
+        )
+    share = _number("visual_drop", visual_drop, "a share of the slots")
+    if not 0.0 <= share < 1.0:
+        raise ValueError(f"visual_drop: wanted a share in [0, 1), got {visual_drop}; 0.0 drops nothing")
+    scale = _number("visual_scale", visual_scale, "a trainable scale belongs into visual_value")
+    probability = _number("dropout_p", dropout_p, "a probability")
+    if not 0.0 <= probability <= 1.0:
+        raise ValueError(f"dropout_p: wanted a probability in [0, 1], got {dropout_p}; 0.0 drops nothing")
     return {
         "activation": activation,
         "visual_activation": visual_activation or activation,
+        "visual_map": visual_map,
+        "visual_drop": share,
         "visual_scale": scale,
         "dropout_p": probability,
     }
 
 
-def _number(argument: str, number: Any) -> float:
+def _number(argument: str, number: Any, way_out: str) -> float:
     """A Python float, from whatever `float` takes but text and tensors."""
     if isinstance(number, (torch.SymFloat, torch.SymInt)):
         return number  # type: ignore[return-value]
@@ -164,9 +181,7 @@ def _number(argument: str, number: Any) -> float:
         raise ValueError(f"{argument}: wanted a number that fits a float, got {number}; scale visual_value") from None
     except (TypeError, ValueError):
         pass
-    raise TypeError(
-        f"{argument}: wanted a Python number, got {type(number).__name__}; a trainable scale belongs into visual_value"
-    )
+    raise TypeError(f"{argument}: wanted a Python number, got {type(number).__name__}; {way_out}")
 
 
 # Asked once: torch.compile of PyTorch 2.10 and 2.11 can't trace the question.
@@ -355,39 +370,3 @@ def _check_memory(x: Tensor, tensors: Tensors, sequences: int | None) -> None:
             key,
             "or say with visual_index which row each sequence reads",
         )
-
-
-def check_values(tensors: Tensors) -> None:
-    """Ranges of the integer tensors: on a CPU always, on a GPU (where it synchronizes) only under ``MEMVP_CHECK=1``.
-
-    They are read as they were given, so an offset of a text-only call or an index into an empty memory is judged too.
-
-    Raises:
-        ValueError: an index, a length or an offset out of range.
-    """
-    x, key = tensors["x"], tensors["visual_key"]
-    if all(tensors[name] is None for name in INTEGERS):
-        return
-    assert x is not None
-    kind = x.device.type
-    if kind == "meta" or (kind != "cpu" and os.environ.get("MEMVP_CHECK") != "1"):
-        return
-    if key is not None:
-        memories, slots = key.shape[0] if key.dim() == 3 else 1, key.shape[-2]
-        for name, low, high, way_out in (
-            ("visual_index", -1, memories - 1, "-1 means no memory"),
-            ("visual_lengths", 0, slots, "it counts valid slots of a memory row"),
-        ):
-            t = tensors[name]
-            if t is not None and t.numel():
-                least, most = (int(v) for v in torch.aminmax(t))
-                if least < low or most > high:
-                    raise ValueError(f"{name}: wanted values in {low}..{high}, got {least}..{most}; {way_out}")
-    cu_seqlens = tensors["cu_seqlens"]
-    if cu_seqlens is not None:
-        offsets, rows = [int(c) for c in cu_seqlens.tolist()], x.shape[0]
-        if offsets[0] != 0 or offsets[-1] != rows or any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
-            shown = str(offsets) if len(offsets) <= 12 else f"{offsets[:6]} … {offsets[-3:]}"
-            raise ValueError(
-                f"cu_seqlens: wanted offsets rising from 0 to N = {rows}, got {shown}; sequence i is x[cu[i]:cu[i+1]]"
-            )

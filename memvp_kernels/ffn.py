@@ -27,6 +27,8 @@ def fused_ffn(
     value_position: Tensor | None = None,
     activation: str = "silu",
     visual_activation: str | None = None,
+    visual_map: str | None = None,
+    visual_drop: float = 0.0,
     visual_scale: float = 1.0,
     dropout_p: float = 0.0,
     visual_lengths: Tensor | None = None,
@@ -50,6 +52,16 @@ def fused_ffn(
     products are taken in the order (x Wᵀ) Aᵀ and (visual A) W. Sizes: S sequences of T tokens of width d, F key-value pairs, R
     memory rows (images) of M slots, rank r.
 
+    Two methods that put an image into the FFN as well take another score: ADEM-VL (arXiv 2410.17779) maps both sides by φ and drops a
+    token's lowest scores, MemVR (arXiv 2410.03577) takes the scores as they are, or their activation::
+
+        scores = φ(x) φ(Kv)ᵀ                        visual_map; the FFN itself reads x
+        visual = dropout(vact(scores) ⊙ [scores ≥ θ])
+
+    θ is a token's own: the (int(visual_drop · m) + 1)-th lowest of its scores over the m valid slots of its image, as they are kept for
+    the backward. Lower ones are zeroed, ties stay, and nothing is rescaled, in training and inference alike; to the gradient the mask is
+    a constant. Under a φ the key of a factored memory is multiplied out, for each image; its values stay factored.
+
     Args:
         x: (S, T, d); or packed (N, d) with `cu_seqlens`; without memory per sequence any (…, d).
             float32, float16, bfloat16, or float64 (torch backend).
@@ -64,7 +76,9 @@ def fused_ffn(
         key_bias, gate_bias: (F,). value_bias: (d,).
         key_position, value_position: (M, d), added to every memory row.
         activation: "relu", "gelu" (erf), "gelu_tanh" or "silu".
-        visual_activation: the same names; default: `activation`.
+        visual_activation: the same names, or "identity"; default: `activation`.
+        visual_map: φ of the visual scores, "silu" or None.
+        visual_drop: the share of a token's slots to be zeroed, in [0, 1).
         visual_scale: s, a number.
         dropout_p: probability of dropping a visual activation, at every call with p > 0; the mask follows `torch.manual_seed`.
         visual_lengths: (R,) int32 or int64, the valid slots of each memory row, 0 to M; default M.
@@ -108,8 +122,8 @@ def fused_ffn(
         "cu_seqlens": cu_seqlens,
     }
     options = check(
-        tensors, activation=activation, visual_activation=visual_activation, visual_scale=visual_scale, dropout_p=dropout_p,
-        recompute=recompute, backend=backend,
+        tensors, recompute=recompute, backend=backend, activation=activation, visual_activation=visual_activation, visual_map=visual_map,
+        visual_drop=visual_drop, visual_scale=visual_scale, dropout_p=dropout_p,
     )  # fmt: skip
     out = call_directly(tensors, options)
     return call_op(tensors, options) if out is None else out[0]

@@ -73,6 +73,9 @@ class Problem:
 
     A factored memory that many calls read comes in x's dtype with key_operand [visual_basis; key_position] and value_operand
     [visual_basis; value_position] (r + M, d), contiguous, of which basis and positions are views; visual_key is visual_value then.
+
+    Under a visual_map key_operand is φ(Kv) (R, M, d) in x's dtype, and backends read no other part of the key. A gradient of
+    visual_basis or core is then the values' share alone: :mod:`memvp_kernels.feature_map` adds the key's.
     """
 
     x: Tensor
@@ -94,6 +97,8 @@ class Problem:
     visual_activation: str
     visual_scale: float
     dropout_p: float
+    visual_map: str | None = None
+    visual_drop: float = 0.0
     key_operand: Tensor | None = None
     value_operand: Tensor | None = None
 

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["activate", "ffn", "sequences"]
+__all__ = ["activate", "ffn", "sequences", "stays"]
 
 
 def activate(name: str, z: Tensor) -> Tensor:
@@ -23,7 +23,15 @@ def activate(name: str, z: Tensor) -> Tensor:
         return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
     if name == "silu":
         return z * torch.sigmoid(z)
+    if name == "identity":
+        return z
     raise ValueError(f"no activation called {name!r}")
+
+
+def stays(scores: Tensor, drop: float) -> Tensor:
+    """[score ≥ θ] of scores (rows, valid slots), where int(drop · slots) scores of a row lie below θ unless there are ties."""
+    rank = int(drop * scores.shape[1])
+    return scores >= scores.sort(dim=1).values[:, rank : rank + 1]
 
 
 def sequences(
@@ -63,6 +71,8 @@ def ffn(
     value_position: Tensor | None = None,
     activation: str = "silu",
     visual_activation: str | None = None,
+    visual_map: str | None = None,
+    visual_drop: float = 0.0,
     visual_scale: float = 1.0,
     visual_lengths: Tensor | None = None,
     visual_index: Tensor | None = None,
@@ -112,7 +122,9 @@ def ffn(
                 k = k if key_position is None else k + wide(key_position)
                 v = v if value_position is None else v + wide(value_position)
                 slots = k.shape[0] if visual_lengths is None else int(visual_lengths[row])
-                visual = activate(vact, rows[first:end] @ k[:slots].T)
+                q, k = rows[first:end], k[:slots]
+                scores = q @ k.T if visual_map is None else activate(visual_map, q) @ activate(visual_map, k).T
+                visual = activate(vact, scores) * stays(scores, visual_drop)
                 if keep is not None:
                     visual = visual * keep[first:end, :slots] / (1 - dropout_p) if dropout_p < 1 else visual * 0
                 part = visual_scale * (visual @ v[:slots])

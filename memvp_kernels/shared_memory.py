@@ -16,8 +16,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from memvp_kernels.autograd import ACCUMULATORS, Dequantize, call_directly
+from memvp_kernels.autograd import ACCUMULATORS, Dequantize, call_directly, without_autocast
 from memvp_kernels.checks import TENSORS, autocast_dtype, cast_dtype, check
+from memvp_kernels.feature_map import key_of, mapped
 from memvp_kernels.problem import contain, known_finite
 from memvp_kernels.torch_op import call_op
 
@@ -34,11 +35,20 @@ class SharedMemory:
         basis: (r, d).
         key_position, value_position: (M, d); or (calls, M, d), a pair for each caller.
         dtype: the one that most calls will need.
+        visual_map: the operator's. φ(Kv) is then formed here, for all calls.
     """
 
     def __init__(
-        self, core: Tensor, basis: Tensor, key_position: Tensor, value_position: Tensor, dtype: torch.dtype
+        self,
+        core: Tensor,
+        basis: Tensor,
+        key_position: Tensor,
+        value_position: Tensor,
+        dtype: torch.dtype,
+        *,
+        visual_map: str | None = None,
     ) -> None:
+        self.visual_map = visual_map
         self._rank = basis.shape[0]
         self._layered = key_position.dim() == 3
         self._core = _wide(core)
@@ -46,6 +56,9 @@ class SharedMemory:
         # The backward of a slice for every caller would fill and add the whole of it for every caller.
         self._keys = self._key.unbind() if self._layered else (self._key,)
         self._values = self._value.unbind() if self._layered else (self._value,)
+        if visual_map is not None:
+            with without_autocast(core.device, autocast_dtype(core.device)):
+                self._keys = tuple(self._mapped(self._core, key) for key in self._keys)
         self._operands = {(dtype, False): self._cast(dtype, False)}
         self._open = True
         self._callers: set[int] = set()
@@ -55,8 +68,18 @@ class SharedMemory:
         core, key, value = (t.detach().to(dtype) for t in (self._core, self._key, self._value))
         pairs = zip(key.unbind(), value.unbind(), strict=True) if self._layered else [(key, value)]
         found = [self._parts(core, key, value) for key, value in pairs]
-        contained = not partial or core.numel() == 0 or known_finite(key, value)
-        return found if contained else [self._contained(parts) for parts in found]
+        if partial and core.numel() > 0 and not known_finite(key, value):
+            found = [self._contained(parts) for parts in found]
+        if self.visual_map is not None:
+            # An image's own, so nothing of it is to be contained.
+            found = [
+                dict(parts, key_operand=key.detach().to(dtype)) for parts, key in zip(found, self._keys, strict=True)
+            ]
+        return found
+
+    def _mapped(self, core: Tensor, key: Tensor) -> Tensor:
+        """φ(Kv) (R, M, d) in float32 at least, from [W; p^k]."""
+        return mapped(key_of(core, key[: self._rank], key[self._rank :]))
 
     def _parts(self, core: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
         return {
@@ -77,7 +100,7 @@ class SharedMemory:
         return self._parts(core, *(_joined(basis, position) for position in positions))
 
     def operands(self, caller: int, dtype: torch.dtype, partial: bool) -> dict[str, Tensor]:
-        """The operator's arguments by name; [W; p] are (r + M, d) and contiguous, and their parts are views.
+        """The operator's arguments by name; [W; p] are (r + M, d) and contiguous, and their parts are views. φ(Kv) takes the place of [W; p^k].
 
         Args:
             caller: this FFN's position.
@@ -134,6 +157,8 @@ def fused_ffn_shared(
     visual_index: Tensor | None,
     residual: Tensor | None = None,
     activation: str,
+    visual_activation: str | None = None,
+    visual_drop: float = 0.0,
     visual_scale: float,
     dropout_p: float,
     recompute: bool,
@@ -143,7 +168,7 @@ def fused_ffn_shared(
     """:func:`memvp_kernels.fused_ffn` over a shared memory.
 
     Args:
-        x, visual_index, residual, activation, visual_scale, dropout_p, recompute, backend: the operator's.
+        x, visual_index, residual, activation, visual_activation, visual_drop, visual_scale, dropout_p, recompute, backend: the operator's.
         weights: key, value, gate and the biases; none for the visual branch alone, or with `dequantize`.
         memory: of this forward.
         caller: this FFN's position among those that read the memory.
@@ -163,8 +188,8 @@ def fused_ffn_shared(
             memory.operands(caller, cast_dtype("x", x.dtype, autocast_dtype(x.device)), visual_index is not None)
         )
     options = check(
-        tensors, activation=activation, visual_activation=None, visual_scale=visual_scale, dropout_p=dropout_p, recompute=recompute,
-        backend=backend,
+        tensors, recompute=recompute, backend=backend, activation=activation, visual_activation=visual_activation,
+        visual_map=memory.visual_map, visual_drop=visual_drop, visual_scale=visual_scale, dropout_p=dropout_p,
     )  # fmt: skip
     tensors.update(zip(ACCUMULATORS, memory.accumulators(caller), strict=True))
     out = call_directly(tensors, options, dequantize)

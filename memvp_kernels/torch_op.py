@@ -25,12 +25,12 @@ from memvp_kernels.autograd import (
     gradient_like,
     join_memory,
     kept,
-    one_by_one,
     run_backward,
     run_forward,
     split_memory,
 )
-from memvp_kernels.checks import TENSORS, Options, cast_dtype
+from memvp_kernels.batched_gradients import one_by_one
+from memvp_kernels.checks import SCALARS, TENSORS, Options, cast_dtype
 from memvp_kernels.dispatch import require
 from memvp_kernels.problem import has_slots
 
@@ -40,8 +40,7 @@ __all__ = ["backward_op", "call_op", "forward_op", "pack", "unpack"]
 _CROSSING = (*TENSORS, "memory", "seed", "pre", "scores", "key_operand", "value_operand", *ACCUMULATORS)
 #: Part of what crosses, in the bits above: PyTorch's caches of compiled graphs on disk know an op by its arguments, not by this file.
 #: To be raised with every change of `_CROSSING` or of what an op means.
-_LAYOUT = 2 << len(_CROSSING)
-_SCALARS = ("activation", "visual_activation", "visual_scale", "dropout_p")
+_LAYOUT = 3 << len(_CROSSING)
 
 
 def call_op(tensors: dict[str, Tensor | None], options: Options) -> Tensor:
@@ -103,7 +102,7 @@ def unpack(tensors: Sequence[Tensor], present: int) -> dict[str, Tensor | None]:
 
 
 def _options(scalars: Sequence[Any], backend: str, autocast: torch.dtype | None) -> Options:
-    return Options(dict(zip(_SCALARS, scalars, strict=True)), False, backend, autocast)
+    return Options(dict(zip(SCALARS, scalars, strict=True)), False, backend, autocast)
 
 
 def _wanted(bits: int) -> list[str]:
@@ -155,6 +154,8 @@ def forward_op(
     present: int,
     activation: str,
     visual_activation: str,
+    visual_map: str | None,
+    visual_drop: float,
     visual_scale: float,
     dropout_p: float,
     keep: int,
@@ -164,7 +165,8 @@ def forward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, pre-activations or empty, scores or empty); `keep` is a sum of `KEEP_HIDDEN` and `KEEP_SCORES`."""
     bound = unpack(tensors, present)
-    options = _options((activation, visual_activation, visual_scale, dropout_p), backend, autocast)
+    scalars = (activation, visual_activation, visual_map, visual_drop, visual_scale, dropout_p)
+    options = _options(scalars, backend, autocast)
     y, *saved = run_forward(bound, options, keep, training)
     pre, scores = (
         y.new_empty(shape) if t is None else t for t, shape in zip(saved, _kept_shapes(bound, keep), strict=True)
@@ -178,6 +180,8 @@ def _(
     present: int,
     activation: str,
     visual_activation: str,
+    visual_map: str | None,
+    visual_drop: float,
     visual_scale: float,
     dropout_p: float,
     keep: int,
@@ -207,6 +211,8 @@ def backward_op(
     present: int,
     activation: str,
     visual_activation: str,
+    visual_map: str | None,
+    visual_drop: float,
     visual_scale: float,
     dropout_p: float,
     needs: int,
@@ -215,7 +221,8 @@ def backward_op(
 ) -> list[Tensor]:
     """The gradients of the tensors whose bit is set in `needs`, in the order of `_CROSSING`."""
     bound = unpack(tensors, present)
-    options = _options((activation, visual_activation, visual_scale, dropout_p), backend, autocast)
+    scalars = (activation, visual_activation, visual_map, visual_drop, visual_scale, dropout_p)
+    options = _options(scalars, backend, autocast)
     return list(run_backward(grad, bound, options, _wanted(needs)).values())
 
 
@@ -226,6 +233,8 @@ def _(
     present: int,
     activation: str,
     visual_activation: str,
+    visual_map: str | None,
+    visual_drop: float,
     visual_scale: float,
     dropout_p: float,
     needs: int,
@@ -260,7 +269,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    rest = (None,) * 9
+    rest = (None,) * 11
     names = _wanted(ctx.present)
     if grad is None:
         return [None] * len(names), *rest

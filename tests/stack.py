@@ -18,10 +18,17 @@ Arguments = dict[str, Any]
 
 
 def arguments(
-    dtype: torch.dtype, *, index: bool = False, alone: bool = False, gated: bool = True, M: int = 7, R: int = 3
+    dtype: torch.dtype,
+    *,
+    index: bool = False,
+    alone: bool = False,
+    gated: bool = True,
+    M: int = 7,
+    R: int = 3,
+    **method: Any,
 ) -> Arguments:
-    """x, the layers' weights as key0, key1, …, the memory (float32 under a half-precision x) and who reads which row."""
-    a: Arguments = {}
+    """x, the layers' weights as key0, key1, …, the memory (float32 under a half-precision x), who reads which row, and the scalars of a relative."""
+    a: Arguments = dict(method)
     for layer in range(LAYERS):
         weights = cases.ffn(dtype, S=4 if index else R, T=15, gated=gated, alone=alone)
         a.setdefault("x", weights.pop("x"))
@@ -52,6 +59,7 @@ def through(ffn: Callable[..., Tensor], **a: Any) -> Tensor:
         y = ffn(
             x=a["x"], visual_key=a["core"], visual_value=a["core"], visual_basis=a["basis"], key_position=a["key_position"],
             value_position=a["value_position"], visual_index=a.get("visual_index"), visual_scale=0.7, residual=y, **_weights(a, layer),
+            **{name: a[name] for name in ("visual_activation", "visual_map", "visual_drop") if name in a},
         )  # fmt: skip
     assert y is not None
     return y
@@ -59,7 +67,7 @@ def through(ffn: Callable[..., Tensor], **a: Any) -> Tensor:
 
 def memory(a: Arguments) -> SharedMemory:
     """The memory of `a`, as one forward makes it."""
-    return SharedMemory(*(a[name] for name in MEMORY), a["x"].dtype)
+    return SharedMemory(*(a[name] for name in MEMORY), a["x"].dtype, visual_map=a.get("visual_map"))
 
 
 def shared(a: Arguments, **options: Any) -> Tensor:
@@ -95,5 +103,5 @@ def call(
     return fused_ffn_shared(
         x, _weights(a, layer), one, layer if caller is None else caller,
         visual_index=a.get("visual_index"), residual=residual, activation="silu", visual_scale=0.7, dropout_p=0.0,
-        recompute=recompute, backend=backend,
+        recompute=recompute, backend=backend, visual_activation=a.get("visual_activation"), visual_drop=a.get("visual_drop", 0.0),
     )  # fmt: skip

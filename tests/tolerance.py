@@ -31,6 +31,7 @@ _ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
     "silu": F.silu,
+    "identity": lambda z: z,
 }
 
 
@@ -72,13 +73,21 @@ def plain(
                         m[row] if q is None else m[row].float() + q.float() if x.dtype != torch.float64 else m[row] + q
                         for m, q in zip(memory, (kp, vp), strict=True)
                     )
-                    k, v = k.to(x.dtype)[:slots], v.to(x.dtype)[:slots]
-                    scores = xs @ k.T
+                    k, v = k[:slots], v.to(x.dtype)[:slots]
+                    k = k.to(x.dtype) if o.get("visual_map") is None else F.silu(k).to(x.dtype)
+                    scores = (xs if o.get("visual_map") is None else F.silu(xs)) @ k.T
+                elif o.get("visual_map") is not None:
+                    b, wide = memory[1][row].to(x.dtype)[:slots], torch.promote_types(x.dtype, torch.float32)
+                    k = memory[0][row][:slots].to(wide) @ basis.to(wide)
+                    k = k if kp is None else k + kp[:slots].to(wide)
+                    scores = F.silu(xs) @ F.silu(k).to(x.dtype).T
                 else:
                     a, b = (m[row].to(x.dtype)[:slots] for m in memory)
                     scores = (xs @ cast(basis).T) @ a.T
                     scores = scores if kp is None else scores + xs @ cast(kp)[:slots].T
                 visual = vact(scores)
+                if o.get("visual_drop", 0.0) > 0:
+                    visual = visual * reference.stays(scores.detach(), o["visual_drop"])
                 if p > 0:
                     visual = visual * keep[first:end, :slots] / (1 - p) if p < 1 else visual * 0
                 visual = (visual * o.get("visual_scale", 1.0)).to(x.dtype)

@@ -102,19 +102,22 @@ _IMPORT = extension._import  # itself, whatever a test puts in its place
 
 
 def problem_of(
-    *, activation: str = "silu", visual_activation: str | None = None, visual_scale: float = 1.0, **tensors: Any
+    *,
+    activation: str = "silu",
+    visual_activation: str | None = None,
+    visual_map: str | None = None,
+    visual_drop: float = 0.0,
+    visual_scale: float = 1.0,
+    **tensors: Any,
 ) -> Problem:
     """The Problem that `fused_ffn` makes of these arguments, on the CPU."""
-    check_scalars(activation, visual_activation, visual_scale, 0.0, False, "cuda")
+    scalars = check_scalars(
+        activation=activation, visual_activation=visual_activation, visual_map=visual_map, visual_drop=visual_drop,
+        visual_scale=visual_scale, dropout_p=0.0,
+    )  # fmt: skip
     given = {name: tensors.pop(name, None) for name in TENSORS}
     assert not tensors, f"unknown arguments {sorted(tensors)}"
     check_tensors(given)
-    scalars = {
-        "activation": activation,
-        "visual_activation": visual_activation or activation,
-        "visual_scale": visual_scale,
-        "dropout_p": 0.0,
-    }
     return normalize(given, scalars)
 
 

@@ -163,6 +163,9 @@ def test_nothing_is_kept_for_a_backward() -> None:
         (lambda: a_problem(dtype=torch.float32), "x is float32, and .* bfloat16 or float16"),
         (lambda: on_gpu(problem_of(**cases.ffn(torch.bfloat16, S=13, T=5))), "x has 65 tokens, and .* at most 64"),
         (lambda: a_problem(dropout_p=0.1), "dropout_p is 0.1, and .* no dropout"),
+        (lambda: a_problem(visual_map="silu"), "visual_map is 'silu', and .* scores as they are"),
+        (lambda: a_problem(visual_drop=0.1), "visual_drop is 0.1, and .* scores as they are"),
+        (lambda: a_problem(visual_activation="identity"), "visual_activation is 'identity'"),
         (lambda: a_problem(visual_basis=OnGPU(torch.ones(0, 24))), "visual_basis has no rows"),
         (
             lambda: a_problem(visual_basis=OnGPU(torch.ones(9, 24, dtype=torch.float64))),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from memvp_kernels import autograd, checks, dispatch, fused_ffn
+from memvp_kernels import autograd, dispatch, fused_ffn, value_checks
 from tests import cases, tolerance
 
 F32 = torch.float32
@@ -88,7 +88,11 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
     ("packed_with_three_dimensions", {"cu_seqlens": i(0, 15)}, ValueError, ["cu_seqlens: wanted a packed x", "(3, 5, 24)"]),
     ("packed_shape", {"x": z(15, 24), "cu_seqlens": z(2, 2, dtype=torch.int32)}, ValueError, ["cu_seqlens: wanted shape (S + 1,)", "(2, 2)"]),
     ("activation", {"activation": "swish"}, ValueError, ["activation: wanted one of relu, gelu, gelu_tanh, silu", "'swish'"]),
-    ("visual_activation", {"visual_activation": "softmax"}, ValueError, ["visual_activation: wanted one of", "'softmax'"]),
+    ("visual_activation", {"visual_activation": "softmax"}, ValueError, ["visual_activation: wanted one of", "identity", "'softmax'"]),
+    ("activation_identity", {"activation": "identity"}, ValueError, ["activation: wanted one of relu, gelu, gelu_tanh, silu, got", "'identity'"]),
+    ("visual_map", {"visual_map": "relu"}, ValueError, ["visual_map: wanted None or 'silu'", "'relu'"]),
+    ("drop_range", {"visual_drop": 1.0}, ValueError, ["visual_drop: wanted a share in [0, 1)", "1.0", "0.0 drops nothing"]),
+    ("drop_type", {"visual_drop": "0.1"}, TypeError, ["visual_drop: wanted a Python number", "str"]),
     ("backend", {"backend": "cudnn"}, ValueError, ["backend: wanted one of auto, torch, triton, cuda", "'cudnn'"]),
     ("dropout_range", {"dropout_p": 1.5}, ValueError, ["dropout_p: wanted a probability in [0, 1]", "1.5"]),
     ("dropout_nan", {"dropout_p": float("nan")}, ValueError, ["dropout_p", "nan"]),
@@ -223,11 +227,11 @@ def test_on_a_gpu_values_are_read_only_when_asked(
         monkeypatch.delenv("MEMVP_CHECK", raising=False)
         if unasked is not None:
             monkeypatch.setenv("MEMVP_CHECK", unasked)
-        checks.check_values(tensors)  # type: ignore[arg-type]
+        value_checks.check_values(tensors)  # type: ignore[arg-type]
     assert given.reads == 0
     monkeypatch.setenv("MEMVP_CHECK", "1")
     with pytest.raises(ValueError, match=re.escape(said)):
-        checks.check_values(tensors)  # type: ignore[arg-type]
+        value_checks.check_values(tensors)  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the backends exist")

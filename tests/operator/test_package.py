@@ -37,7 +37,7 @@ def test_signature_is_the_contract() -> None:
         if p.default is not inspect.Parameter.empty and p.default is not None
     }
     assert defaults == {
-        "activation": "silu", "visual_scale": 1.0, "dropout_p": 0.0, "recompute": False, "backend": "auto",
+        "activation": "silu", "visual_drop": 0.0, "visual_scale": 1.0, "dropout_p": 0.0, "recompute": False, "backend": "auto",
     }  # fmt: skip
 
 

@@ -23,6 +23,8 @@ CASES: dict[str, dict[str, Any]] = {
     "plain_ffn": {"gated": False},
     "one_row_for_all": {"R": 1},
     "no_slots": {"M": 0},
+    "mapped": {"visual_map": "silu", "visual_activation": "identity"},
+    "mapped_index": {"visual_map": "silu", "index": True},
 }
 
 
@@ -47,7 +49,7 @@ def _assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_the_operators(case: str, recompute: bool) -> None:
     a = _leaves(stack.arguments(torch.float64, **CASES[case]), "key0", "value1")
-    names = [n for n, t in a.items() if t.requires_grad]
+    names = [n for n, t in a.items() if isinstance(t, Tensor) and t.requires_grad]
     wanted, y = stack.through(fused_ffn, **a), stack.shared(a, recompute=recompute)
     torch.testing.assert_close(y, wanted)
     expected = torch.autograd.grad(wanted, [a[n] for n in names], _grad(a), allow_unused=True)
@@ -56,9 +58,9 @@ def test_gradients_are_the_operators(case: str, recompute: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("index", [False, True])
-def test_within_twice_pytorchs_own_error(dtype: torch.dtype, index: bool) -> None:
-    a = stack.arguments(dtype, index=index)
+@pytest.mark.parametrize("case", ["one_each", "index", "mapped_index"])
+def test_within_twice_pytorchs_own_error(dtype: torch.dtype, case: str) -> None:
+    a = stack.arguments(dtype, **CASES[case])
     names, grad = stack.trained(a), _grad(a)
     exact, exact_grads = tolerance.gradients(lambda **b: stack.through(reference.ffn, **b), a, names, grad)
     orders = (tolerance.plain, *(tolerance.reordered(seed) for seed in range(1, 4)))
@@ -173,8 +175,9 @@ def test_checkpointed_calls_have_the_same_bits() -> None:
     _assert_same(_backward(x, a), wanted)
 
 
-def test_dispatched_and_compiled_calls_leave_the_sum_to_autograd() -> None:
-    a = _leaves(stack.arguments(torch.float64, index=True))
+@pytest.mark.parametrize("case", ["index", "mapped_index"])
+def test_dispatched_and_compiled_calls_leave_the_sum_to_autograd(case: str) -> None:
+    a = _leaves(stack.arguments(torch.float64, **CASES[case]))
     wanted = _backward(stack.shared(a), a)
     with PassThrough():
         y = stack.shared(a)
@@ -207,15 +210,16 @@ def test_a_gradient_of_the_gradient_is_refused() -> None:
         torch.autograd.grad(_backward(stack.shared(a), a, create_graph=True)[1].sum(), a["x"], allow_unused=True)
 
 
-def test_a_pair_of_positions_for_each_caller() -> None:
+@pytest.mark.parametrize("visual_map", [None, "silu"])
+def test_a_pair_of_positions_for_each_caller(visual_map: str | None) -> None:
     a = _leaves(stack.arguments(torch.float64))
     pairs = [torch.randn(stack.LAYERS, 7, 24, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    memory = SharedMemory(a["core"], a["basis"], *pairs, torch.float64)
+    memory = SharedMemory(a["core"], a["basis"], *pairs, torch.float64, visual_map=visual_map)
     x = wanted = a["x"]
     for layer in range(stack.LAYERS):
         x = stack.call(a, x, memory, layer)
         own = (a["core"], a["basis"], pairs[0][layer], pairs[1][layer])
-        wanted = stack.call(a, wanted, SharedMemory(*own, torch.float64), layer)
+        wanted = stack.call(a, wanted, SharedMemory(*own, torch.float64, visual_map=visual_map), layer)
     leaves = [a["x"], a["core"], a["basis"], *pairs]
     for f, w in zip(
         torch.autograd.grad(x, leaves, _grad(a)), torch.autograd.grad(wanted, leaves, _grad(a)), strict=True

@@ -16,7 +16,7 @@ from memvp_kernels.autograd import KEEP_HIDDEN, KEEP_SCORES
 from memvp_kernels.torch_op import backward_op, forward_op, pack
 from tests import cases, tolerance
 
-SCALARS = ("silu", "silu", 0.5)
+SCALARS = ("silu", "silu", None, 0.0, 0.5)
 KEEP = KEEP_HIDDEN | KEEP_SCORES
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memvp_kernels.backends.cuda.extension import device_limit, load
+from memvp_kernels.checks import IDENTITY
 from memvp_kernels.problem import Problem
 
 __all__ = ["forward", "is_fast", "override_form", "unsupported"]
@@ -86,6 +87,11 @@ def unsupported(problem: Problem) -> str | None:
         return f"x has {problem.rows} tokens, and the decode kernel takes at most {_extension().max_tokens}"
     if problem.dropout_p > 0:
         return f"dropout_p is {problem.dropout_p}, and the decode kernel has no dropout"
+    for name in ("visual_map", "visual_drop"):
+        if getattr(problem, name):
+            return f"{name} is {getattr(problem, name)!r}, and the decode kernel takes scores as they are"
+    if problem.visual_activation == IDENTITY:
+        return f"visual_activation is {IDENTITY!r}, which the decode kernel does not have"
     if problem.factored and problem.rank == 0:
         return "visual_basis has no rows, and the decode kernel takes an empty tensor for none at all"
     codes = _type_codes()

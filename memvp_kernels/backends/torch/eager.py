@@ -5,20 +5,16 @@ No weight is copied, and a frozen one costs nothing. The backward keeps the pre-
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from memvp_kernels.backends.torch.memory_rows import MemoryRows, Pair, memory_rows, row_of
-from memvp_kernels.philox import keep_mask
-from memvp_kernels.problem import BEHIND_PRE, BEHIND_SCORES, BEHIND_VISUAL, SHARED, Problem
+from memvp_kernels.backends.torch.activations import activate, activate_, activation_backward
+from memvp_kernels.backends.torch.visual import VisualBranch, memory_backward
+from memvp_kernels.problem import BEHIND_PRE, SHARED, Problem
 
 __all__ = ["backward", "forward", "unsupported"]
-
-_aten = torch.ops.aten
 
 _NO_SUMS: Mapping[str, Tensor] = {}
 
@@ -26,31 +22,6 @@ _NO_SUMS: Mapping[str, Tensor] = {}
 def unsupported(problem: Problem) -> str | None:
     """Why this backend can't take the problem: it always can."""
     return None
-
-
-def _activate(name: str, z: Tensor) -> Tensor:
-    if name == "relu":
-        return torch.relu(z)
-    if name == "silu":
-        return F.silu(z)
-    return F.gelu(z, approximate="tanh" if name == "gelu_tanh" else "none")
-
-
-def _activate_(name: str, z: Tensor) -> Tensor:
-    """In place, for pre-activations that nobody keeps."""
-    if name == "relu":
-        return torch.relu_(z)
-    if name == "silu":
-        return F.silu(z, inplace=True)
-    return _aten.gelu_(z, approximate="tanh" if name == "gelu_tanh" else "none")
-
-
-def _activation_backward(name: str, grad: Tensor, z: Tensor) -> Tensor:
-    if name == "relu":
-        return _aten.threshold_backward(grad, z, 0)
-    if name == "silu":
-        return _aten.silu_backward(grad, z)
-    return _aten.gelu_backward(grad, z, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
@@ -66,150 +37,6 @@ def _pre_activations(p: Problem, kept: Tensor | None) -> list[Tensor]:
     return [_product(p.x, w.T, b, None if kept is None else kept[i]) for i, (w, b) in enumerate(weights)]
 
 
-class _Memory:
-    """The visual branch of one problem: what both passes need of it."""
-
-    def __init__(self, p: Problem) -> None:
-        assert p.visual_key is not None and p.visual_value is not None
-        self.p = p
-        self.rows: MemoryRows = memory_rows(p.segments, p.memories, p.x.device)
-        lengths = p.segments.lengths
-        self.valid: Tensor | None = None  # (R, M) slots that exist
-        if lengths is not None:
-            limit = torch.where((lengths >= 0) & (lengths <= p.slots), lengths, 0)
-            self.valid = torch.arange(p.slots, device=p.x.device)[None, :] < limit[:, None]
-        # Plain: Kv and Vv (R, M, d), summed in the wider dtype and rounded once. Factored: the cores (R, M, r).
-        add = (None, None) if p.factored else (p.key_position, p.value_position)
-        self.key = self._clean(p.visual_key, add[0])
-        same = p.visual_value is p.visual_key and add[0] is add[1]
-        self.value = self.key if same else self._clean(p.visual_value, add[1])
-        if p.visual_basis is not None:
-            self.basis = p.visual_basis.to(p.x.dtype)
-            self.key_position = None if p.key_position is None else p.key_position.to(p.x.dtype)
-            self.value_position = None if p.value_position is None else p.value_position.to(p.x.dtype)
-
-    def _clean(self, memory: Tensor, position: Tensor | None) -> Tensor:
-        """In x's dtype; slots that don't exist become zero, whatever they held."""
-        dtype = self.p.x.dtype
-        if position is not None:
-            # PyTorch adds two 16-bit numbers in float32 and rounds once; beside a wider one, both are widened first.
-            if not memory.dtype == position.dtype == dtype:
-                memory = memory.to(
-                    torch.promote_types(torch.promote_types(memory.dtype, position.dtype), torch.float32)
-                )
-            memory = memory + position
-        memory = memory.to(dtype)
-        return memory if self.valid is None else memory.masked_fill(~self.valid[:, :, None], 0)
-
-    def mask_(self, scores: Tensor) -> Tensor:
-        """Zero, in place, what a row must not see. Only the factored form needs it: positions there are shared by all rows."""
-        hidden = self._hidden_slots
-        return scores if hidden is None else scores.masked_fill_(hidden, 0)
-
-    @functools.cached_property
-    def _hidden_slots(self) -> Tensor | None:
-        """True for (row, slot) without memory there, broadcast to (N, M); None when every row sees every slot."""
-        segments = self.p.segments
-        if segments.shared:
-            return None if self.valid is None else ~self.valid[0]
-        if self.valid is None and segments.index is None and segments.cu_seqlens is None:
-            return None
-        row = row_of(segments, self.p.memories, self.p.x.device)
-        absent = (row < 0)[:, None]
-        return absent if self.valid is None else absent | ~self.valid[row.clamp(min=0)]
-
-    def only_readers(self, a: Tensor) -> Tensor:
-        """`a` (N, ·) with the rows that read no slot zeroed, for a product over all rows: 0 · NaN of such a row would be NaN.
-
-        Dense products take no mask, so this is a copy. On a CPU it is made if some row reads none; on a GPU, where looking would
-        synchronize, if the arguments allow for such rows.
-        """
-        idle = self._idle
-        return a if idle is None else a.masked_fill(idle, 0)
-
-    @functools.cached_property
-    def _idle(self) -> Tensor | None:
-        """(N, 1), True for rows that read no slot; None when every row reads some."""
-        segments, device = self.p.segments, self.p.x.device
-        if self.valid is None and segments.index is None and segments.cu_seqlens is None:
-            return None
-        row = row_of(segments, self.p.memories, device)
-        idle = row < 0
-        if self.valid is not None:
-            idle |= ~self.valid.any(1)[row.clamp(min=0)]
-        return None if device.type == "cpu" and not idle.any() else idle[:, None]
-
-    def scores(self) -> Tensor:
-        """x Kvᵀ (N, M): (x Wᵀ) Aᵀ + x p^kᵀ when factored."""
-        p, keys = self.p, self.key.transpose(1, 2)
-        if not p.factored:
-            return self.rows.product(p.x, keys)
-        return self._with_position(p.x, p.x @ self.basis.T, keys, self.key_position)
-
-    def _with_position(self, d_wide: Tensor, r_wide: Tensor, cores: Tensor, position: Tensor | None) -> Tensor:
-        """r_wide Aᵀ + d_wide pᵀ (N, M)."""
-        if position is None:
-            return self.mask_(self.rows.product(r_wide, cores))
-        out = d_wide @ position.T
-        self.rows.add_product(out, r_wide, cores)
-        return self.mask_(out)
-
-    @functools.cached_property
-    def _factor(self) -> Tensor | float:
-        """s · keep / (1 - p), which a backward needs twice."""
-        p = self.p
-        if p.seed is None:
-            return p.visual_scale
-        keep = keep_mask(p.seed, p.rows, p.slots, p.dropout_p)
-        return keep.to(torch.promote_types(p.x.dtype, torch.float32)) * (
-            p.visual_scale / (1 - p.dropout_p) if p.dropout_p < 1 else 0.0
-        )
-
-    def visual(self, scores: Tensor) -> Tensor:
-        """s · dropout(vact(scores)), in float32 and rounded once."""
-        factor = self._factor
-        if isinstance(factor, float) and factor == 1.0:
-            return _activate(self.p.visual_activation, scores)
-        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        return _activate(self.p.visual_activation, wide).mul_(factor).to(scores.dtype)
-
-    def add_output_(self, y: Tensor, visual: Tensor) -> None:
-        """y += visual Vv: (visual A) W + visual p^v when factored."""
-        if not self.p.factored:
-            self.rows.add_product(y, visual, self.value)
-            return
-        y.addmm_(self.rows.product(visual, self.value), self.basis)
-        if self.value_position is not None:
-            y.addmm_(visual, self.value_position)
-
-    def memory_gradient(self, *pairs: Pair, out: Tensor | None = None) -> Tensor:
-        """For each memory row the sum of left[n]ᵀ right[n] (R, M, ·) over the rows that read it; zero in slots that don't exist.
-
-        Args:
-            pairs: (left, right); the sum is over all of them, rounded once.
-            out: to which it is added, in the operands' dtype.
-        """
-        if out is None and pairs[0][0].itemsize < 4:
-            found = self.rows.outer(*pairs)
-        else:
-            found, rest = (self.rows.outer(pairs[0]), pairs[1:]) if out is None else (out, pairs)
-            for left, right in rest:
-                self.rows.add_outer(found, left, right)
-        # `left` is zero there, but 0 · NaN of a token is not.
-        return found if self.valid is None else found.masked_fill_(~self.valid[:, :, None], 0)
-
-    def score_gradient(self, grad: Tensor, scores: Tensor, through_basis: Tensor | None) -> Tensor:
-        """dS (N, M) from dy; `through_basis` is dy Wᵀ when factored."""
-        values = self.value.transpose(1, 2)
-        if through_basis is None:
-            dvisual = self.rows.product(grad, values)
-        else:
-            dvisual = self._with_position(grad, through_basis, values, self.value_position)
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        dvisual = dvisual.to(wide).mul_(self._factor)
-        return _activation_backward(self.p.visual_activation, dvisual, scores.to(wide)).to(scores.dtype)
-
-
 def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y (N, d), and what the backward asked to keep: the pre-activations (P, N, F), the scores (N, M)."""
     p = problem
@@ -218,7 +45,7 @@ def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[
         if save_hidden:
             pre = p.x.new_empty(2 if p.gated else 1, p.rows, p.pairs)
         z = _pre_activations(p, pre)
-        hidden = _activate(p.activation, z[0]) if save_hidden else _activate_(p.activation, z[0])
+        hidden = activate(p.activation, z[0]) if save_hidden else activate_(p.activation, z[0])
         if p.gated:
             hidden.mul_(z[1])
         start = p.residual
@@ -228,7 +55,7 @@ def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[
     else:
         y = p.x.new_zeros(p.x.shape) if p.residual is None else p.residual.clone(memory_format=torch.contiguous_format)
     if p.has_memory:
-        memory = _Memory(p)
+        memory = VisualBranch(p)
         scores = memory.scores()
         memory.add_output_(y, memory.visual(scores))
     return y, pre, scores if save_scores else None
@@ -245,7 +72,7 @@ def backward(
     """The gradients named by `needs`, each with its argument's shape and dtype; those of `SHARED` float32 at least, added to `sums`."""
     grads = _ffn_backward(problem, grad, pre, needs) if problem.key is not None else {}
     if problem.has_memory:
-        _memory_backward(problem, grad, scores, needs, grads, sums)
+        memory_backward(problem, grad, scores, needs, grads, sums)
     if "x" in needs and "x" not in grads:
         grads["x"] = torch.zeros_like(problem.x, memory_format=torch.contiguous_format)
     return {name: g if name in SHARED else g.to(getattr(problem, name).dtype) for name, g in grads.items()}
@@ -260,7 +87,7 @@ def _ffn_backward(p: Problem, grad: Tensor, pre: Tensor | None, needs: frozenset
     if not through and "value" not in needs:
         return grads
     z = _pre_activations(p, None) if pre is None else list(pre)
-    activated = _activate(p.activation, z[0]) if p.gated or "value" in needs else z[0]
+    activated = activate(p.activation, z[0]) if p.gated or "value" in needs else z[0]
     if "value" in needs:
         grads["value"] = (activated * z[1] if p.gated else activated).T @ grad
     if not through:
@@ -268,10 +95,10 @@ def _ffn_backward(p: Problem, grad: Tensor, pre: Tensor | None, needs: frozenset
     dhidden = grad @ p.value.T
     if p.gate is not None:
         dkey = dhidden * activated
-        dgate = _activation_backward(p.activation, dhidden.mul_(z[1]), z[0])
+        dgate = activation_backward(p.activation, dhidden.mul_(z[1]), z[0])
         branches = [("gate", p.gate, dgate), ("key", p.key, dkey)]
     else:
-        branches = [("key", p.key, _activation_backward(p.activation, dhidden, z[0]))]
+        branches = [("key", p.key, activation_backward(p.activation, dhidden, z[0]))]
     for name, weight, dpre in branches:
         if name in needs:
             grads[name] = dpre.T @ p.x
@@ -280,121 +107,3 @@ def _ffn_backward(p: Problem, grad: Tensor, pre: Tensor | None, needs: frozenset
         if "x" in needs:
             grads["x"] = dpre @ weight if "x" not in grads else grads["x"].addmm_(dpre, weight)
     return grads
-
-
-def _memory_backward(
-    p: Problem,
-    grad: Tensor,
-    scores: Tensor | None,
-    needs: frozenset[str],
-    grads: dict[str, Tensor],
-    sums: Mapping[str, Tensor],
-) -> None:
-    wanted = needs & (BEHIND_SCORES | BEHIND_VISUAL)
-    if not wanted:
-        return
-    m = _Memory(p)
-    if scores is None:
-        scores = m.scores()
-    visual = m.visual(scores) if wanted & BEHIND_VISUAL else None
-    dscores = dy_basis = None
-    if wanted & BEHIND_SCORES or (p.factored and "visual_value" in wanted):
-        dy_basis = grad @ m.basis.T if p.factored else None
-    if wanted & BEHIND_SCORES:
-        dscores = m.score_gradient(grad, scores, dy_basis)
-    if p.factored:
-        _factored_backward(p, m, grad, visual, dscores, dy_basis, wanted, grads, sums)
-        return
-    if "x" in wanted:
-        assert dscores is not None
-        grads.setdefault("x", torch.zeros_like(p.x, memory_format=torch.contiguous_format))
-        m.rows.add_product(grads["x"], dscores, m.key)
-    if "core" in wanted:
-        assert dscores is not None and visual is not None
-        grads["core"] = m.memory_gradient((dscores, p.x), (visual, grad))
-    for side, left, right in (("key", dscores, p.x), ("value", visual, grad)):
-        memory_name, position_name = f"visual_{side}", f"{side}_position"
-        if memory_name not in wanted and position_name not in wanted:
-            continue
-        assert left is not None
-        if memory_name not in wanted:
-            # Rows without memory and slots that don't exist hold zeros in `left`, so the sum over images is one dense product;
-            # but for a row whose image has no slot these zeros are a product with its x and dy, of which either may be NaN.
-            grads[position_name] = m.only_readers(left).T @ m.only_readers(right)
-            continue
-        grads[memory_name] = m.memory_gradient((left, right))
-        if position_name in wanted:
-            grads[position_name] = grads[memory_name].sum(0, dtype=torch.promote_types(left.dtype, torch.float32))
-
-
-def _factored_backward(
-    p: Problem,
-    m: _Memory,
-    grad: Tensor,
-    visual: Tensor | None,
-    dscores: Tensor | None,
-    dy_basis: Tensor | None,
-    wanted: frozenset[str],
-    grads: dict[str, Tensor],
-    sums: Mapping[str, Tensor],
-) -> None:
-    """Every d-wide operand is shared by the batch; only the cores' gradients (R, M, r) are per image."""
-    through_key = dscores is not None and wanted & {"x", "visual_basis", "key_operand"}
-    dx_basis = m.rows.product(dscores, m.key) if dscores is not None and through_key else None
-    if "x" in wanted:
-        assert dscores is not None and dx_basis is not None
-        grads["x"] = grads["x"].addmm_(dx_basis, m.basis) if "x" in grads else dx_basis @ m.basis
-        if m.key_position is not None:
-            grads["x"].addmm_(dscores, m.key_position)
-    if "visual_key" in wanted:
-        assert dscores is not None
-        grads["visual_key"] = m.memory_gradient((dscores, p.x @ m.basis.T))
-    if "visual_value" in wanted:
-        assert visual is not None and dy_basis is not None
-        grads["visual_value"] = m.memory_gradient((visual, dy_basis))
-    readers = {"visual_basis", "key_position", "value_position", "key_operand", "value_operand"} & wanted
-    x, dy = (m.only_readers(t) if readers else t for t in (p.x, grad))
-    if "visual_basis" in wanted:
-        assert visual is not None and dx_basis is not None
-        grads["visual_basis"] = (dx_basis.T @ x).addmm_(m.rows.product(visual, m.value).T, dy)
-    if "key_position" in wanted:
-        assert dscores is not None
-        grads["key_position"] = dscores.T @ x
-    if "value_position" in wanted:
-        assert visual is not None
-        grads["value_position"] = visual.T @ dy
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    if "core" in wanted:
-        assert dscores is not None and visual is not None and dy_basis is not None
-        # The products in float32: they are small, and each rounded to 16 bits nothing may be left of a sum that nearly cancels.
-        pairs = (dscores.to(wide), (p.x @ m.basis.T).to(wide)), (visual.to(wide), dy_basis.to(wide))
-        grads["core"] = m.memory_gradient(*pairs, out=sums.get("core"))
-    if "key_operand" in wanted:
-        assert dscores is not None and dx_basis is not None
-        grads["key_operand"] = _joined(sums.get("key_operand"), dx_basis, dscores, x, wide)
-    if "value_operand" in wanted:
-        assert visual is not None
-        grads["value_operand"] = _joined(sums.get("value_operand"), m.rows.product(visual, m.value), visual, dy, wide)
-
-
-def _joined(total: Tensor | None, upper: Tensor, lower: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """[upper | lower]ᵀ right (r + M, d) in `dtype`, added to `total` where there is one."""
-    rank = upper.shape[1]
-    out = total
-    if out is None:
-        out = right.new_empty(rank + lower.shape[1], right.shape[1], dtype=dtype)
-    for part, left in ((out[:rank], upper), (out[rank:], lower)):
-        if total is not None:
-            _add_transposed(part, left, right)
-        elif dtype == right.dtype:
-            torch.mm(left.T, right, out=part)
-        else:
-            part.copy_(left.T @ right)
-    return out
-
-
-def _add_transposed(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """out += leftᵀ right, an `out` wider than the operands stays as wide."""
-    if out.dtype != left.dtype:
-        return out.add_(left.mT @ right)
-    return out.addmm_(left.mT, right)

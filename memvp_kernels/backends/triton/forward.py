@@ -19,6 +19,7 @@ from memvp_kernels.backends.triton.heuristics.tiles import CACHE_SIZE
 from memvp_kernels.backends.triton.kernels.core import core_forward
 from memvp_kernels.backends.triton.kernels.materialise import key_operand, materialise_memory, value_operand
 from memvp_kernels.backends.triton.runtime import launch
+from memvp_kernels.checks import IDENTITY
 from memvp_kernels.problem import Problem, Segments
 
 __all__ = ["dense_segments", "forward", "is_trivial", "is_unread", "unsupported", "visual_of", "without_memory"]
@@ -31,6 +32,8 @@ def unsupported(problem: Problem) -> str | None:
     device = problem.x.device
     if problem.x.dtype not in _DTYPES:
         return f"the triton backend computes in float32, float16 and bfloat16, not {str(problem.x.dtype).removeprefix('torch.')}"
+    if problem.visual_map is not None or problem.visual_drop > 0 or problem.visual_activation == IDENTITY:
+        return "its kernels have no visual_map, no visual_drop and no visual_activation='identity' yet"
     if launch.interpreted():
         return None
     if device.type != "cuda":
