@@ -194,7 +194,7 @@ def _take_apart(ffn: MemoryFFN, binding: Binding, core: Tensor, x: Tensor, y: Te
     reads = torch.ones(len(x), dtype=torch.bool, device=x.device)
     if index is not None:
         reads = (index >= 0) & (index < memory.core.shape[0])
-    visual = memory.scale * activation(x.float() @ key.transpose(1, 2)) * reads[:, None, None]
+    visual = memory.scale_of(binding.layer) * activation(x.float() @ key.transpose(1, 2)) * reads[:, None, None]
     added = visual @ value
     norm, rest = added.norm(dim=-1), (y.float() - added).norm(dim=-1)
     share = norm / (norm + rest).clamp_min(torch.finfo(torch.float32).tiny)

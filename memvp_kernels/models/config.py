@@ -20,7 +20,8 @@ class MemVPConfig:
         projector_dim: inner width of the projector Linear, SiLU, Linear.
         num_slots: M, memory slots per image; those past the image's own features are free learned memory.
         feature_scale: λ, multiplies the projected features.
-        memory_scale: s, multiplies the memory's contribution to the FFN output.
+        memory_scale: s, multiplies the memory's contribution to the FFN output; or one per layer with memory, in the order
+            in which they run.
         dropout: probability of dropping a visual activation in training.
         shared_positions: one (p^k, p^v) for all layers, as in the official code; False: one pair per layer.
         layers: indices of the layers that get memory, counted from 0 in the order in which they run; None: all. In T5 and
@@ -36,7 +37,7 @@ class MemVPConfig:
     projector_dim: int = 128
     num_slots: int = 320
     feature_scale: float = 0.01
-    memory_scale: float = 0.1
+    memory_scale: float | tuple[float, ...] = 0.1
     dropout: float = 0.1
     shared_positions: bool = True
     layers: tuple[int, ...] | None = None
@@ -48,8 +49,17 @@ class MemVPConfig:
                 raise TypeError(f"{name} must be an int, got {size!r} ({type(size).__name__})")
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        for name in ("feature_scale", "memory_scale", "dropout"):
-            number = getattr(self, name)
+        if isinstance(self.memory_scale, list):  # as JSON has it
+            object.__setattr__(self, "memory_scale", tuple(self.memory_scale))
+        each = self.memory_scale if isinstance(self.memory_scale, tuple) else (self.memory_scale,)
+        if not each:
+            raise ValueError("memory_scale is empty; one number for all layers, or one per layer with memory")
+        numbers = [
+            ("feature_scale", self.feature_scale),
+            ("dropout", self.dropout),
+            *(("memory_scale", s) for s in each),
+        ]
+        for name, number in numbers:
             if isinstance(number, bool) or not isinstance(number, (int, float)):
                 raise TypeError(f"{name} must be a float, got {number!r} ({type(number).__name__})")
             if not -float("inf") < number < float("inf"):
@@ -65,14 +75,15 @@ class MemVPConfig:
         """The indices that get memory in a model of ``count`` layers.
 
         Raises:
-            ValueError: ``layers`` names one that the model does not have.
+            ValueError: ``layers`` names one that the model does not have, or ``memory_scale`` is for another number of them.
         """
-        if self.layers is None:
-            return tuple(range(count))
-        missing = [index for index in self.layers if index >= count]
+        chosen = tuple(range(count)) if self.layers is None else self.layers
+        missing = [index for index in chosen if index >= count]
         if missing:
             raise ValueError(f"layers {missing} do not exist: the language model has {count} layers, 0 to {count - 1}")
-        return self.layers
+        if isinstance(self.memory_scale, tuple) and len(self.memory_scale) != len(chosen):
+            raise ValueError(f"memory_scale: wanted {len(chosen)} numbers, one per layer, got {len(self.memory_scale)}")
+        return chosen
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, one per attribute."""

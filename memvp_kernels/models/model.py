@@ -14,6 +14,7 @@ from transformers import GenerationMixin
 from memvp_kernels.models.activation_checkpointing import ActivationCheckpointing
 from memvp_kernels.models.assisted import DraftModel
 from memvp_kernels.models.attribution import MemoryAttribution, MemoryRecorder
+from memvp_kernels.models.calibration import Calibration, calibrate
 from memvp_kernels.models.config import MemVPConfig
 from memvp_kernels.models.delegation import LanguageModelInterface, loss_per_item
 from memvp_kernels.models.inputs import Images, MemorySource, samples_of
@@ -289,6 +290,36 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
         with self.observing(recorder), self._without_dropout():
             self(input_ids=input_ids, attention_mask=attention_mask, **inputs)
         return recorder.result()
+
+    def calibrate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        share: float = 0.2,
+        key_ratio: float = 1.0,
+        **inputs: Any,
+    ) -> Calibration:
+        """Before training, set λ, and s of each layer, so that the memory starts at a wanted share of every FFN's output.
+
+        For models and features of other sizes than the paper's, whose λ = 0.01 and s = 0.1 may start at 0.1 % or at 95 %.
+        Looks at one batch, without labels, and measures as :meth:`explain_memory` does. The new constants are those of
+        ``memvp_config``, and so are saved and loaded with the adapter.
+
+        Args:
+            input_ids, attention_mask: (B, T), prompts as in training.
+            share: wanted, in (0, 1), as a mean over the batch's tokens.
+            key_ratio: how large the image is in the memory's keys, against their positions p^k.
+            **inputs: the images, and whatever else the model's forward takes.
+
+        Returns:
+            The shares before and after, and the constants; it prints as a table.
+
+        Raises:
+            ValueError: a share or ratio out of range, or a batch without an image; nothing is changed then.
+        """
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+        return calibrate(self, batch, share=share, key_ratio=key_ratio)
 
     def adapter(self) -> Adapter:
         """The memory and the vision model, as files see them."""

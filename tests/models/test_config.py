@@ -24,9 +24,9 @@ def test_defaults_are_the_papers() -> None:
     }
 
 
-@pytest.mark.parametrize("layers", [None, [3, 1]])
-def test_json_round_trip(layers: list[int] | None, tmp_path: Path) -> None:
-    config = MemVPConfig(vision_dim=7, feature_scale=0.3, shared_positions=False, layers=layers)
+@pytest.mark.parametrize(("layers", "scale"), [(None, 0.2), ([3, 1], (0.2, 0.3))])
+def test_json_round_trip(layers: list[int] | None, scale: float | tuple[float, ...], tmp_path: Path) -> None:
+    config = MemVPConfig(vision_dim=7, feature_scale=0.3, memory_scale=scale, shared_positions=False, layers=layers)
     config.save(tmp_path / "c.json")
     assert MemVPConfig.load(tmp_path / "c.json") == config
     assert json.loads((tmp_path / "c.json").read_text())["layers"] == (None if layers is None else [1, 3])
@@ -40,6 +40,8 @@ def test_json_round_trip(layers: list[int] | None, tmp_path: Path) -> None:
         ({"vision_dim": True}, TypeError, "vision_dim must be an int"),
         ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1\.0"),
         ({"memory_scale": "s"}, TypeError, "memory_scale must be a float, got 's'"),
+        ({"memory_scale": (0.1, float("inf"))}, ValueError, "memory_scale must be finite, got inf"),
+        ({"memory_scale": ()}, ValueError, "memory_scale is empty"),
         ({"feature_scale": float("nan")}, ValueError, "feature_scale must be finite"),
         ({"shared_positions": 1}, TypeError, "shared_positions must be a bool"),
         ({"layers": []}, ValueError, "layers is empty"),

@@ -43,7 +43,7 @@ class Memory:
         basis: (r, d), λ·W.
         key_position: p^k, (M, d), or (layers, M, d) when each layer has its own.
         value_position: p^v, shaped like ``key_position``.
-        scale: s.
+        scale: s, or one per layer with memory.
         dropout: of the visual activations; 0.0 outside training.
         backend, recompute: passed to :func:`memvp_kernels.fused_ffn`.
         observer: called with (position among the layers with memory, the FFN's input x, its output) by each FFN.
@@ -56,7 +56,7 @@ class Memory:
     basis: Tensor
     key_position: Tensor
     value_position: Tensor
-    scale: float
+    scale: float | tuple[float, ...]
     dropout: float
     backend: str = "auto"
     recompute: bool = False
@@ -74,6 +74,10 @@ class Memory:
         if self.key_position.dim() == 2:
             return self.key_position, self.value_position
         return self.key_position[layer], self.value_position[layer]
+
+    def scale_of(self, layer: int) -> float:
+        """s of the layer-th FFN that has memory."""
+        return self.scale[layer] if isinstance(self.scale, tuple) else self.scale
 
     def to(self, target: torch.dtype | torch.device) -> Memory:
         """The same memory with every tensor in a dtype, or on a device, where device maps send it."""

@@ -90,7 +90,7 @@ def _with_memory(
         visual_index=binding.index,
         residual=residual,
         activation=activation,
-        visual_scale=memory.scale,
+        visual_scale=memory.scale_of(binding.layer),
         dropout_p=memory.dropout,
         recompute=memory.recompute,
         backend=memory.backend,

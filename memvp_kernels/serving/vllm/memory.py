@@ -141,7 +141,7 @@ class EngineMemory:
             key_position=key_position,
             value_position=value_position,
             activation=activation,
-            visual_scale=memory.scale,
+            visual_scale=memory.scale_of(layer),
             visual_index=self.visual_index,
             cu_seqlens=self.cu_seqlens,
             residual=y,
