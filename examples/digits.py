@@ -16,18 +16,31 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from digit_questions import images, language_model, questions, results
-from digit_questions.methods import InMemory, InPrompt, Method
-from digit_questions.training import Run, held_out_questions, reply, train
-from tabulate import tabulate
+from tiny_vqa import digits, language_model, results
+from tiny_vqa.methods import InMemory, InPrompt, Method
+from tiny_vqa.text import batch
+from tiny_vqa.training import Run, reply, train
+
+from memvp_kernels import MemVPConfig
 
 LEARNING_RATE = 5e-3
+TOKENS, VISION_DIM = digits.GRID**2, digits.PATCH**2
+MEMORY = MemVPConfig(
+    vision_dim=VISION_DIM,
+    projector_dim=64,
+    num_slots=TOKENS + 7,
+    feature_scale=1.0,  # the paper's 0.01 and 0.1 suit LLaMA-7B's CLIP features and a hidden size of 4,096
+    memory_scale=1.0,
+    dropout=0.0,
+    shared_positions=False,
+)
 
 
 class Plan(NamedTuple):
@@ -69,36 +82,48 @@ def main() -> int:
     started = time.perf_counter()
 
     torch.manual_seed(0)
-    words = questions.Vocabulary()
-    known, held_out = images.load()
-    base = language_model.build(words)
-    language_model.teach_arithmetic(base, words, steps=plan.text_steps)
+    words, rng = digits.vocabulary(), random.Random(0)
+    known, held_out = digits.load()
+    base = language_model.build(words, width=128, layers=4)
+    language_model.teach(base, words, lambda _: digits.lesson(rng), steps=plan.text_steps)
 
-    memory, prompt = InMemory(copy.deepcopy(base).eval()), InPrompt(copy.deepcopy(base).eval(), words)
+    memory = InMemory("MemVP", copy.deepcopy(base).eval(), MEMORY)
+    prompt = InPrompt(copy.deepcopy(base).eval(), words, tokens=TOKENS, vision_dim=VISION_DIM)
     methods: list[Method] = [memory, prompt]
-    runs = train(methods, words, known, held_out, steps=plan.image_steps, learning_rate=LEARNING_RATE, looks=plan.looks)
+    runs = train(
+        methods,
+        words,
+        known.features,
+        digits.batches(known),
+        steps=plan.image_steps,
+        learning_rates=[LEARNING_RATE] * 2,
+        held_out=(held_out.features, digits.one_each(held_out)),
+        looks=plan.looks,
+    )
 
-    scores, answers = [], []
-    for method in methods:
-        asked, rows = held_out_questions(held_out, method.shown)
-        answers.append(reply(method, words, held_out, asked, rows))
-        scores.append(results.score(asked, answers[-1]))
-    asked, rows = held_out_questions(held_out, memory.shown)
-    blind = results.score(asked, reply(memory, words, held_out, asked, rows, blind=True))
+    asked = digits.about_every(held_out)
+    answers = [reply(method, words, held_out.features, asked) for method in methods]
+    scores = [results.score(asked, given) for given in answers]
+    blind = results.score(asked, reply(memory, words, held_out.features, asked, blind=True))
 
-    results.draw_curves(runs, arguments.out / "curves.png")
-    results.draw_answers(held_out, asked, answers[0], rows, arguments.out / "answers.png")
-    prompts = questions.batch(words, asked[:1], answered=False)
+    results.draw_curves([runs], arguments.out / "curves.png")
+    kinds = len(digits.KINDS)
+    one_kind_after_the_other = [image * kinds + image % kinds for image in range(18)]
+    results.draw_answers(held_out.pixels, asked, answers[0], one_kind_after_the_other, arguments.out / "answers.png")
+    prompts = batch(words, asked.questions[:1], answered=False)
     explained = memory.model.explain_memory(
         prompts.input_ids, prompts.attention_mask, image_features=held_out.features[:1]
     )
     explained.plot(1 - held_out.pixels[0], path=arguments.out / "memory.png")
-    found = results.record(methods, runs, scores, blind, seconds=time.perf_counter() - started)
+    rows = [
+        results.row(run.name, [right], [run], method) for method, run, right in zip(methods, runs, scores, strict=True)
+    ]
+    found = results.record(
+        [*rows, results.row("MemVP, image withheld", [blind])], seconds=time.perf_counter() - started
+    )
     (arguments.out / "digits.json").write_text(json.dumps(found, indent=2) + "\n")
 
-    by_kind = [[row["name"], *(f"{100 * row['right'][kind]:.1f}" for kind in questions.KINDS)] for row in found["rows"]]
-    print(f"\n{len(held_out)} held-out images; {results.markdown(found)}")
-    print(f"\nright answers by kind of question, %\n\n{tabulate(by_kind, ['', *questions.KINDS])}")
+    print(f"\n{len(held_out)} held-out images; {results.markdown(found)}\n\n{results.by_kind(found)}")
     print(f"\n{explained}\n\ndigits.json, curves.png, answers.png and memory.png are in {arguments.out}/\n")
     return 0 if meets(plan, scores, blind, runs) else 1
 
