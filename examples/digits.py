@@ -28,19 +28,7 @@ from tiny_vqa.methods import InMemory, InPrompt, Method
 from tiny_vqa.text import batch
 from tiny_vqa.training import Run, reply, train
 
-from memvp_kernels import MemVPConfig
-
 LEARNING_RATE = 5e-3
-TOKENS, VISION_DIM = digits.GRID**2, digits.PATCH**2
-MEMORY = MemVPConfig(
-    vision_dim=VISION_DIM,
-    projector_dim=64,
-    num_slots=TOKENS + 7,
-    feature_scale=1.0,  # the paper's 0.01 and 0.1 suit LLaMA-7B's CLIP features and a hidden size of 4,096
-    memory_scale=1.0,
-    dropout=0.0,
-    shared_positions=False,
-)
 
 
 class Plan(NamedTuple):
@@ -84,11 +72,11 @@ def main() -> int:
     torch.manual_seed(0)
     words, rng = digits.vocabulary(), random.Random(0)
     known, held_out = digits.load()
-    base = language_model.build(words, width=128, layers=4)
+    base = language_model.build(words, width=digits.WIDTH, layers=digits.LAYERS)
     language_model.teach(base, words, lambda _: digits.lesson(rng), steps=plan.text_steps)
 
-    memory = InMemory("MemVP", copy.deepcopy(base).eval(), MEMORY)
-    prompt = InPrompt(copy.deepcopy(base).eval(), words, tokens=TOKENS, vision_dim=VISION_DIM)
+    memory = InMemory("MemVP", copy.deepcopy(base).eval(), digits.MEMORY)
+    prompt = InPrompt(copy.deepcopy(base).eval(), words, tokens=digits.TOKENS, vision_dim=digits.VISION_DIM)
     methods: list[Method] = [memory, prompt]
     runs = train(
         methods,

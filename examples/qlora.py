@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import argparse
 import copy
+import random
 import sys
 import tempfile
 from typing import Any
 
 import torch
-from digit_questions import images, language_model, questions, results
-from digit_questions.methods import InMemory
-from digit_questions.training import held_out_questions, reply, train
 from peft import LoraConfig, get_peft_model
 from tabulate import tabulate
+from tiny_vqa import digits, language_model, results
+from tiny_vqa.methods import InMemory
+from tiny_vqa.training import reply, train
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -61,8 +62,7 @@ def methods_of(base: nn.Module) -> list[InMemory]:
     for name, model in bases.items():
         # in training mode before its first forward: bitsandbytes repacks a layer in eval mode for some CPUs' inference,
         # and such a layer has no gradient
-        methods.append(InMemory(model.train()))
-        methods[-1].name = name
+        methods.append(InMemory(name, model.train(), digits.MEMORY))
     return methods
 
 
@@ -73,17 +73,26 @@ def main() -> int:
     steps = parser.parse_args().steps
 
     torch.manual_seed(0)
-    words = questions.Vocabulary()
-    known, held_out = images.load()
-    base = language_model.build(words)
-    language_model.teach_arithmetic(base, words, steps=TEXT_STEPS)
+    words, rng = digits.vocabulary(), random.Random(0)
+    known, held_out = digits.load()
+    base = language_model.build(words, width=digits.WIDTH, layers=digits.LAYERS)
+    language_model.teach(base, words, lambda _: digits.lesson(rng), steps=TEXT_STEPS)
     methods = methods_of(base)
-    runs = train(methods, words, known, held_out, steps=steps, learning_rate=LEARNING_RATE, looks=2)
+    runs = train(
+        methods,
+        words,
+        known.features,
+        digits.batches(known),
+        steps=steps,
+        learning_rates=[LEARNING_RATE] * len(methods),
+        held_out=(held_out.features, digits.one_each(held_out)),
+        looks=2,
+    )
 
+    asked = digits.about_every(held_out)
     rows, right = [], []
     for method, run in zip(methods, runs, strict=True):
-        asked, about = held_out_questions(held_out, method.shown)
-        right.append(results.score(asked, reply(method, words, held_out, asked, about))["all"])
+        right.append(results.score(asked, reply(method, words, held_out.features, asked))["all"])
         trains = sum(parameter.numel() for parameter in method.trained())
         rows.append([run.name, 100 * right[-1], trains, held(method.model) / 1e3, 1e3 * run.step_time])
     heads = ["", "right, %", "trains", "frozen base, kB", "ms per step"]

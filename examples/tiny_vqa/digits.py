@@ -10,14 +10,42 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from memvp_kernels import MemVPConfig
 from tiny_vqa.text import IMAGE, Asked, Question, Vocabulary
 
-__all__ = ["KINDS", "Images", "about_every", "ask", "batches", "lesson", "load", "one_each", "vocabulary"]
+__all__ = [
+    "KINDS",
+    "LAYERS",
+    "MEMORY",
+    "TOKENS",
+    "VISION_DIM",
+    "WIDTH",
+    "Images",
+    "about_every",
+    "ask",
+    "batches",
+    "lesson",
+    "load",
+    "one_each",
+    "vocabulary",
+]
 
 PATCH = 4
 """Width of a patch; patches overlap, one starts at every pixel."""
 GRID = 8 - PATCH + 1
 """Patches along each side of an image."""
+TOKENS, VISION_DIM = GRID**2, PATCH**2
+WIDTH, LAYERS = 128, 4
+"""Of the language model."""
+MEMORY = MemVPConfig(
+    vision_dim=VISION_DIM,
+    projector_dim=64,
+    num_slots=TOKENS + 7,
+    feature_scale=1.0,  # the paper's 0.01 and 0.1 suit LLaMA-7B's CLIP features and a hidden size of 4,096
+    memory_scale=1.0,
+    dropout=0.0,
+    shared_positions=False,
+)
 
 NUMBERS = [
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",

@@ -33,8 +33,8 @@ def base() -> Any:
 def made(name: str, base: Any) -> Method:
     torch.manual_seed(1)
     if name == "memory":
-        return InMemory("MemVP", copy.deepcopy(base), program.MEMORY)
-    return InPrompt(copy.deepcopy(base), WORDS, tokens=program.TOKENS, vision_dim=program.VISION_DIM)
+        return InMemory("MemVP", copy.deepcopy(base), digits.MEMORY)
+    return InPrompt(copy.deepcopy(base), WORDS, tokens=digits.TOKENS, vision_dim=digits.VISION_DIM)
 
 
 @pytest.fixture(params=["memory", "prompt"])
@@ -140,7 +140,7 @@ def test_visual_tokens_stand_where_the_prompt_has_places(base: Any, split: Split
     embeds = method.embed(split[0].features[:2], prompts.input_ids)
     for row in range(2):
         places = prompts.input_ids[row] == WORDS.image
-        assert places.sum() == program.TOKENS
+        assert places.sum() == digits.TOKENS
         tokens = method.projector(split[0].features[row]) + method.position
         torch.testing.assert_close(embeds[row, places], tokens)
         words = base.get_input_embeddings()(prompts.input_ids[row, ~places])
