@@ -36,6 +36,7 @@ class SharedMemory:
         key_position, value_position: (M, d); or (calls, M, d), a pair for each caller.
         dtype: the one that most calls will need.
         visual_map: the operator's. φ(Kv) is then formed here, for all calls.
+        finite: basis and positions are finite. In `dtype` a core that needs no gradient is then read where it lies, at every call.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class SharedMemory:
         dtype: torch.dtype,
         *,
         visual_map: str | None = None,
+        finite: bool = False,
     ) -> None:
-        self.visual_map = visual_map
+        self.visual_map, self._finite = visual_map, finite
         self._rank = basis.shape[0]
         self._layered = key_position.dim() == 3
         self._core = _wide(core)
@@ -68,7 +70,7 @@ class SharedMemory:
         core, key, value = (t.detach().to(dtype) for t in (self._core, self._key, self._value))
         pairs = zip(key.unbind(), value.unbind(), strict=True) if self._layered else [(key, value)]
         found = [self._parts(core, key, value) for key, value in pairs]
-        if partial and core.numel() > 0 and not known_finite(key, value):
+        if partial and not (self._finite or core.numel() == 0 or known_finite(key, value)):
             found = [self._contained(parts) for parts in found]
         if self.visual_map is not None:
             # An image's own, so nothing of it is to be contained.
@@ -155,6 +157,7 @@ def fused_ffn_shared(
     caller: int,
     *,
     visual_index: Tensor | None,
+    cu_seqlens: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str,
     visual_activation: str | None = None,
@@ -168,7 +171,8 @@ def fused_ffn_shared(
     """:func:`memvp_kernels.fused_ffn` over a shared memory.
 
     Args:
-        x, visual_index, residual, activation, visual_activation, visual_drop, visual_scale, dropout_p, recompute, backend: the operator's.
+        x, visual_index, cu_seqlens, residual, activation, visual_activation, visual_drop, visual_scale, dropout_p, recompute, backend:
+            the operator's.
         weights: key, value, gate and the biases; none for the visual branch alone, or with `dequantize`.
         memory: of this forward.
         caller: this FFN's position among those that read the memory.
@@ -182,11 +186,10 @@ def fused_ffn_shared(
         As the operator.
     """
     tensors: dict[str, Tensor | None] = dict.fromkeys(TENSORS)
-    tensors.update(weights, x=x, residual=residual, visual_index=visual_index)
+    tensors.update(weights, x=x, residual=residual, visual_index=visual_index, cu_seqlens=cu_seqlens)
     if isinstance(x, Tensor):
-        tensors.update(
-            memory.operands(caller, cast_dtype("x", x.dtype, autocast_dtype(x.device)), visual_index is not None)
-        )
+        partial = visual_index is not None or cu_seqlens is not None
+        tensors.update(memory.operands(caller, cast_dtype("x", x.dtype, autocast_dtype(x.device)), partial))
     options = check(
         tensors, recompute=recompute, backend=backend, activation=activation, visual_activation=visual_activation,
         visual_map=memory.visual_map, visual_drop=visual_drop, visual_scale=visual_scale, dropout_p=dropout_p,

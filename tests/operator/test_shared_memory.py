@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memvp_kernels import fused_ffn, reference
-from memvp_kernels.shared_memory import SharedMemory
+from memvp_kernels.shared_memory import SharedMemory, fused_ffn_shared
 from tests import stack, tolerance
 from tests.dispatch_mode import PassThrough
 
@@ -249,3 +249,25 @@ def test_a_forward_that_nobody_goes_back_through_is_freed() -> None:
     del memory, x
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize("layered", [False, True])
+def test_packed_rows_over_a_core_that_changes(layered: bool) -> None:
+    """As a server calls it: the FFN runs elsewhere, its output comes as the residual, and the core's buffer is written anew between the calls."""
+    draw = torch.Generator().manual_seed(0)
+    x, y, core, basis = (torch.randn(shape, generator=draw) for shape in ((9, 16), (9, 16), (3, 5, 4), (4, 16)))
+    key, value = torch.randn(2, *([2] if layered else []), 5, 16, generator=draw)
+    segments = {"visual_index": torch.tensor([2, -1, 0]), "cu_seqlens": torch.tensor([0, 4, 6, 9])}
+    memory = SharedMemory(core, basis, key, value, torch.float32, finite=True)
+    for caller in range(2):
+        core.normal_(generator=draw)
+        found = fused_ffn_shared(
+            x, {}, memory, caller, **segments, residual=y, activation="silu", visual_scale=0.7, dropout_p=0.0, recompute=False,
+            backend="torch",
+        )  # fmt: skip
+        parts = (key[caller], value[caller]) if layered else (key, value)
+        wanted = fused_ffn(
+            x, None, None, core, core, visual_basis=basis, key_position=parts[0], value_position=parts[1], **segments, residual=y,
+            activation="silu", visual_scale=0.7, backend="torch",
+        )  # fmt: skip
+        torch.testing.assert_close(found, wanted)

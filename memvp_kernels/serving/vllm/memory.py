@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 from vllm.forward_context import get_forward_context
 
-from memvp_kernels.ffn import fused_ffn
 from memvp_kernels.models.io import adapter
 from memvp_kernels.models.memory import vision_tower
 from memvp_kernels.models.memory.visual_memory import VisualMemory
 from memvp_kernels.models.patching.vision_adapters import VisionTower
 from memvp_kernels.serving.vllm.folder import ServedFolder
+from memvp_kernels.shared_memory import SharedMemory, fused_ffn_shared
 
 __all__ = ["EngineMemory", "ImageEncoder", "give_memory"]
 
@@ -89,11 +89,14 @@ class EngineMemory:
     """
 
     def __init__(self, encoder: ImageEncoder, requests: int, device: torch.device) -> None:
-        memory = encoder.memory
-        self.memory = memory
+        self.memory = memory = encoder.memory
+        parts = (memory.basis, memory.key_position, memory.value_position)
+        if not all(bool(part.isfinite().all()) for part in parts):
+            raise ValueError(f"the adapter has values that are not finite in {memory.basis.dtype}; serve it in float32")
         self.no_image = requests
         """The row of a request without an image: a zero core, so that it keeps the positions, as in MemVPModel."""
         self.cores = memory.core.new_zeros(requests + 1, *memory.core.shape[1:])
+        self._shared = SharedMemory(self.cores, *parts, self.cores.dtype, finite=True)
         # One sequence for each request, and the last one for the rows that pad a step: those read no memory.
         self.cu_seqlens = torch.zeros(requests + 2, dtype=torch.int32, device=device)
         self.visual_index = torch.full((requests + 1,), -1, dtype=torch.int32, device=device)
@@ -129,23 +132,19 @@ class EngineMemory:
             layer: its position among the layers that have memory.
             activation: of the visual branch.
         """
-        memory = self.memory
-        key_position, value_position = memory.positions(layer)
-        return fused_ffn(
+        return fused_ffn_shared(
             x,
-            None,
-            None,
-            self.cores,
-            self.cores,
-            visual_basis=memory.basis,
-            key_position=key_position,
-            value_position=value_position,
-            activation=activation,
-            visual_scale=memory.scale_of(layer),
+            {},
+            self._shared,
+            layer,
             visual_index=self.visual_index,
             cu_seqlens=self.cu_seqlens,
             residual=y,
-            backend=memory.backend,
+            activation=activation,
+            visual_scale=self.memory.scale_of(layer),
+            dropout_p=0.0,
+            recompute=False,
+            backend=self.memory.backend,
         )
 
 

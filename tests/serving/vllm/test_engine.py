@@ -38,7 +38,7 @@ def _image(request: Request) -> dict[str, object]:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_family(family: str, runner: str, tmp_path: Path) -> None:
     """Mixed batches; prefix-cache hits with the same image, another one and none; prompts longer than a step."""
-    options = {} if family == "Llama" else {"layers": (0, 2), "shared_positions": False}
+    options = {} if family == "Llama" else {"layers": (0, 2), "shared_positions": False, "memory_scale": (1.0, 0.6)}
     model = tiny.model(family, **options)
     save_for_vllm(model, tmp_path)
     one, two, few = tiny.images(3)
@@ -90,3 +90,22 @@ def test_compiled(runner: str, tmp_path: Path) -> None:
     rounds = [[Request(SHORT, image) for image in (None, *tiny.images(3))]] * 2
     report = answers(tmp_path, rounds, tokens=8, runner=runner, enforce_eager=False)
     assert_equal(model, rounds, report)
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    """Tensor parallelism: every rank adds the whole memory to the whole output."""
+    model = tiny.model()
+    save_for_vllm(model, tmp_path)
+    one, two = tiny.images(2)
+    rounds = [[Request(SHORT, one), Request(SHORT), Request(LONG, two)], [Request(LONG, two), Request(LONG, one)]]
+    report = answers(
+        tmp_path,
+        rounds,
+        tokens=8,
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        max_num_batched_tokens=64,
+        variables={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    )
+    assert_equal(model, rounds, report)
+    assert report.rounds[1][0].cached > 0
