@@ -25,6 +25,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda scores: F.gelu(scores, approximate="tanh"),
+    "identity": lambda scores: scores,
 }
 
 
@@ -190,11 +191,15 @@ def _take_apart(ffn: MemoryFFN, binding: Binding, core: Tensor, x: Tensor, y: Te
     key_position, value_position = memory.positions(binding.layer)
     rows = core.float() @ memory.basis.float()
     key, value = rows + key_position.float(), rows + value_position.float()
-    activation = _ACTIVATIONS[activation_name(ffn.ffn_activation()) or ""]
+    activation = _ACTIVATIONS[memory.visual_activation or activation_name(ffn.ffn_activation()) or ""]
+    mapped = F.silu if memory.visual_map == "silu" else _ACTIVATIONS["identity"]
+    scores = mapped(x.float()) @ mapped(key).transpose(1, 2)
+    lowest = int(memory.visual_drop * scores.shape[-1])
+    kept = scores >= scores.kthvalue(lowest + 1, dim=-1, keepdim=True).values if lowest else 1.0
     reads = torch.ones(len(x), dtype=torch.bool, device=x.device)
     if index is not None:
         reads = (index >= 0) & (index < memory.core.shape[0])
-    visual = memory.scale_of(binding.layer) * activation(x.float() @ key.transpose(1, 2)) * reads[:, None, None]
+    visual = memory.scale_of(binding.layer) * activation(scores) * kept * reads[:, None, None]
     added = visual @ value
     norm, rest = added.norm(dim=-1), (y.float() - added).norm(dim=-1)
     share = norm / (norm + rest).clamp_min(torch.finfo(torch.float32).tiny)

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 __all__ = ["MemVPConfig"]
 
+VISUAL_ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "identity")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemVPConfig:
     """Shape and constants of a MemVP adapter; the defaults are the paper's for LLaMA-7B (arXiv 2405.05615, section 4).
 
+    Slot j of an image's memory is the pair (λ f(z_j) + p^k_j, λ f(z_j) + p^v_j), f(z_j) its j-th feature, projected. An image of
+    n features fills the first n of M slots. The rest are free: (p^k_j, p^v_j), learned, alike for every image and for text alone.
+
+    λ and s act at different places. What the memory adds to the FFN's output is linear in s. λ is in the key and in the value of
+    every slot with a feature, so the image's part grows faster than λ: at small scores with its square. Change λ where the
+    features have another size than CLIP's, s where the memory as a whole adds too little or too much;
+    ``MemVPModel.explain_memory`` prints how much it adds.
+
+    The memory goes into every layer unless ``layers`` names some. All is right for a pretrained language model of full size. A
+    small one may train better with its first layers alone, and each layer named less is that layer's share of the cost less.
+
     Attributes:
         vision_dim: width of an image feature (CLIP ViT-L/14: 1024).
         projector_dim: inner width of the projector Linear, SiLU, Linear.
-        num_slots: M, memory slots per image; those past the image's own features are free learned memory.
+        num_slots: M, memory slots per image: the features of the largest image and as many free slots as there should be.
         feature_scale: λ, multiplies the projected features.
         memory_scale: s, multiplies the memory's contribution to the FFN output; or one per layer with memory, in the order
             in which they run.
@@ -27,6 +41,15 @@ class MemVPConfig:
         layers: indices of the layers that get memory, counted from 0 in the order in which they run; None: all. In T5 and
             BART, whose encoder and decoder FFNs both take memory, the encoder's come first: of 12 and 12 layers,
             ``range(12, 24)`` is the decoder alone. ``MemVPModel.memory_ffns()`` names what was chosen.
+        pooled_grids: of an image's square grid of features, average-pooled grids of these many cells are the memory instead, one
+            after the other; (): the features themselves. ADEM-VL: (256, 64).
+        class_token: the first feature is the image's class token, which is no slot but begins the prompt by a projector of its
+            own, not scaled by λ. Decoder-only models.
+        image_prefix: token ids that the model puts between a prompt's BOS and its class token.
+        text_prefix: token ids that the model puts behind the BOS of a prompt without an image.
+        visual_activation: of the memory's scores, a name of :func:`memvp_kernels.fused_ffn`; None: the FFN's own.
+        visual_map: "silu": the scores are silu(x)·silu(Kv)ᵀ; None: x·Kvᵀ.
+        visual_drop: γ in [0, 1), each token's share of lowest scores that is left out, in training and inference.
 
     Raises:
         TypeError: a value has the wrong type.
@@ -41,6 +64,35 @@ class MemVPConfig:
     dropout: float = 0.1
     shared_positions: bool = True
     layers: tuple[int, ...] | None = None
+    pooled_grids: tuple[int, ...] = ()
+    class_token: bool = False
+    image_prefix: tuple[int, ...] = ()
+    text_prefix: tuple[int, ...] = ()
+    visual_activation: str | None = None
+    visual_map: str | None = None
+    visual_drop: float = 0.0
+
+    @classmethod
+    def adem_vl(cls, *, pooled_grids: Sequence[int] = (256, 64), **changes: Any) -> MemVPConfig:
+        """ADEM-VL with its paper's constants (arXiv 2410.17779): 256 patches and their 8 × 8 averages, the class token in the prompt.
+
+        Args:
+            pooled_grids: as the attribute; M is their sum.
+            **changes: other attributes that differ. The official prompts have ``image_prefix`` = the ids of ``"Image: "`` and
+                ``text_prefix`` = those of ``"Image: N/A"``, as ``tokenizer(…, add_special_tokens=False).input_ids``.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
+        preset: dict[str, Any] = {
+            "num_slots": sum(_integers("pooled_grids", pooled_grids)) or cls.num_slots,
+            "dropout": 0.0,
+            "class_token": True,
+            "visual_activation": "identity",
+            "visual_map": "silu",
+            "visual_drop": 0.1,
+        }
+        return cls(pooled_grids=tuple(pooled_grids), **preset | changes)
 
     def __post_init__(self) -> None:
         for name in ("vision_dim", "projector_dim", "num_slots"):
@@ -57,6 +109,7 @@ class MemVPConfig:
         numbers = [
             ("feature_scale", self.feature_scale),
             ("dropout", self.dropout),
+            ("visual_drop", self.visual_drop),
             *(("memory_scale", s) for s in each),
         ]
         for name, number in numbers:
@@ -64,12 +117,29 @@ class MemVPConfig:
                 raise TypeError(f"{name} must be a float, got {number!r} ({type(number).__name__})")
             if not -float("inf") < number < float("inf"):
                 raise ValueError(f"{name} must be finite, got {number}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if not isinstance(self.shared_positions, bool):
-            raise TypeError(f"shared_positions must be a bool, got {self.shared_positions!r}")
+        for name in ("dropout", "visual_drop"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("shared_positions", "class_token"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
         if self.layers is not None:
             object.__setattr__(self, "layers", _checked_layers(self.layers))
+        for name in ("pooled_grids", "image_prefix", "text_prefix"):
+            object.__setattr__(self, name, _integers(name, getattr(self, name)))
+        for name, known in (("visual_activation", VISUAL_ACTIVATIONS), ("visual_map", ("silu",))):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise ValueError(f"{name} must be None or one of {', '.join(known)}, got {value!r}")
+        uneven = [cells for cells in self.pooled_grids if cells < 1 or math.isqrt(cells) ** 2 != cells]
+        if uneven:
+            raise ValueError(f"pooled_grids must be numbers of cells of square grids, such as 256 and 64, got {uneven}")
+        if sum(self.pooled_grids) > self.num_slots:
+            raise ValueError(
+                f"pooled_grids {self.pooled_grids} are {sum(self.pooled_grids)} slots, num_slots is {self.num_slots}"
+            )
+        if (self.image_prefix or self.text_prefix) and not self.class_token:
+            raise ValueError("image_prefix and text_prefix stand around the class token; pass class_token=True")
 
     def chosen_layers(self, count: int) -> tuple[int, ...]:
         """The indices that get memory in a model of ``count`` layers.
@@ -87,10 +157,7 @@ class MemVPConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, one per attribute."""
-        values = asdict(self)
-        if values["layers"] is not None:
-            values["layers"] = list(values["layers"])
-        return values
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MemVPConfig:
@@ -127,10 +194,14 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _integers(name: str, values: object) -> tuple[int, ...]:
+    if not isinstance(values, (list, tuple, range)) or not all(_is_integer(value) for value in values):
+        raise TypeError(f"{name} must be a sequence of ints, got {values!r}")
+    return tuple(values)
+
+
 def _checked_layers(layers: object) -> tuple[int, ...]:
-    if not isinstance(layers, (list, tuple, range)) or not all(_is_integer(index) for index in layers):
-        raise TypeError(f"layers must be None or a sequence of ints, got {layers!r}")
-    indices = tuple(layers)
+    indices = _integers("layers", layers)
     if not indices:
         raise ValueError("layers is empty: no layer would see the image; None means all layers")
     if min(indices) < 0:

@@ -18,13 +18,14 @@ from memvp_kernels.models.memory.images import (
     pad_features,
     stack_pixels,
 )
+from memvp_kernels.models.memory.image_rows import ImageRows
 from memvp_kernels.models.memory.vision_tower import blank, encode
-from memvp_kernels.models.memory.visual_memory import Memory, Readers, VisualMemory
+from memvp_kernels.models.memory.visual_memory import ClassToken, Memory, Readers, VisualMemory
 from memvp_kernels.models.parallel.tensor_parallel import shard_slots, tensor_mesh
 from memvp_kernels.models.patching.attach import hidden_dtype
 from memvp_kernels.problem import narrow
 
-__all__ = ["Images", "MemorySource", "samples_of"]
+__all__ = ["BatchMemory", "Images", "MemorySource", "samples_of"]
 
 
 class Images(NamedTuple):
@@ -34,6 +35,20 @@ class Images(NamedTuple):
     pixel_values: Pixels | None = None
     visual_core: Tensor | None = None
     visual_index: Tensor | None = None
+
+
+class BatchMemory(NamedTuple):
+    """What a batch reads.
+
+    Attributes:
+        memory: for the layers.
+        index: (B,) int32, the row of it that each sample reads; None: sample i reads row i.
+        class_token: of each sample, for its prompt; None: nothing of an image goes there.
+    """
+
+    memory: Memory
+    index: Tensor | None
+    class_token: ClassToken | None
 
 
 class MemorySource(NamedTuple):
@@ -72,6 +87,7 @@ class MemorySource(NamedTuple):
             num_slots=config.num_slots,
             dtype=self.memory.projector.fc1.weight.dtype,
             device=self.memory.key_position.device,
+            rows=ImageRows.wanted(config),
         )
 
     def features(self, samples: int, images: Images) -> tuple[Tensor, Tensor]:
@@ -83,23 +99,23 @@ class MemorySource(NamedTuple):
                 raise ValueError(
                     "pixel_values: wanted a MemVPModel with vision_model=, got one without; pass image_features"
                 )
-            features = encode_pixels(clip, images.pixel_values)
+            features = encode_pixels(clip, images.pixel_values, ImageRows.wanted(self.memory.config))
         padded, valid = self._padded(features, samples)
         trains = clip is not None and torch.is_grad_enabled() and any(p.requires_grad for p in clip.parameters())
         if clip is not None and trains and not (isinstance(features, Tensor) or _any(features or ())):
             # no image in the whole batch: a blank one, on rows marked as padding, so that the vision model's adapters get
             # zeros and not None, and a sharded vision model takes part in the gathering of its blocks like the other ranks'
             unseen = encode(clip, blank(clip))[:, :1]
-            padded = unseen.to(padded).expand(padded.shape[0], -1, -1)
+            padded = unseen.to(padded).expand(padded.shape[0], 1 + self.memory.config.class_token, -1)
         return padded, valid
 
     def core(self, images: Images) -> Tensor:
-        """(R, M, r): the cores of all images, in the projector's dtype."""
-        core: Tensor = self.module(*self.features(0, images)).core
-        return core
+        """(R, M, r): the cores of all images, in the projector's dtype; (R, 1 + M, r) with a class token."""
+        memory: Memory = self.module(*self.features(0, images))
+        return memory.core if memory.class_token is None else torch.cat([memory.class_token.core, memory.core], dim=1)
 
-    def read(self, samples: int, images: Images, **options: Any) -> tuple[Memory, Tensor | None]:
-        """The memory of a batch, and the row that each sample reads: (samples,) int32, or None where sample i reads row i.
+    def read(self, samples: int, images: Images, **options: Any) -> BatchMemory:
+        """The memory of a batch.
 
         Args:
             samples: B.
@@ -126,6 +142,7 @@ class MemorySource(NamedTuple):
                 "with visual_index which image each sample reads"
             )
         memory: Memory = self.module(core=core) if images.visual_core is not None else self.module(features, valid)
+        token, memory = memory.class_token, replace(memory, class_token=None)
         dtype = hidden_dtype(self.language_model)
         if not torch.is_grad_enabled():  # under grad the sums stay wide
             memory = memory.to(dtype)
@@ -133,12 +150,20 @@ class MemorySource(NamedTuple):
         mesh, dtype = tensor_mesh(self.language_model), autocast_dtype(memory.core.device) or dtype
         # all once, outside the layers: what crosses the network backward then does so once per step
         if mesh is not None:
+            if memory.visual_drop > 0:
+                raise NotImplementedError(
+                    "visual_drop: tensor parallelism gives each rank a part of the slots, and which scores are lowest is "
+                    "known from all; shard the model by FSDP instead, or leave visual_drop at 0"
+                )
             memory = replace(memory, shard=shard_slots(memory, mesh).sharing(dtype))
         index = None if images.visual_index is None else narrow(images.visual_index.to(memory.core.device))
-        return memory.sharing(dtype), index
+        if token is not None and index is not None:
+            token = _of_samples(token, index)
+        return BatchMemory(memory.sharing(dtype), index, token)
 
     def _checked_core(self, core: object) -> Tensor:
-        slots, rank = self.memory.config.num_slots, self.memory.projector.rank
+        config, rank = self.memory.config, self.memory.projector.rank
+        slots = config.num_slots + config.class_token
         wanted = f"wanted (B, {slots}, {rank}) from encode_images"
         if not isinstance(core, Tensor):
             raise TypeError(f"visual_core: {wanted}, got {type(core).__name__}")
@@ -147,6 +172,13 @@ class MemorySource(NamedTuple):
         if core.dim() != 3 or tuple(core.shape[1:]) != (slots, rank):
             raise ValueError(f"visual_core: {wanted}, got {tuple(core.shape)}")
         return core.to(self.memory.key_position.device, self.memory.projector.fc2.weight.dtype)
+
+
+def _of_samples(token: ClassToken, index: Tensor) -> ClassToken:
+    """Each sample's class token, from each image's."""
+    rows = token.present.shape[0]
+    index = torch.where((index >= 0) & (index < rows), index, rows)  # the last row below stands for none
+    return ClassToken(*(torch.cat([t, t.new_zeros(1, *t.shape[1:])])[index] for t in token))
 
 
 def samples_of(inputs: dict[str, Any]) -> int:

@@ -17,18 +17,19 @@ from memvp_kernels.models.attribution import MemoryAttribution, MemoryRecorder
 from memvp_kernels.models.calibration import Calibration, calibrate
 from memvp_kernels.models.config import MemVPConfig
 from memvp_kernels.models.delegation import LanguageModelInterface, loss_per_item
-from memvp_kernels.models.inputs import Images, MemorySource, samples_of
+from memvp_kernels.models.inputs import BatchMemory, Images, MemorySource, samples_of
 from memvp_kernels.models.io.adapter import Adapter
 from memvp_kernels.models.io.pretrained import PretrainedAdapter
 from memvp_kernels.models.memory.images import ImageFeatures, Pixels
 from memvp_kernels.models.memory.projector import Projector
-from memvp_kernels.models.memory.visual_memory import Memory, VisualMemory
+from memvp_kernels.models.memory.visual_memory import VisualMemory
 from memvp_kernels.models.offloading import fetch
 from memvp_kernels.models.parallel.data_loading import refuse_cut_images
 from memvp_kernels.models.parallel.fsdp import like_forward
 from memvp_kernels.models.patching.attach import Attachment, attach, check_all_read, detach, hidden_dtype, memory_ffns
 from memvp_kernels.models.patching.mixins import MemoryFFN
 from memvp_kernels.models.patching.vision_adapters import VisionTower
+from memvp_kernels.models.relatives.adem_vl import PromptStart, refuse_unsuited, width_of
 from memvp_kernels.models.scopes import Scopes
 
 __all__ = ["MemVPModel"]
@@ -81,6 +82,8 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
         tower = None if vision_model is None else VisionTower(vision_model)  # refused before anything is changed
         attachment = attach(language_model, config)
         try:
+            if config.class_token:
+                refuse_unsuited(language_model)
             memory = VisualMemory(
                 config,
                 width=attachment.width,
@@ -88,7 +91,7 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
                 dtype=torch.promote_types(hidden_dtype(language_model), torch.float32),
                 device=attachment.device,
             )
-        except Exception:  # no room for it
+        except Exception:  # no room for it, or no place for a class token
             detach(language_model, attachment.frozen)
             raise
         self._attachment: Attachment | None = attachment
@@ -219,7 +222,7 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
         images = Images(image_features, pixel_values, visual_core, visual_index)
         if kwargs.get("assistant_model") is not None:
             kwargs["assistant_model"] = self._draft(kwargs["assistant_model"], kwargs, images)
-        return self._run(self.language_model.generate, kwargs, images)
+        return self._run(self.language_model.generate, kwargs, images, generation=True)
 
     @like_forward
     def encode_images(
@@ -287,7 +290,9 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
             decoder_mask=inputs.get("decoder_attention_mask"),
             encoder_decoder=self.config.is_encoder_decoder,
         )
-        with self.observing(recorder), self._without_dropout():
+        begun = width_of(self.memvp_config) if self.memvp_config.class_token else 0  # columns that the prompt grew by
+        observer = (lambda layer, x, y: recorder(layer, x[:, begun:], y[:, begun:])) if begun else recorder
+        with self.observing(observer), self._without_dropout():
             self(input_ids=input_ids, attention_mask=attention_mask, **inputs)
         return recorder.result()
 
@@ -325,15 +330,20 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
         """The memory and the vision model, as files see them."""
         return Adapter(self._visual_memory(), self._tower)
 
-    def _run(self, call: Callable[..., Any], inputs: dict[str, Any], images: Images) -> Any:
+    def _run(self, call: Callable[..., Any], inputs: dict[str, Any], images: Images, generation: bool = False) -> Any:
         """``call(**inputs)``, a forward or a generation, whose layers read the images."""
         if self._is_disabled():
             return call(**inputs)
-        memory, index = self._read(inputs, images)
+        memory, index, token = self._read(inputs, images)
         if index is not None:  # generate() repeats it for beams, and makes one where there is none yet
             inputs["memory_index"] = index
+        inputs["visual_memory"] = memory
         try:
-            output = call(**inputs, visual_memory=memory)
+            if token is None:
+                output = call(**inputs)
+            else:
+                start = PromptStart(self.memvp_config, self.language_model, token)
+                output = (start.generate if generation else start.forward)(call, inputs)
         finally:
             memory.close()
         assert self._attachment is not None
@@ -351,11 +361,13 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
                 "visual_core: wanted image_features or pixel_values beside an assistant_model that is a MemVPModel, whose "
                 "cores are others; or pass its language_model, which reads no image"
             )
-        memory, index = model._read(inputs, images)
+        memory, index, token = model._read(inputs, images)
+        if token is not None or self.memvp_config.class_token:
+            raise ValueError("assistant_model: prompts that begin with a class token are not drafted for; leave it out")
         return DraftModel(model.language_model, visual_memory=memory, memory_index=index)
 
-    def _read(self, inputs: dict[str, Any], images: Images) -> tuple[Memory, Tensor | None]:
-        """The memory of a batch, and the row that each of its samples reads."""
+    def _read(self, inputs: dict[str, Any], images: Images) -> BatchMemory:
+        """The memory of a batch."""
         if self._attachment is None:
             raise RuntimeError("this MemVPModel was unloaded; wrap its language_model again, or call that")
         refuse_cut_images(self, **images._asdict())

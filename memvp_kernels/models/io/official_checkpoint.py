@@ -28,6 +28,7 @@ _CLIP_SCALE = 0.1  # of the CLIP adapters, likewise
 _POSITIONS = ("adapter_emb1", "adapter_emb2")  # stored with a leading batch dimension of one
 _NAMED_SIZES = {(320, 4096): "LLaMA-7B", (400, 5120): "LLaMA-13B"}
 _UNUSED = {"adapter_modality_embedding.weight": "the official code trains it and never reads it"}
+_CLASS_TOKEN = "adapter_proj_cls."
 _CLIP_KEY = re.compile(r"backbone\.visual\.transformer\.resblocks\.(\d+)\.adapter_mlp\.(fc1|fc2)\.weight")
 
 
@@ -58,13 +59,13 @@ class CheckpointReport:
 
 
 def load_official_checkpoint(adapter: Adapter, path: str | Path, *, vision_adapters: bool = True) -> CheckpointReport:
-    """Write an official checkpoint (github.com/JieShibo/MemVP, ``checkpoint-19.pth``) into an adapter.
+    """Write an official checkpoint into an adapter: MemVP's (github.com/JieShibo/MemVP) or ADEM-VL's (github.com/Hao840/ADEM-VL).
 
     Keys may start with ``module.`` (saved under torchrun). The CLIP adapters go into the vision model, which gets them
     if it has none. The file is opened with ``weights_only=True``: the one class it may name is argparse.Namespace.
 
     Args:
-        adapter: built with the checkpoint's sizes: LLaMA-7B and 320 slots, or LLaMA-13B and 400 slots.
+        adapter: built with the checkpoint's sizes: LLaMA-7B and 320 slots, or LLaMA-13B and 400 (ADEM-VL: 320) slots.
         path: the ``.pth`` file.
         vision_adapters: False: leave the CLIP adapters out, for a model whose image features are computed elsewhere,
             by a CLIP that has them.
@@ -81,7 +82,7 @@ def load_official_checkpoint(adapter: Adapter, path: str | Path, *, vision_adapt
     saved = _read(Path(path))
     state = {key.removeprefix("module."): tensor for key, tensor in saved["model"].items()}
     settings = vars(saved["args"]) if isinstance(saved.get("args"), argparse.Namespace) else {}
-    _check_constants(adapter.memory.config, settings)
+    _check_constants(adapter.memory.config, settings, state)
 
     targets = _memory_targets(adapter.memory)
     clip = {key: match for key in state if (match := _CLIP_KEY.fullmatch(key))}
@@ -119,31 +120,62 @@ def _read(path: Path) -> dict[str, Any]:
     model = saved.get("model") if isinstance(saved, dict) else None
     if not isinstance(model, dict) or not all(isinstance(tensor, Tensor) for tensor in model.values()):
         got = sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
-        raise ValueError(f"{path} is not an official MemVP checkpoint: wanted a dict with 'model' in it, got {got}")
+        raise ValueError(f"{path} is not an official checkpoint: wanted a dict with 'model' in it, got {got}")
     return saved
 
 
-def _check_constants(config: MemVPConfig, settings: dict[str, Any]) -> None:
+def _check_constants(config: MemVPConfig, settings: dict[str, Any], state: Mapping[str, Tensor]) -> None:
     """The checkpoint's parameters mean nothing under other constants, and loading would not show it."""
-    wanted: dict[str, Any] = {"shared_positions": True, "layers": None, "feature_scale": _FEATURE_SCALE}
-    if "adapter_scale" in settings:
-        wanted["memory_scale"] = settings["adapter_scale"]
+    relative = "drop_ratio" in settings or any(key.startswith(_CLASS_TOKEN) for key in state)
+    # without settings and class token the two methods' files have the same names, but for what MemVP alone never uses
+    relative |= not settings and config.visual_map is not None and not _UNUSED.keys() & state.keys()
+    wanted: dict[str, Any] = {"shared_positions": True, "layers": None}
+    wanted |= _adem_vl_constants(settings, state) if relative else _memvp_constants(settings)
     wrong = {name: value for name, value in wanted.items() if getattr(config, name) != value}
     if wrong:
         got = ", ".join(f"{name}={getattr(config, name)!r}" for name in wrong)
         way_out = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
-        raise ValueError(f"the checkpoint was not trained with {got}; build the model with MemVPConfig({way_out})")
+        preset = "MemVPConfig.adem_vl" if relative else "MemVPConfig"
+        raise ValueError(f"the checkpoint was not trained with {got}; build the model with {preset}({way_out})")
+    if config.class_token and not (config.image_prefix and config.text_prefix):
+        raise ValueError(
+            'the checkpoint was trained with "Image: " in front of the class token, and "Image: N/A" in prompts without an '
+            "image; give their token ids, tokenizer(…, add_special_tokens=False).input_ids, to MemVPConfig.adem_vl(image_prefix=…, "
+            "text_prefix=…)"
+        )
+
+
+def _memvp_constants(settings: dict[str, Any]) -> dict[str, Any]:
+    plain = MemVPConfig()
+    names = ("visual_activation", "visual_map", "visual_drop", "pooled_grids", "class_token")
+    constants = {"feature_scale": _FEATURE_SCALE} | {name: getattr(plain, name) for name in names}
+    return constants | ({"memory_scale": settings["adapter_scale"]} if "adapter_scale" in settings else {})
+
+
+def _adem_vl_constants(settings: dict[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """By the names of its command line; its paper's where the file does not say."""
+    paper = MemVPConfig.adem_vl()
+    return {
+        "feature_scale": settings.get("beta", paper.feature_scale),
+        "memory_scale": settings.get("alpha", paper.memory_scale),
+        "visual_drop": settings.get("drop_ratio", paper.visual_drop),
+        "pooled_grids": tuple(settings.get("down_sample_num", paper.pooled_grids)),
+        "visual_activation": paper.visual_activation,
+        "visual_map": paper.visual_map,
+        "class_token": any(key.startswith(_CLASS_TOKEN) for key in state),
+    }
 
 
 def _memory_targets(memory: VisualMemory) -> Targets:
-    return {
+    targets: Targets = {
         "adapter_emb1": ("key_position", memory.key_position),
         "adapter_emb2": ("value_position", memory.value_position),
-        "adapter_proj.fc1.weight": ("projector.fc1.weight", memory.projector.fc1.weight),
-        "adapter_proj.fc1.bias": ("projector.fc1.bias", memory.projector.fc1.bias),
-        "adapter_proj.fc2.weight": ("projector.fc2.weight", memory.projector.fc2.weight),
-        "adapter_proj.fc2.bias": ("projector.fc2.bias", memory.projector.fc2.bias),
     }
+    for prefix, name in (("adapter_proj.", "projector"), (_CLASS_TOKEN, "class_projector")):
+        projector = getattr(memory, name)
+        if projector is not None:
+            targets |= {f"{prefix}{part}": (f"{name}.{part}", p) for part, p in projector.named_parameters()}
+    return targets
 
 
 def _check_names(state: dict[str, Tensor], required: Iterable[str], optional: Iterable[str]) -> None:
@@ -151,7 +183,7 @@ def _check_names(state: dict[str, Tensor], required: Iterable[str], optional: It
     unknown = sorted(set(state) - set(required) - set(optional))
     if missing or unknown:
         parts = [f"lacks {missing}"] * bool(missing) + [f"has unknown keys {unknown}"] * bool(unknown)
-        raise ValueError(f"not an official MemVP checkpoint for LLaMA: it {' and '.join(parts)}")
+        raise ValueError(f"not an official checkpoint for LLaMA: it {' and '.join(parts)}")
 
 
 def _check_memory_sizes(values: dict[str, Tensor], targets: Targets) -> None:

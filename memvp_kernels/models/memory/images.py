@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from memvp_kernels.models.memory.image_rows import ONE_IMAGE, ImageRows
 from memvp_kernels.models.memory.vision_tower import encode
 
 __all__ = [
@@ -45,23 +46,26 @@ class StackedPixels(NamedTuple):
     place: Tensor
 
 
+_PATCHES = ImageRows()
+
 ImageFeatures: TypeAlias = "PaddedFeatures | Tensor | Sequence[Tensor | Sequence[Tensor] | None]"
 Pixels: TypeAlias = "StackedPixels | Tensor | Sequence[Tensor | None]"
 
 
-def encode_pixels(vision_model: nn.Module, pixel_values: Pixels) -> ImageFeatures:
+def encode_pixels(vision_model: nn.Module, pixel_values: Pixels, rows: ImageRows = _PATCHES) -> ImageFeatures:
     """Image features of pixels, all images of the batch in one pass.
 
     Args:
         vision_model: a transformers CLIPVisionModel.
         pixel_values: (B, 3, H, W); or one entry per sample: (3, H, W), (k, 3, H, W) for k images, or None.
+        rows: what is kept of an image.
 
     Returns:
         What :func:`pad_features` takes, shaped like ``pixel_values``.
 
     Raises:
         TypeError: an entry is something else.
-        ValueError: an entry has another shape.
+        ValueError: an entry has another shape, or several images where there can be one.
     """
     stacked = pixel_values if isinstance(pixel_values, Tensor) else stack_pixels(pixel_values)
     if stacked is None:
@@ -70,13 +74,16 @@ def encode_pixels(vision_model: nn.Module, pixel_values: Pixels) -> ImageFeature
     # through a frozen vision model the pixels themselves may be what is asked about (a saliency map, an attack)
     trains = pixels.requires_grad or any(p.requires_grad for p in vision_model.parameters())
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-        features = encode(vision_model, pixels)
+        features = encode(vision_model, pixels, class_token=rows.class_token)
     if isinstance(stacked, Tensor):
         return features
+    if rows.one_image and stacked.place.shape[1] > 1:
+        raise ValueError(f"pixel_values: {ONE_IMAGE}, got up to {stacked.place.shape[1]}")
+    features = rows.of(features, "pixel_values")
     absent = features.new_zeros(1, *features.shape[1:])
-    rows = torch.cat([features, absent])[stacked.place]  # (B, k, patches, vision_dim)
-    valid = (stacked.place < features.shape[0]).unsqueeze(-1).expand(rows.shape[:3])
-    return PaddedFeatures(rows.flatten(1, 2), valid.flatten(1, 2))
+    placed = torch.cat([features, absent])[stacked.place]  # (B, k, patches, vision_dim)
+    valid = (stacked.place < features.shape[0]).unsqueeze(-1).expand(placed.shape[:3])
+    return PaddedFeatures(placed.flatten(1, 2), valid.flatten(1, 2))
 
 
 def stack_pixels(pixel_values: StackedPixels | Sequence[Tensor | None]) -> StackedPixels | None:
@@ -115,6 +122,7 @@ def pad_features(
     num_slots: int,
     dtype: torch.dtype,
     device: torch.device,
+    rows: ImageRows = _PATCHES,
 ) -> PaddedFeatures:
     """One batch of features with the rows that are real marked.
 
@@ -129,44 +137,49 @@ def pad_features(
         num_slots: M.
         dtype: of the result.
         device: of the result.
+        rows: what becomes of an image's features; with a class token, the result has its row first.
 
     Returns:
-        (B, n, vision_dim) and (B, n) bool; a list is padded to n = M.
+        (B, n, vision_dim) and (B, n) bool; a list is padded to n = M, or M + 1 with a class token.
 
     Raises:
         TypeError: something else than the above.
-        ValueError: a wrong shape, or more visual tokens than slots.
+        ValueError: a wrong shape, more visual tokens than slots, or several images where there can be one.
     """
+    first = int(rows.class_token)
+    most = num_slots + first
     if features is None:
         return PaddedFeatures(
-            torch.zeros(samples, 1, vision_dim, dtype=dtype, device=device),
-            torch.zeros(samples, 1, dtype=torch.bool, device=device),
+            torch.zeros(samples, 1 + first, vision_dim, dtype=dtype, device=device),
+            torch.zeros(samples, 1 + first, dtype=torch.bool, device=device),
         )
     if isinstance(features, Tensor):
         if features.dim() != 3:
             raise ValueError(f"image_features: wanted (B, n, {vision_dim}), got {tuple(features.shape)}")
-        _check(features, "image_features", vision_dim, num_slots)
+        features = _rows(features, "image_features", vision_dim, most, rows)
         valid = torch.ones(features.shape[:2], dtype=torch.bool, device=device)
         return PaddedFeatures(features.to(device, dtype), valid)
     if isinstance(features, PaddedFeatures):
-        _check(features.features, "image_features", vision_dim, num_slots)
+        _check(features.features, "image_features", vision_dim, most)
         return PaddedFeatures(features.features.to(device, dtype), features.valid.to(device))
     if not isinstance(features, Sequence) or isinstance(features, str):
         raise TypeError(
             f"image_features: wanted a tensor, a list with one entry per sample or None, got {type(features).__name__}"
         )
-    rows = [_entry(entry, i, vision_dim, num_slots) for i, entry in enumerate(features)]
+    entries = [_entry(entry, i, vision_dim, most, rows) for i, entry in enumerate(features)]
     # to all slots and not to the longest entry: one shape for every batch
-    padded = torch.zeros(len(rows), num_slots, vision_dim, dtype=dtype, device=device)
-    valid = torch.zeros(len(rows), num_slots, dtype=torch.bool, device=device)
-    for i, row in enumerate(rows):
-        if row is not None:
-            padded[i, : row.shape[0]] = row.to(device, dtype)
-            valid[i, : row.shape[0]] = True
+    padded = torch.zeros(len(entries), most, vision_dim, dtype=dtype, device=device)
+    valid = torch.zeros(len(entries), most, dtype=torch.bool, device=device)
+    for i, entry in enumerate(entries):
+        if entry is not None:
+            padded[i, : entry.shape[0]] = entry.to(device, dtype)
+            valid[i, : entry.shape[0]] = True
     return PaddedFeatures(padded, valid)
 
 
-def _entry(entry: Tensor | Sequence[Tensor] | None, i: int, vision_dim: int, num_slots: int) -> Tensor | None:
+def _entry(
+    entry: Tensor | Sequence[Tensor] | None, i: int, vision_dim: int, most: int, rows: ImageRows
+) -> Tensor | None:
     name = f"image_features[{i}]"
     if entry is None:
         return None
@@ -175,24 +188,33 @@ def _entry(entry: Tensor | Sequence[Tensor] | None, i: int, vision_dim: int, num
             raise TypeError(f"{name}: wanted a tensor, a list of tensors or None, got {type(entry).__name__}")
         if not entry:
             return None
+        if rows.one_image and len(entry) > 1:
+            raise ValueError(f"{name}: {ONE_IMAGE}, got {len(entry)}")
         for j, image in enumerate(entry):
             if image.dim() != 2:
                 raise ValueError(f"{name}[{j}]: wanted (n, {vision_dim}), got {tuple(image.shape)}")
-            _check(image, f"{name}[{j}]", vision_dim, num_slots)
+            if not rows.one_image:
+                _check(image, f"{name}[{j}]", vision_dim, most)
         entry = torch.cat(list(entry))
     if entry.dim() != 2:
         raise ValueError(f"{name}: wanted (n, {vision_dim}), got {tuple(entry.shape)}")
-    _check(entry, name, vision_dim, num_slots)
-    return entry
+    return _rows(entry, name, vision_dim, most, rows)
 
 
-def _check(features: Tensor, name: str, vision_dim: int, num_slots: int) -> None:
+def _rows(features: Tensor, name: str, vision_dim: int, most: int, rows: ImageRows) -> Tensor:
+    if features.is_floating_point() and features.shape[-1] == vision_dim:
+        features = rows.of(features, name)
+    _check(features, name, vision_dim, most)
+    return features
+
+
+def _check(features: Tensor, name: str, vision_dim: int, most: int) -> None:
     if not features.is_floating_point():
         raise TypeError(f"{name}: wanted floating-point features, got {features.dtype}; pixels go into pixel_values")
     if features.shape[-1] != vision_dim:
         raise ValueError(f"{name}: wanted width vision_dim = {vision_dim}, got {tuple(features.shape)}")
-    if features.shape[-2] > num_slots:
+    if features.shape[-2] > most:
         raise ValueError(
-            f"{name}: {features.shape[-2]} visual tokens do not fit {num_slots} slots; pass fewer (smaller or fewer "
+            f"{name}: {features.shape[-2]} visual tokens do not fit {most} slots; pass fewer (smaller or fewer "
             "images, pooled features) or train with a larger num_slots"
         )

@@ -14,18 +14,18 @@ __all__ = ["blank", "encode", "tower"]
 _TOWER = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
 
 
-def encode(vision_model: nn.Module, pixel_values: Tensor) -> Tensor:
+def encode(vision_model: nn.Module, pixel_values: Tensor, *, class_token: bool = False) -> Tensor:
     """Patch features as the official code selects them (paper, section 4.1).
 
-    The hidden state of the last-but-one block, its class token dropped, under the post-layernorm; no projection. The
-    last block is not run.
+    The hidden state of the last-but-one block under the post-layernorm; no projection. The last block is not run.
 
     Args:
         vision_model: a transformers CLIPVisionModel, or a model that holds one as ``vision_model``.
         pixel_values: (B, 3, height, width), preprocessed as that CLIP expects; cast to its dtype and device.
+        class_token: keep it, in front of the patches, as ADEM-VL does; MemVP drops it.
 
     Returns:
-        (B, patches, vision width).
+        (B, patches, vision width), one row more with the class token.
 
     Raises:
         TypeError: ``vision_model`` is not a CLIP vision tower, or ``pixel_values`` not a floating-point tensor.
@@ -41,7 +41,7 @@ def encode(vision_model: nn.Module, pixel_values: Tensor) -> Tensor:
     h = clip.pre_layrnorm(clip.embeddings(pixel_values.to(execution_device(patch), patch.weight.dtype)))
     for layer in clip.encoder.layers[:-1]:
         h = layer(h, attention_mask=None)
-    features: Tensor = clip.post_layernorm(h[:, 1:])
+    features: Tensor = clip.post_layernorm(h if class_token else h[:, 1:])
     return features
 
 

@@ -79,7 +79,8 @@ def _with_memory(
     memory = binding.memory if memory is None else memory
     shared = memory.shared
     if shared is None:  # given by hand, or moved to another device on its way here
-        shared = SharedMemory(memory.core, memory.basis, *memory.positions(binding.layer), x.dtype)
+        parts = (memory.core, memory.basis, *memory.positions(binding.layer))
+        shared = SharedMemory(*parts, x.dtype, visual_map=memory.visual_map)
     activation = activation_name(ffn.ffn_activation())
     assert activation is not None
     return fused_ffn_shared(
@@ -90,6 +91,8 @@ def _with_memory(
         visual_index=binding.index,
         residual=residual,
         activation=activation,
+        visual_activation=memory.visual_activation,
+        visual_drop=memory.visual_drop,
         visual_scale=memory.scale_of(binding.layer),
         dropout_p=memory.dropout,
         recompute=memory.recompute,

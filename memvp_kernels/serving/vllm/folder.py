@@ -88,7 +88,7 @@ def save_for_vllm(
         image_processor: the vision model's, such as a CLIPImageProcessor. None: CLIP's own for the model's image size.
 
     Raises:
-        ValueError: a language model that vLLM can't be given a memory in.
+        ValueError: a language model that vLLM can't be given a memory in, or an adapter of ADEM-VL.
     """
     language_model = model.language_model
     if type(language_model).__name__ not in ARCHITECTURES:
@@ -96,6 +96,7 @@ def save_for_vllm(
             f"save_for_vllm: wanted one of {', '.join(ARCHITECTURES)}, got {type(language_model).__name__}; a PEFT model is "
             "merged first (merge_and_unload) and wrapped again"
         )
+    _refuse_relatives(model.memvp_config)
     folder = Path(folder)
     if base is None:
         language_model.save_pretrained(folder)
@@ -130,13 +131,21 @@ def export(
     source = _local(str(base), None)
     if not (source / _CONFIG).is_file():
         raise FileNotFoundError(f"{base} has no {_CONFIG}; wanted a language model that save_pretrained wrote")
-    adapter.load(saved)  # says what is missing
+    _refuse_relatives(adapter.load(saved)[0])
     _place(source, folder, copy=copy)
     _name_architecture(source, folder)
     _place(Path(saved), folder / _ADAPTER, copy=True)
     if vision is not None:
         _place(_local(str(vision), None), folder / _ADAPTER / _VISION, copy=copy)
     _check(folder)
+
+
+def _refuse_relatives(config: MemVPConfig) -> None:
+    if config.class_token or config.pooled_grids or config.visual_map or config.visual_drop or config.visual_activation:
+        raise ValueError(
+            "this adapter is ADEM-VL's (MemVPConfig.adem_vl), or has a part of it, and the plug-in serves MemVP's alone; "
+            "MemVPModel.generate runs it"
+        )
 
 
 def _local(model: str, patterns: list[str] | None) -> Path:
