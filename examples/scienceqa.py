@@ -11,6 +11,9 @@ GPUs: put ``torchrun --nproc_per_node 8`` or ``accelerate launch`` in the place 
 The recipe is the paper's: AdamW (0.9, 0.95), learning rate 9e-3 * batch / 256, weight decay 0.02 but for biases, 2 epochs
 of warm-up and 18 of a cosine, loss on the answer alone, prompt QCM-A. Image captions are in the prompt or not, alike in
 training and evaluation: evaluation reads from the adapter's folder which it was.
+
+``--method adem-vl`` trains ADEM-VL by the same recipe, which is its paper's too: 256 patches and their 64 averages, no dropout
+in the memory, and "Image: " with the class token behind BOS ("Image: N/A" where there is no image).
 """
 
 from __future__ import annotations
@@ -42,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(given: argparse.Namespace, parts: setup.Parts) -> None:
     problems = data.load_split(given.data, given.split, captions=given.captions)
     state = PartialState(cpu=given.cpu)
-    setup.agree_on_settings(state, given.out, captions=given.captions, num_slots=given.slots)
+    setup.agree_on_settings(state, given.out, captions=given.captions, num_slots=given.slots, method=given.method)
     torch.manual_seed(given.seed)
-    model, reader = setup.new_adapter(parts, num_slots=given.slots, dropout=given.dropout)
+    model, reader = setup.new_adapter(parts, num_slots=given.slots, dropout=given.dropout, method=given.method)
     if state.is_main_process:
         model.print_trainable_parameters()
     recipe = training.Recipe(given.epochs, given.warmup, given.rows, given.accumulate, given.seed, given.workers)
@@ -54,7 +57,7 @@ def _train(given: argparse.Namespace, parts: setup.Parts) -> None:
 
 
 def _evaluate(given: argparse.Namespace, parts: setup.Parts, accelerator: Accelerator) -> None:
-    model, reader, settings = setup.adapter_of(parts, given.adapter)
+    model, reader, settings = setup.adapter_of(parts, given.adapter, method=given.method)
     if accelerator.is_main_process and "report" in settings:
         print(settings["report"])
     captions = settings["captions"] if given.captions is None else given.captions
@@ -80,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--data", type=Path, required=True, help="folder in ScienceQA's official layout")
         command.add_argument("--language-model", required=True, help="transformers folder or name")
         command.add_argument("--vision-model", required=True, help="transformers folder or name of a CLIP vision model")
+        command.add_argument("--method", choices=("memvp", "adem-vl"), default="memvp", help="to train, or of a .pth")
         command.add_argument("--split", default=split, help=f"a key of pid_splits.json (default: {split})")
         command.add_argument("--rows", type=int, default=rows, help=f"questions at once per process (default: {rows})")
         command.add_argument("--limit", type=int, default=512, help="most tokens of a row (default: 512)")

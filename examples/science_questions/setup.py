@@ -43,24 +43,37 @@ class Parts(NamedTuple):
         return language_model, vision_model, Reader(tokenizer, self.limit, vision_model.config.image_size)
 
 
-def new_adapter(parts: Parts, *, num_slots: int, dropout: float) -> tuple[MemVPModel, Reader]:
-    """An untrained adapter with the paper's constants, and untrained CLIP adapters."""
+def new_adapter(parts: Parts, *, num_slots: int, dropout: float, method: str = "memvp") -> tuple[MemVPModel, Reader]:
+    """An untrained adapter with its paper's constants, and untrained CLIP adapters."""
     language_model, vision_model, reader = parts.load()
     attach_adapters(vision_model, dropout=dropout)
-    config = MemVPConfig(vision_dim=vision_model.config.hidden_size, num_slots=num_slots, dropout=dropout)
+    config = _config(method, reader, vision_dim=vision_model.config.hidden_size, num_slots=num_slots, dropout=dropout)
     return MemVPModel(language_model, config, vision_model), reader
 
 
-def adapter_of(parts: Parts, adapter: Path) -> tuple[MemVPModel, Reader, dict[str, Any]]:
-    """A trained adapter: a folder that training wrote, or an official ``.pth`` file; and what it was trained with."""
+def adapter_of(parts: Parts, adapter: Path, *, method: str = "memvp") -> tuple[MemVPModel, Reader, dict[str, Any]]:
+    """A trained adapter: a folder that training wrote, or a method's official ``.pth`` file; and what it was trained with."""
     language_model, vision_model, reader = parts.load()
     if adapter.is_dir():
         return MemVPModel.from_pretrained(language_model, adapter, vision_model), reader, read_settings(adapter)
-    num_slots = 400 if language_model.config.hidden_size == 5120 else 320
-    config = MemVPConfig(vision_dim=vision_model.config.hidden_size, num_slots=num_slots)
+    num_slots = 400 if method == "memvp" and language_model.config.hidden_size == 5120 else 320
+    config = _config(method, reader, vision_dim=vision_model.config.hidden_size, num_slots=num_slots)
     model = MemVPModel(language_model, config, vision_model)
     report = model.load_official_checkpoint(adapter)
     return model, reader, {"captions": report.settings.get("use_caption"), "report": str(report)}
+
+
+def _config(
+    method: str, reader: Reader, *, vision_dim: int, num_slots: int, dropout: float | None = None
+) -> MemVPConfig:
+    """``dropout`` is MemVP's; ADEM-VL has none in the memory, and words around the class token."""
+    if method == "memvp":
+        extra = {} if dropout is None else {"dropout": dropout}
+        return MemVPConfig(vision_dim=vision_dim, num_slots=num_slots, **extra)
+    prefixes = [reader.tokenizer(text, add_special_tokens=False).input_ids for text in ("Image: ", "Image: N/A")]
+    return MemVPConfig.adem_vl(
+        vision_dim=vision_dim, num_slots=num_slots, image_prefix=prefixes[0], text_prefix=prefixes[1]
+    )
 
 
 def agree_on_settings(state: PartialState, folder: Path, **settings: Any) -> None:

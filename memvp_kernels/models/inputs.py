@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memvp_kernels.checks import autocast_dtype
+from memvp_kernels.models.memory.image_rows import ImageRows
 from memvp_kernels.models.memory.images import (
     ImageFeatures,
     PaddedFeatures,
@@ -18,7 +19,6 @@ from memvp_kernels.models.memory.images import (
     pad_features,
     stack_pixels,
 )
-from memvp_kernels.models.memory.image_rows import ImageRows
 from memvp_kernels.models.memory.vision_tower import blank, encode
 from memvp_kernels.models.memory.visual_memory import ClassToken, Memory, Readers, VisualMemory
 from memvp_kernels.models.parallel.tensor_parallel import shard_slots, tensor_mesh
@@ -42,12 +42,12 @@ class BatchMemory(NamedTuple):
 
     Attributes:
         memory: for the layers.
-        index: (B,) int32, the row of it that each sample reads; None: sample i reads row i.
+        memory_index: (B,) int32, the row of it that each sample reads; None: sample i reads row i.
         class_token: of each sample, for its prompt; None: nothing of an image goes there.
     """
 
     memory: Memory
-    index: Tensor | None
+    memory_index: Tensor | None
     class_token: ClassToken | None
 
 

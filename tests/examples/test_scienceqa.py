@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.examples.tiny_scienceqa import write_data, write_models
-from tests.models.clip import official_state, save_official
+from tests.models.clip import adem_vl_state, official_state, save_official
 from tests.models.parallel.processes import Group, free_port
 
 
@@ -111,6 +111,21 @@ def test_an_official_checkpoint_is_evaluated(
     silent = save_official(tmp_path / "s.pth", official_state(320, 32, 16, 128, inner=12))
     with pytest.raises(SystemExit, match="--captions or --no-captions"):
         scienceqa.main(["evaluate", *parts, "--adapter", str(silent)])
+
+
+def test_adem_vl_is_trained_and_evaluated(parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = train(parts, tmp_path, "--stop-after", "1", "--method", "adem-vl", "--slots", "320")
+    assert {name for name in state if name.startswith("class_projector.")}
+    config = json.loads((tmp_path / "memvp_config.json").read_text())
+    assert config["visual_map"] == "silu" and config["dropout"] == 0.0
+    assert config["image_prefix"] and config["text_prefix"][: len(config["image_prefix"])] == config["image_prefix"]
+    assert scienceqa.main(["evaluate", *parts, "--adapter", str(tmp_path)]) == 0
+    file = save_official(
+        tmp_path / "c.pth", adem_vl_state(320, 32, 16, 128, inner=12), use_caption=True, drop_ratio=0.1
+    )
+    options = ["--method", "adem-vl", "--adapter", str(file), "--split", "train"]
+    assert scienceqa.main(["evaluate", *parts, *options]) == 0
+    assert "adapter_proj_cls.fc1.weight" in capsys.readouterr().out
 
 
 def test_bfloat16_models_train_a_float32_adapter(parts: list[str], tmp_path: Path) -> None:

@@ -56,6 +56,15 @@ def official_state(
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
+def adem_vl_state(*sizes: int, class_token: bool = True, **options: int) -> dict[str, Tensor]:
+    """ADEM-VL's, of the same sizes: a second projector, and no unused embedding."""
+    state = official_state(*sizes, **options)
+    del state["adapter_modality_embedding.weight"]
+    other = official_state(*sizes, **options | {"seed": 6})
+    token = {name.replace("proj.", "proj_cls."): t for name, t in other.items() if name.startswith("adapter_proj.")}
+    return state | token if class_token else state
+
+
 def save_official(path: Path, state: dict[str, Tensor], *, prefix: str = "module.", **settings: Any) -> Path:
     """The whole file as the official training loop writes it: optimizer, epoch, scaler and a Namespace beside the model."""
     weights = [torch.nn.Parameter(torch.ones(3))]

@@ -60,6 +60,6 @@ class ImageRows(NamedTuple):
         if side * side != patches or not patches:
             token = "a class token and " * first
             raise ValueError(f"{name}: wanted {token}a square grid of patches to pool, got {features.shape[-2]} rows")
-        grid = features[..., first:, :].unflatten(-2, (side, side)).movedim(-1, -3)
+        grid = features[..., first:, :].mT.reshape(*features.shape[:-2], -1, side, side)
         pooled = [F.adaptive_avg_pool2d(grid, math.isqrt(cells)).flatten(-2).mT for cells in self.grids]
         return torch.cat([features[..., :first, :], *pooled], dim=-2)

@@ -131,7 +131,9 @@ def _flatten(memory: Memory) -> tuple[list[Any], tuple[Any, ...]]:
 register_pytree_node(
     Memory,
     _flatten,
-    lambda children, rest: Memory(**dict(zip(_CHILDREN, children, strict=False)), **dict(zip(_REST, rest, strict=True))),
+    lambda children, rest: Memory(
+        **dict(zip(_CHILDREN, children, strict=False)), **dict(zip(_REST, rest, strict=True))
+    ),
     serialized_type_name=f"{Memory.__module__}.Memory",
     flatten_with_keys_fn=lambda memory: (
         [(GetAttrKey(name), child) for name, child in zip(_CHILDREN, _flatten(memory)[0], strict=False)],

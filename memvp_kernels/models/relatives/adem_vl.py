@@ -85,8 +85,7 @@ class PromptStart:
                 output[name] = t[:, self._width :]
         if output.get("hidden_states") is not None:
             output["hidden_states"] = tuple(t[:, self._width :] for t in output["hidden_states"])
-        wanted = getattr(transformers_model(self._language_model).config, "return_dict", True) if wanted is None else wanted
-        return output if wanted else output.to_tuple()
+        return output if (self._settings.return_dict if wanted is None else wanted) else output.to_tuple()
 
     def generate(self, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         """``call(**inputs)``, a generation, whose sequences begin with the prompt as given.
@@ -95,7 +94,7 @@ class PromptStart:
             ValueError: a way to generate that reads the prompt from its ids, where the class token has none.
         """
         inputs = dict(inputs)
-        configs = [c for c in (inputs.get("generation_config"), self._generation_config) if c is not None]
+        configs = (inputs.get("generation_config"), transformers_model(self._language_model).generation_config)
 
         def setting(name: str) -> Any:
             values = (inputs.get(name), *(getattr(config, name, None) for config in configs))
@@ -124,8 +123,9 @@ class PromptStart:
         return output
 
     @property
-    def _generation_config(self) -> Any:
-        return getattr(transformers_model(self._language_model), "generation_config", None)
+    def _settings(self) -> Any:
+        """The language model's configuration."""
+        return transformers_model(self._language_model).config
 
     def _inserted(self, device: torch.device) -> Tensor:
         """(B, 1), how many columns of each row are new; the others of K are padding on its left."""
@@ -145,7 +145,7 @@ class PromptStart:
         inserted = self._inserted(ids.device)
         first = _first(mask, ids)
         begins = ids.gather(1, first)
-        bos = transformers_model(self._language_model).config.get_text_config().bos_token_id  # type: ignore[union-attr]
+        bos = self._settings.get_text_config().bos_token_id
         behind = torch.zeros_like(first) if bos is None else (begins == bos).long()
         columns = _Columns(first, behind, inserted, self._width, ids.shape[1])
 
@@ -160,7 +160,9 @@ class PromptStart:
         if not keep_ids or inputs.get("position_ids") is not None:  # generate() counts the mask's ones
             inputs["position_ids"] = columns.positions(inputs.get("position_ids"), first)
         if inputs.get("labels") is not None:
-            labels: Tensor = inputs["labels"]
+            labels = inputs["labels"].scatter(
+                1, first.to(inputs["labels"].device), -100
+            )  # nothing predicts a first token
             labels = columns.of(labels, torch.full_like(labels[:, :1], -100).expand(-1, self._width))
             inputs["labels"] = labels.masked_fill(columns.padding.to(labels.device), -100)
         keep = inputs.get("logits_to_keep")
@@ -218,7 +220,7 @@ class _Columns:
         self.place = place.clamp(0, width - 1)
         self._gap, self._inserted, self._column = gap, inserted, column
         self._after = place >= width
-        self._source = torch.where(self._after, column - width, column - gap).clamp_min(0)
+        self._source = torch.where(self._after, column - width, column - gap).clamp(0, length - 1)
 
     def of(self, t: Tensor, new: Tensor) -> Tensor:
         """(B, K + T): the columns of ``t`` (B, T), and of ``new`` (B, K); padding is whatever it is."""
