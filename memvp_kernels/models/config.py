@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MemVPConfig"]
+from memvp_kernels.checks import ACTIVATIONS, FEATURE_MAPS, IDENTITY
 
-VISUAL_ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "identity")
+__all__ = ["MemVPConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class MemVPConfig:
             object.__setattr__(self, "layers", _checked_layers(self.layers))
         for name in ("pooled_grids", "image_prefix", "text_prefix"):
             object.__setattr__(self, name, _integers(name, getattr(self, name)))
-        for name, known in (("visual_activation", VISUAL_ACTIVATIONS), ("visual_map", ("silu",))):
+        for name, known in (("visual_activation", (*ACTIVATIONS, IDENTITY)), ("visual_map", FEATURE_MAPS)):
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise ValueError(f"{name} must be None or one of {', '.join(known)}, got {value!r}")

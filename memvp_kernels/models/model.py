@@ -44,7 +44,15 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
     MemVPModel gets the language model's own output, up to rounding. Several threads may call one model at once.
 
     An image is computed once per forward, or once per generation, into a core (M, r); every layer reads that core
-    through a basis (r, d) that all images share.
+    through a basis (r, d) that all images share. It adds no token to the prompt: the text needs no placeholder for it and no
+    words around it, only the template that it was trained with.
+
+    Of what follows, most users need :meth:`forward`, :meth:`generate`, :meth:`encode_images`, :meth:`explain_memory`,
+    :meth:`disable_memory`, :meth:`save_pretrained`, :meth:`from_pretrained`, :meth:`load_official_checkpoint` and
+    :meth:`unload`; nn.Module's methods come last.
+
+    With ``MemVPConfig.adem_vl()`` it is ADEM-VL (arXiv 2410.17779), and the prompt begins with the image's class token. Its column
+    is the model's own: ids, masks, labels, logits and generated sequences have the columns of the prompt as given.
 
     Args:
         language_model: a transformers model of a supported family (LLaMA, Mistral, Qwen2, Qwen3, Gemma, T5, mT5, BART),
@@ -149,15 +157,17 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
             input_ids, attention_mask, labels, position_ids, inputs_embeds, decoder_input_ids, decoder_attention_mask:
                 the language model's.
             image_features: (B, n, vision_dim), n ≤ M; or a list with one entry per sample: (n_i, vision_dim), a list of
-                tensors (several images, concatenated), or None (no image); or None: no images.
+                tensors (several images, concatenated), or None (no image); or None: no images. For ADEM-VL the class token's
+                feature and a square grid of patches, one image per sample.
             pixel_values: (B, 3, H, W), or a list with one entry per sample: (3, H, W), (k, 3, H, W) or None.
-            visual_core: (B, M, r) from :meth:`encode_images`, instead of features or pixels.
+            visual_core: from :meth:`encode_images`, instead of features or pixels.
             visual_index: (B,) int32 or int64, which image each sample reads, -1 for none; then there may be any number of
                 images. Default: image i belongs to sample i.
             **inputs: whatever else the language model takes.
 
         Returns:
-            What the language model returns.
+            What the language model returns. ADEM-VL's attentions and cache hold the prompt's beginning as well; a later call
+            that passes the cache counts the caller's columns alone, and its images again.
 
         Raises:
             TypeError, ValueError: images that do not fit the adapter or the batch.
@@ -234,7 +244,7 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
             image_features, pixel_values: as in :meth:`forward`; at least one.
 
         Returns:
-            (B, M, r): with a graph and in the projector's dtype where gradients are on; otherwise, to be kept, in the
+            (B, M, r), for ADEM-VL (B, 1 + M, r): with a graph and in the projector's dtype where gradients are on; otherwise, to be kept, in the
             language model's, which is what its layers read.
 
         Raises:

@@ -21,6 +21,13 @@ def test_defaults_are_the_papers() -> None:
         "dropout": 0.1,
         "shared_positions": True,
         "layers": None,
+        "pooled_grids": [],
+        "class_token": False,
+        "image_prefix": [],
+        "text_prefix": [],
+        "visual_activation": None,
+        "visual_map": None,
+        "visual_drop": 0.0,
     }
 
 

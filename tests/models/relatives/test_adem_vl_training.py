@@ -62,6 +62,7 @@ def test_threads_do_not_meet() -> None:
     assert [len(results) for results in got] == [4, 4, 4]
 
 
+@pytest.mark.slow
 def test_compiled_it_is_the_same() -> None:
     """One graph, whichever images are missing."""
     model = with_memory(one_layer(), PREFIXED)
