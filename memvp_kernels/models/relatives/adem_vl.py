@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from memvp_kernels.models.config import MemVPConfig
 from memvp_kernels.models.memory.visual_memory import ClassToken
+from memvp_kernels.models.offloading import execution_device
 from memvp_kernels.models.patching.attach import transformers_model
 
 __all__ = ["PromptStart", "refuse_unsuited", "width_of"]
@@ -151,7 +152,8 @@ class PromptStart:
 
         block = torch.where(self._token.present.to(ids.device)[:, None], *self._blocks(ids))
         ids = columns.of(ids, torch.where(block < 0, begins, block))
-        embeds: Tensor = self._language_model.get_input_embeddings()(ids)
+        embedding = self._language_model.get_input_embeddings()
+        embeds: Tensor = embedding(ids.to(execution_device(embedding)))  # generate() takes ids that are on the CPU
         is_token = columns.new & (columns.place == self._width - 1) & self._token.present.to(ids.device)[:, None]
         token = self._token.embedding.to(embeds.device, embeds.dtype).unsqueeze(1)
         inputs["inputs_embeds"] = torch.where(is_token.to(embeds.device).unsqueeze(-1), token, embeds)
@@ -160,9 +162,8 @@ class PromptStart:
         if not keep_ids or inputs.get("position_ids") is not None:  # generate() counts the mask's ones
             inputs["position_ids"] = columns.positions(inputs.get("position_ids"), first)
         if inputs.get("labels") is not None:
-            labels = inputs["labels"].scatter(
-                1, first.to(inputs["labels"].device), -100
-            )  # nothing predicts a first token
+            labels = inputs["labels"]
+            labels = labels.scatter(1, first.to(labels.device), -100)  # nothing predicts a first token
             labels = columns.of(labels, torch.full_like(labels[:, :1], -100).expand(-1, self._width))
             inputs["labels"] = labels.masked_fill(columns.padding.to(labels.device), -100)
         keep = inputs.get("logits_to_keep")
