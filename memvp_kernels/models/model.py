@@ -44,15 +44,12 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
     MemVPModel gets the language model's own output, up to rounding. Several threads may call one model at once.
 
     An image is computed once per forward, or once per generation, into a core (M, r); every layer reads that core
-    through a basis (r, d) that all images share. It adds no token to the prompt: the text needs no placeholder for it and no
-    words around it, only the template that it was trained with.
+    through a basis (r, d) that all images share. It adds no token to the prompt: the text needs no placeholder and no words
+    around it, only the template of training. ``MemVPConfig.adem_vl()`` makes ADEM-VL of it (arXiv 2410.17779), whose prompts begin
+    with a class token that masks, labels, logits and generated sequences need not know of.
 
-    Of what follows, most users need :meth:`forward`, :meth:`generate`, :meth:`encode_images`, :meth:`explain_memory`,
-    :meth:`disable_memory`, :meth:`save_pretrained`, :meth:`from_pretrained`, :meth:`load_official_checkpoint` and
-    :meth:`unload`; nn.Module's methods come last.
-
-    With ``MemVPConfig.adem_vl()`` it is ADEM-VL (arXiv 2410.17779), and the prompt begins with the image's class token. Its column
-    is the model's own: ids, masks, labels, logits and generated sequences have the columns of the prompt as given.
+    The methods to know: forward, generate, encode_images, calibrate, explain_memory, disable_memory, save_pretrained,
+    from_pretrained, load_official_checkpoint, unload. nn.Module's come last.
 
     Args:
         language_model: a transformers model of a supported family (LLaMA, Mistral, Qwen2, Qwen3, Gemma, T5, mT5, BART),
@@ -301,8 +298,7 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
             encoder_decoder=self.config.is_encoder_decoder,
         )
         begun = width_of(self.memvp_config) if self.memvp_config.class_token else 0  # columns that the prompt grew by
-        observer = (lambda layer, x, y: recorder(layer, x[:, begun:], y[:, begun:])) if begun else recorder
-        with self.observing(observer), self._without_dropout():
+        with self.observing(lambda layer, x, y: recorder(layer, x[:, begun:], y[:, begun:])), self._without_dropout():
             self(input_ids=input_ids, attention_mask=attention_mask, **inputs)
         return recorder.result()
 
