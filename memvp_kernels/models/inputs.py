@@ -21,7 +21,7 @@ from memvp_kernels.models.memory.images import (
 )
 from memvp_kernels.models.memory.vision_tower import blank, encode
 from memvp_kernels.models.memory.visual_memory import ClassToken, Memory, Readers, VisualMemory
-from memvp_kernels.models.parallel.tensor_parallel import shard_slots, tensor_mesh
+from memvp_kernels.models.parallel.tensor_parallel import part_of, tensor_mesh
 from memvp_kernels.models.patching.attach import hidden_dtype
 from memvp_kernels.problem import narrow
 
@@ -150,12 +150,7 @@ class MemorySource(NamedTuple):
         mesh, dtype = tensor_mesh(self.language_model), autocast_dtype(memory.core.device) or dtype
         # all once, outside the layers: what crosses the network backward then does so once per step
         if mesh is not None:
-            if memory.visual_drop > 0:
-                raise NotImplementedError(
-                    "visual_drop: tensor parallelism gives each rank a part of the slots, and which scores are lowest is "
-                    "known from all; shard the model by FSDP instead, or leave visual_drop at 0"
-                )
-            memory = replace(memory, shard=shard_slots(memory, mesh).sharing(dtype))
+            memory = replace(memory, shard=part_of(memory, mesh).sharing(dtype))
         index = None if images.visual_index is None else narrow(images.visual_index.to(memory.core.device))
         if token is not None and index is not None:
             token = _of_samples(token, index)

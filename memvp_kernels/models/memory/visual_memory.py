@@ -63,7 +63,7 @@ class Memory:
         backend, recompute: passed to :func:`memvp_kernels.fused_ffn`.
         observer: called with (position among the layers with memory, the FFN's input x, its output) by each FFN.
         readers: the layers that have read it.
-        shard: under tensor parallelism, the slots that this rank computes.
+        shard: under tensor parallelism, what this rank computes of it.
         class_token: for the prompt, from where it has to be taken out: no layer reads it.
         shared: the tensors above as the FFNs read them, cast and joined once; no part of the pytree.
     """

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import nn
 
-__all__ = ["like_forward"]
+__all__ = ["gather", "like_forward"]
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -28,6 +28,16 @@ def like_forward(method: _Method) -> _Method:
         return getattr(self, name)(*args, **kwargs)
 
     return called  # type: ignore[return-value]
+
+
+def gather(model: nn.Module, module: nn.Module) -> None:
+    """Gather a part of ``model`` that is about to run before the forward of whatever ``fully_shard`` has put it in."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    owners: list[Any] = [owner for owner in model.modules() if _is_sharded(owner)]
+    owners = [owner for owner in owners if any(part is module for part in owner.modules())]
+    if owners and module is not owners[-1]:
+        owners[-1].unshard()
 
 
 def _is_sharded(module: nn.Module) -> bool:

@@ -27,9 +27,11 @@ __all__ = [
     "Split",
     "all_reduce",
     "local_part",
+    "part_of",
     "rank_local_rng",
     "read_split",
     "shard_slots",
+    "share_slots",
     "sum_gradients",
     "tensor_mesh",
 ]
@@ -136,6 +138,30 @@ def shard_slots(memory: Memory, mesh: Any) -> Memory:
         value_position=_chunk(memory.value_position, mesh, slots),
         shard=None,
     )
+
+
+def share_slots(memory: Memory, mesh: Any) -> Memory:
+    """All slots of ``memory`` on this rank, which adds its 1/tp of the result.
+
+    For a ``visual_drop``: which of a token's scores are lowest is known from all of them alone. Gradients are those of
+    :func:`shard_slots`.
+    """
+    scales = memory.scale if isinstance(memory.scale, tuple) else (memory.scale,)
+    shares = tuple(scale / mesh.size() for scale in scales)
+    return replace(
+        memory,
+        core=sum_gradients(memory.core, mesh),
+        basis=sum_gradients(memory.basis, mesh),
+        key_position=sum_gradients(memory.key_position, mesh),
+        value_position=sum_gradients(memory.value_position, mesh),
+        scale=shares if isinstance(memory.scale, tuple) else shares[0],
+        shard=None,
+    )
+
+
+def part_of(memory: Memory, mesh: Any) -> Memory:
+    """What this rank computes of ``memory``; the sum over the ranks is all of it."""
+    return (share_slots if memory.visual_drop > 0 else shard_slots)(memory, mesh)
 
 
 def _chunk(t: Tensor, mesh: Any, dim: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memvp_kernels.models.memory.visual_memory import Memory
-from memvp_kernels.models.parallel.tensor_parallel import all_reduce, rank_local_rng, shard_slots, sum_gradients
+from memvp_kernels.models.parallel.tensor_parallel import all_reduce, part_of, rank_local_rng, sum_gradients
 from memvp_kernels.models.patching.binding import Binding
 from memvp_kernels.models.patching.mixins import MemoryFFN
 from memvp_kernels.models.patching.weights import Matrices, Opaque, QuantizedMatrices, activation_name
@@ -112,9 +112,10 @@ def _fused(ffn: MemoryFFN, x: Tensor, binding: Binding, weights: Matrices) -> Te
 def _tensor_parallel(ffn: MemoryFFN, x: Tensor, binding: Binding, weights: Matrices) -> Tensor:
     """This rank's pairs and slots, and the sum over the ranks."""
     mesh, memory = weights.mesh, binding.memory
-    shard = shard_slots(memory, mesh) if memory.shard is None else memory.shard
+    shard = part_of(memory, mesh) if memory.shard is None else memory.shard
     tensors = _tensors(weights._replace(value_bias=None))
-    with rank_local_rng(mesh, x.device, memory.dropout):
+    # under a visual_drop the ranks' shares are equal, and so is what they draw
+    with rank_local_rng(mesh, x.device, 0.0 if memory.visual_drop > 0 else memory.dropout):
         y = _with_memory(ffn, sum_gradients(x, mesh), binding, tensors, memory=shard)
     y = all_reduce(y, mesh)
     return y if weights.value_bias is None else y + weights.value_bias.to(y.dtype)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from memvp_kernels.models.config import MemVPConfig
 from memvp_kernels.models.memory.visual_memory import ClassToken
 from memvp_kernels.models.offloading import execution_device
+from memvp_kernels.models.parallel.fsdp import gather
 from memvp_kernels.models.patching.attach import transformers_model
 
 __all__ = ["PromptStart", "refuse_unsuited", "width_of"]
@@ -153,6 +154,7 @@ class PromptStart:
         block = torch.where(self._token.present.to(ids.device)[:, None], *self._blocks(ids))
         ids = columns.of(ids, torch.where(block < 0, begins, block))
         embedding = self._language_model.get_input_embeddings()
+        gather(self._language_model, embedding)
         embeds: Tensor = embedding(ids.to(execution_device(embedding)))  # generate() takes ids that are on the CPU
         is_token = columns.new & (columns.place == self._width - 1) & self._token.present.to(ids.device)[:, None]
         token = self._token.embedding.to(embeds.device, embeds.dtype).unsqueeze(1)

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from memvp_kernels import MemVPConfig
 from tests.models.parallel.processes import Group
 from tests.models.parallel.tiny import (
+    ADEM_VL,
     CONFIG,
     Reference,
     adapter_gradients,
@@ -180,7 +182,7 @@ def test_a_half_precision_base_under_a_float32_memory(two: Group, layout: str) -
         assert max(errors.values()) < 1, errors
 
 
-def _sharded_first() -> tuple[dict[str, float], bool, bool]:
+def _sharded_first(config: MemVPConfig) -> tuple[dict[str, float], bool, bool]:
     """Wrapped after sharding; then generation, which runs the layers by itself; then the language model back."""
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
@@ -189,23 +191,25 @@ def _sharded_first() -> tuple[dict[str, float], bool, bool]:
     for layer in base.model.layers:
         fully_shard(layer)
     fully_shard(base)
-    model: Any = memvp_model(base)
+    model: Any = memvp_model(base, config)
     model.memory = DistributedDataParallel(model.memory)
-    loss = model(**part(batch())).loss
+    whole_batch = batch(tokens=4 + config.class_token)  # its feature is one more
+    loss = model(**part(whole_batch)).loss
     loss.backward()
-    errors = reference(batch()).errors(averaged(loss), adapter_gradients(model))
-    inputs = {name: v for name, v in batch().items() if name != "labels"}
+    errors = reference(whole_batch, config=config).errors(averaged(loss), adapter_gradients(model))
+    inputs = {name: v for name, v in whole_batch.items() if name != "labels"}
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     tokens = model.eval().generate(**inputs, **options)
-    alone = memvp_model().eval().generate(**inputs, **options)
+    alone = memvp_model(config=config).eval().generate(**inputs, **options)
     with torch.no_grad():
         unloaded = model.unload()(input_ids=inputs["input_ids"]).logits
         plain = language_model()(input_ids=inputs["input_ids"]).logits
     return errors, torch.equal(tokens, alone), torch.equal(unloaded, plain)
 
 
-def test_a_base_that_was_sharded_before(two: Group) -> None:
-    for errors, tokens, unloaded in two.run(_sharded_first):
+@pytest.mark.parametrize("config", [CONFIG, ADEM_VL], ids=["MemVP", "ADEM-VL"])
+def test_a_base_that_was_sharded_before(two: Group, config: MemVPConfig) -> None:
+    for errors, tokens, unloaded in two.run(_sharded_first, config):
         assert max(errors.values()) < 1, errors
         assert tokens
         assert unloaded

@@ -20,6 +20,7 @@ from memvp_kernels.models.patching import feed_forward
 from memvp_kernels.models.patching.weights import Matrices, Opaque
 from tests.models.parallel.processes import Group
 from tests.models.parallel.tiny import (
+    ADEM_VL,
     CONFIG,
     adapter_gradients,
     batch,
@@ -158,6 +159,7 @@ VARIANTS = {
     "recompute": Variant({}, recompute=True),
     "biases": Variant({"mlp_bias": True}),  # down_proj's is added once, after the reduce
     "a pair of positions per layer": Variant({}, replace(CONFIG, shared_positions=False)),
+    "ADEM-VL": Variant({}, replace(ADEM_VL, class_token=False, text_prefix=())),
     "grouped queries, odd widths": Variant({"num_key_value_heads": 2, "intermediate_size": 57}),
 }
 

@@ -12,6 +12,7 @@ from memvp_kernels.models import MemVPConfig, MemVPModel
 from tests.models.tiny import shuffled
 
 __all__ = [
+    "ADEM_VL",
     "CONFIG",
     "Reference",
     "adapter_gradients",
@@ -25,6 +26,15 @@ __all__ = [
 ]
 
 CONFIG = MemVPConfig(vision_dim=16, projector_dim=7, num_slots=6, dropout=0.0, feature_scale=1.0, memory_scale=0.5)
+ADEM_VL = MemVPConfig.adem_vl(
+    vision_dim=16,
+    projector_dim=7,
+    pooled_grids=(4, 1),
+    feature_scale=1.0,
+    memory_scale=0.5,
+    visual_drop=0.3,
+    text_prefix=(5,),
+)
 
 
 def shape(**changes: Any) -> Any:
