@@ -71,10 +71,12 @@ class MemoryAttribution:
     Attributes:
         layers: one entry per FFN with memory, in the order in which they run.
         visual_tokens: (B,), the slots that hold the image; those past it are free learned memory.
+        pooled_grids: of the configuration.
     """
 
     layers: tuple[LayerAttribution, ...]
     visual_tokens: Tensor
+    pooled_grids: tuple[int, ...] = ()
 
     def shares(self) -> Tensor:
         """(B, layers): each layer's share, averaged over the sample's tokens."""
@@ -113,7 +115,7 @@ class MemoryAttribution:
         Args:
             image: (height, width), (height, width, 3) or (3, height, width), values that imshow takes.
             sample: which of the batch.
-            grid: (rows, columns) of patches; default: square.
+            grid: (rows, columns) of patches; default: square. Pooled grids are laid over each other, a cell's part spread over it.
             layers: positions in :attr:`layers` to show; default: all, at most six, spread evenly.
             path: where to save the figure, if anywhere.
 
@@ -137,6 +139,7 @@ class MemoryRecorder:
     Args:
         ffns: those with memory, and their names, in the order in which they run.
         rank: of the core's factors; its column after those is 1 on rows that hold a visual token.
+        pooled_grids: of the configuration.
         encoder_mask, decoder_mask: (B, T); the zeros of the mask of an FFN's side are left out of every average.
     """
 
@@ -145,12 +148,14 @@ class MemoryRecorder:
         ffns: Sequence[tuple[str, MemoryFFN]],
         rank: int,
         *,
+        pooled_grids: tuple[int, ...] = (),
         encoder_mask: Tensor | None = None,
         decoder_mask: Tensor | None = None,
         encoder_decoder: bool = False,
     ) -> None:
         self._ffns = ffns
         self._rank = rank
+        self._pooled_grids = pooled_grids
         self._masks = {False: encoder_mask, True: decoder_mask}
         self._encoder_decoder = encoder_decoder
         self._found: dict[int, LayerAttribution] = {}
@@ -172,9 +177,8 @@ class MemoryRecorder:
     def result(self) -> MemoryAttribution:
         """What was measured, on the CPU in float32."""
         assert self._visual_tokens is not None
-        return MemoryAttribution(
-            layers=tuple(self._found[layer] for layer in sorted(self._found)), visual_tokens=self._visual_tokens
-        )
+        layers = tuple(self._found[layer] for layer in sorted(self._found))
+        return MemoryAttribution(layers, self._visual_tokens, self._pooled_grids)
 
 
 def _rows(core: Tensor, index: Tensor | None, samples: int) -> Tensor:

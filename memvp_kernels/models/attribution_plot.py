@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def draw(
 
     count = len(attribution.layers)
     tokens = int(attribution.visual_tokens[sample])
-    rows, columns = _grid(tokens, grid)
+    grids = attribution.pooled_grids
+    rows, columns = _grid(tokens, grid) if not grids or not tokens else (0, 0)
     chosen = _spread(count) if layers is None else list(layers)
     picture = image.detach().float().cpu()
     if picture.dim() == 3 and picture.shape[0] in (1, 3):
@@ -51,7 +53,7 @@ def draw(
     for panel, number in zip(panels[1:-1], chosen, strict=True):
         layer = attribution.layers[number]
         slots = layer.mean_slots()[sample]
-        heat = slots[:tokens].reshape(rows, columns)
+        heat = _overlaid(slots[:tokens], grids) if grids else slots[:tokens].reshape(rows, columns)
         free = float(slots[tokens:].sum() / slots.sum().clamp_min(torch.finfo(torch.float32).tiny))
         panel.imshow(pixels, cmap="gray", extent=(0, width, height, 0))
         panel.imshow(heat.numpy(), cmap="inferno", alpha=0.65, extent=(0, width, height, 0), interpolation="bilinear")
@@ -86,6 +88,15 @@ def _grid(tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
     if grid[0] * grid[1] != tokens:
         raise ValueError(f"grid {grid} has {grid[0] * grid[1]} patches, the sample has {tokens} visual tokens")
     return grid
+
+
+def _overlaid(slots: Tensor, grids: tuple[int, ...]) -> Tensor:
+    """What the cells of several grids add at each place, on the finest."""
+    sides = [math.isqrt(cells) for cells in grids]
+    finest = max(sides)
+    parts = zip(torch.split(slots, list(grids)), sides, strict=True)
+    laid = [F.interpolate(part.view(1, 1, side, side), finest)[0, 0] * (side / finest) ** 2 for part, side in parts]
+    return torch.stack(laid).sum(dim=0)
 
 
 def _spread(count: int) -> list[int]:

@@ -293,6 +293,7 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
         recorder = MemoryRecorder(
             self.memory_ffns(),
             self.projector.fc2.in_features,
+            pooled_grids=self.memvp_config.pooled_grids,
             encoder_mask=attention_mask,
             decoder_mask=inputs.get("decoder_attention_mask"),
             encoder_decoder=self.config.is_encoder_decoder,

@@ -190,6 +190,18 @@ def test_explain_memory_leaves_out_the_lowest() -> None:
     assert found.visual_tokens.tolist() == [sum(GRIDS), 0, sum(GRIDS), sum(GRIDS)]
 
 
+def test_a_plot_lays_the_grids_over_each_other() -> None:
+    pytest.importorskip("matplotlib")
+    config = dataclasses.replace(CONFIG, pooled_grids=(16, 4), num_slots=20)
+    found = wrapped(config=config).explain_memory(**batch(PICTURES, LENGTHS))
+    panel = found.plot(torch.zeros(8, 8)).axes[1]
+    slots = found.layers[0].mean_slots()[0]
+    coarse = slots[16:].view(2, 2).repeat_interleave(2, 0).repeat_interleave(2, 1) / 4
+    torch.testing.assert_close(torch.tensor(panel.images[1].get_array()), slots[:16].view(4, 4) + coarse)
+    with pytest.raises(ValueError, match="has no image"):
+        found.plot(torch.zeros(8, 8), sample=1)
+
+
 def test_the_configuration_is_a_json_file_and_back(tmp_path: Path) -> None:
     PREFIXED.save(tmp_path / "c.json")
     assert json.loads((tmp_path / "c.json").read_text())["pooled_grids"] == [9, 4]
