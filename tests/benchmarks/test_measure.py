@@ -241,20 +241,6 @@ def test_speedups_are_over_the_faster_of_eager_and_compiled(settings: Callable[.
     assert results.rows[-1].speedup_vs_text == 2.0
 
 
-def test_what_every_claim_rests_on_is_timed_first_on_a_gpu() -> None:
-    names = ["concatenated", "prompt", "text-compile", "MemVPModel", "factored-cuda", "official-eager", "plain-auto"]
-    row, gpu = Row(case="c", variant="", dtype="float32"), torch.device("cuda")
-    turns = {
-        phase: [measuring._turn(dataclasses.replace(row, phase=phase), name, gpu) for name in names]
-        for phase in ("decode", "prefill")
-    }
-    assert turns == {
-        "decode": [1, 0, 1, 0, 0, 0, 1],
-        "prefill": [1, 0, 1, 0, 2, 0, 1],
-    }  # kernels that no GPU has run yet last
-    assert {measuring._turn(row, name, CPU) for name in names} == {0}
-
-
 def test_inference_runs_without_gradients(settings: Callable[..., Setting]) -> None:
     seen: list[bool] = []
     run(settings(), [case("a", candidate("prompt", lambda: seen.append(torch.is_grad_enabled())), gradients=False)])

@@ -97,7 +97,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "factored_packed": {"tokens": 11, "slots": 18, "images": 3, "rank": 16, "positions": True, "cu_seqlens": [0, 3, 3, 10], "index": [2, 0, 2]},
     "visual_alone": {"tokens": 2, "pairs": None, "slots": 18, "rank": 16, "positions": True, "residual": True},
     "value_contiguous": {"tokens": 10, "width": 136, "pairs": 264, "value_contiguous": True, "slots": 18, "rank": 8},
-    "odd_text": {"tokens": 3, "width": 37, "pairs": 21, "bias": True, "residual": True},
+    "odd_text": {"tokens": 3, "width": 37, "pairs": 21, "bias": True, "bias_dtype": FP32, "residual": True},
     "odd_plain": {"tokens": 9, "width": 35, "pairs": 23, "gated": False, "activation": "gelu_tanh", "value_contiguous": True},
     "odd_materialised": {"tokens": 3, "width": 37, "pairs": 21, "slots": 19, "positions": True, "lengths": [19, 5]},
     "odd_factored": {"tokens": 3, "width": 37, "pairs": 21, "slots": 19, "rank": 13, "positions": True, "lengths": [19, 5], "memory_dtype": FP32},

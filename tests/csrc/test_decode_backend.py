@@ -229,20 +229,6 @@ def test_auto_goes_to_triton_where_this_kernel_does_not_serve(
             dispatch.choose(problem, "cuda", training=training)
 
 
-@pytest.mark.usefixtures("gpu")
-def test_takes_64_tokens() -> None:
-    assert decode.unsupported(on_gpu(problem_of(**cases.ffn(torch.float16, S=16, T=4)))) is None
-
-
-@pytest.mark.usefixtures("gpu")
-def test_the_kernels_own_limits_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Params, "limit", "the core is too wide")
-    monkeypatch.setattr(Params, "fast", False)
-    problem = a_problem()
-    assert decode.unsupported(problem) == "the core is too wide"
-    assert not decode.is_fast(problem)
-
-
 @pytest.mark.parametrize(
     ("capability", "archs", "reason"),
     [
@@ -260,26 +246,26 @@ def test_status_of_a_gpu(gpu: Machine, capability: tuple[int, int], archs: str, 
     assert decode.unsupported(a_problem()) == (status.reason or None)
 
 
-def test_status_without_the_extension(gpu: Machine) -> None:
-    gpu.extension = None
-    available, reason, build = cuda.status()
+@pytest.mark.parametrize(
+    ("attribute", "value", "reason"),
+    [
+        ("extension", None, "the CUDA extension was not built.* CUDA_HOME"),
+        ("torch.cuda.is_available", lambda: False, "PyTorch finds no NVIDIA GPU .*CUDA_VISIBLE_DEVICES"),
+        ("torch.version.cuda", None, "was built without CUDA"),
+    ],
+)
+def test_status_of_a_machine_that_lacks_a_part(
+    gpu: Machine, monkeypatch: pytest.MonkeyPatch, attribute: str, value: Any, reason: str
+) -> None:
+    if attribute == "extension":
+        gpu.extension = None
+    else:
+        monkeypatch.setattr(attribute, value)
+    available, found, build = cuda.status()
     assert not available
-    assert "was not built" in reason
-    assert "CUDA_HOME" in reason
-    assert build == {}
-    assert decode.unsupported(a_problem()) == reason
-
-
-@pytest.mark.usefixtures("gpu")
-def test_status_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cuda.status()[:2] == (False, "PyTorch finds no NVIDIA GPU (no driver, or hidden by CUDA_VISIBLE_DEVICES)")
-
-
-@pytest.mark.usefixtures("gpu")
-def test_status_with_a_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert "was built without CUDA" in cuda.status().reason
+    assert re.search(reason, found)
+    assert (build == {}) == (attribute == "extension")
+    assert attribute != "extension" or decode.unsupported(a_problem()) == found
 
 
 @pytest.mark.parametrize(

@@ -117,14 +117,6 @@ def test_activations(library: DecodeLibrary, activation: str, gated: bool) -> No
     case.check()
 
 
-@pytest.mark.parametrize("bias_dtype", [BF16, FP32])
-@pytest.mark.parametrize("gated", [True, False])
-def test_biases(library: DecodeLibrary, gated: bool, bias_dtype: torch.dtype) -> None:
-    case = Case(make(tokens=3, width=40, pairs=72, gated=gated, bias=True, bias_dtype=bias_dtype))
-    library.run(case)
-    case.check()
-
-
 @pytest.mark.parametrize(("core", "basis"), [(FP32, BF16), (BF16, FP32), (FP32, FP32)])
 def test_each_part_of_the_memory_may_be_wider(library: DecodeLibrary, core: torch.dtype, basis: torch.dtype) -> None:
     arguments = make(tokens=3, width=72, pairs=24, slots=18, rank=16, positions=True, memory_dtype=FP32)

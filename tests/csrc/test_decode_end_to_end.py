@@ -64,12 +64,6 @@ def test_the_fast_path_with_every_argument(form: str, monkeypatch: pytest.Monkey
         check(arguments, monkeypatch)
 
 
-def test_an_unknown_form_is_refused() -> None:
-    problem = on_gpu(problem_of(**cases.ffn(torch.bfloat16, S=2, T=1)))
-    with decode.override_form("two launches"), pytest.raises(KeyError, match="two launches"):
-        decode.forward(problem)
-
-
 def test_a_launch_past_the_limits_says_which() -> None:
     problem = on_gpu(problem_of(**cases.ffn(torch.bfloat16, S=13, T=5)))
     with pytest.raises(RuntimeError, match=r"^ffn_decode: .* at most 64 tokens"):

@@ -50,28 +50,13 @@ def phases(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def moved(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments on the GPU, strides and shared tensors kept."""
-    copies: dict[int, Tensor] = {}
-
-    def move(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in copies:
-            storage = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
-            copies[id(value)] = storage.copy_(value)
-        return copies[id(value)]
-
-    return {name: move(value) for name, value in arguments.items()}
-
-
 def run(arguments: dict[str, Any]) -> Tensor:
     with torch.no_grad():
         return fused_ffn(**arguments, backend="cuda")
 
 
 def check(arguments: dict[str, Any]) -> None:
-    arguments = moved(arguments)
+    arguments = cases.moved(arguments)
     orders = (tolerance.plain, tolerance.reordered(1))
     theirs = [plain(**{"key": None, "value": None, **arguments}) for plain in orders]
     tolerance.assert_within_twice(run(arguments), reference.ffn(**arguments), theirs)
@@ -148,7 +133,7 @@ def test_the_size_of_a_llama(tokens: int) -> None:
 @pytest.mark.usefixtures("phases")
 @pytest.mark.parametrize("form", ["none", "plain", "factored"])
 def test_same_bits_every_time(form: str) -> None:
-    arguments = moved(decode_step(13, form=form, sizes=SIZES[-1]))
+    arguments = cases.moved(decode_step(13, form=form, sizes=SIZES[-1]))
     first = run(arguments)
     assert all(torch.equal(run(arguments), first) for _ in range(20))
 
@@ -156,7 +141,7 @@ def test_same_bits_every_time(form: str) -> None:
 @pytest.mark.usefixtures("phases")
 @pytest.mark.parametrize("form", ["none", "plain", "factored"])
 def test_in_a_cuda_graph(form: str) -> None:
-    arguments = moved(decode_step(9, form=form))
+    arguments = cases.moved(decode_step(9, form=form))
     graph, found = captured(lambda: run(arguments))
     for step in range(3):
         arguments["x"].copy_(torch.randn_like(arguments["x"]) * (step + 1))
@@ -168,7 +153,7 @@ def test_in_a_cuda_graph(form: str) -> None:
 @pytest.mark.parametrize("form", ["none", "plain", "factored"])
 def test_dependent_steps_in_a_cuda_graph(form: str) -> None:
     """Each step reads what the one before it wrote, and their workspaces may be the same memory."""
-    arguments = moved(decode_step(9, form=form, sizes=SIZES[-1]))
+    arguments = cases.moved(decode_step(9, form=form, sizes=SIZES[-1]))
 
     def steps() -> Tensor:
         y = arguments["x"]
@@ -186,7 +171,8 @@ def test_dependent_steps_in_a_cuda_graph(form: str) -> None:
 
 def test_two_threads_with_different_plans() -> None:
     problems = [
-        moved(decode_step(tokens, form=form, sizes=SIZES[-1])) for tokens, form in ((1, "factored"), (64, "plain"))
+        cases.moved(decode_step(tokens, form=form, sizes=SIZES[-1]))
+        for tokens, form in ((1, "factored"), (64, "plain"))
     ]
     alone = [run(arguments) for arguments in problems]
     wrong: list[int] = []
@@ -209,7 +195,7 @@ def test_two_threads_with_different_plans() -> None:
 @pytest.mark.usefixtures("phases")
 @pytest.mark.parametrize("form", ["plain", "factored"])
 def test_on_a_second_stream(form: str) -> None:
-    problems = [moved(decode_step(tokens, form=form, sizes=SIZES[-1])) for tokens in (5, 16)]
+    problems = [cases.moved(decode_step(tokens, form=form, sizes=SIZES[-1])) for tokens in (5, 16)]
     alone = [run(arguments) for arguments in problems]
     streams = [torch.cuda.Stream() for _ in problems]
     for stream in streams:
@@ -225,7 +211,7 @@ def test_on_a_second_stream(form: str) -> None:
 
 
 def test_follows_what_the_stream_holds_before_it() -> None:
-    arguments = moved(decode_step(4, form="factored"))
+    arguments = cases.moved(decode_step(4, form="factored"))
     x = arguments["x"]
     wanted = run(dict(arguments, x=x + 1))
     for _ in range(20):
@@ -235,7 +221,7 @@ def test_follows_what_the_stream_holds_before_it() -> None:
 
 
 def test_never_synchronises() -> None:
-    arguments = moved(decode_step(4, form="factored"))
+    arguments = cases.moved(decode_step(4, form="factored"))
     arguments["visual_index"] = torch.tensor([3, -1, 7, 0], device="cuda", dtype=torch.int32)
     run(arguments)
     torch.cuda.set_sync_debug_mode("error")
@@ -246,7 +232,7 @@ def test_never_synchronises() -> None:
 
 
 def test_an_index_out_of_range_is_no_memory() -> None:
-    arguments = moved(decode_step(4, form="factored"))
+    arguments = cases.moved(decode_step(4, form="factored"))
     wild = torch.tensor([0, 4, -7, 2**31 - 1], device="cuda", dtype=torch.int32)
     none = torch.tensor([0, -1, -1, -1], device="cuda", dtype=torch.int32)
     assert torch.equal(run(dict(arguments, visual_index=wild)), run(dict(arguments, visual_index=none)))
@@ -255,7 +241,7 @@ def test_an_index_out_of_range_is_no_memory() -> None:
 def test_on_a_device_that_is_not_current() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    arguments = moved(decode_step(4, form="factored"))
+    arguments = cases.moved(decode_step(4, form="factored"))
     wanted = run(arguments)
     elsewhere = {name: v.to("cuda:1") if isinstance(v, Tensor) else v for name, v in arguments.items()}
     assert torch.equal(run(elsewhere).to("cuda:0"), wanted)

@@ -114,7 +114,6 @@ def test_wheel_with_the_extension(library: Path, tmp_path: Path) -> None:
             ROOT,
             folder=tmp_path,
             MEMVP_CUDA="require",
-            MEMVP_CUDA_ARCHS="",
         )
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.stat().st_size < WHEEL_LIMIT

@@ -97,7 +97,8 @@ def cases(architecture: int, *, exhaustive: bool) -> Iterator[Case]:
     """What is compiled for one architecture.
 
     Args:
-        exhaustive: every tile in every number type, and each form that changes what is compiled; otherwise each kernel's widest tile.
+        exhaustive: every tile in every number type, and each form that changes what is compiled; otherwise each kernel's widest
+            tile; where that is not Hopper, in the fullest forms alone.
     """
     if not exhaustive:
         yield from _widest(architecture)
@@ -174,17 +175,19 @@ def _cublas(case: Case, gated: bool = True) -> Case:
 def _widest(architecture: int) -> Iterator[Case]:
     case = Case("bfloat16")
     widest = _tiles(architecture, case)[0]
+    yield replace(case, tile=widest)
     for backward in ("", "kept"):
-        yield replace(case, tile=widest, backward=backward)
         yield replace(case, form="factored", backward=backward)
+    if architecture != 90:
+        return
+    yield replace(case, tile=widest, backward="kept")
     yield replace(case, form="text", tile=widest, sequences=1, length=16, backward="weights")
     yield replace(case, tile=widest, full=False)
     yield replace(case, tile=replace(widest, splits=4), sequences=1)
     yield _cublas(case)
-    if architecture == 90:
-        yield replace(case, form="factored", backward="shared")
-        yield replace(case, tile=_tiles(90, case, accumulators=2)[0], packed=True, length=500)
-        yield replace(case, number="tf32", tile=_tiles(90, Case("tf32"))[0])
+    yield replace(case, form="factored", backward="shared")
+    yield replace(case, tile=_tiles(90, case, accumulators=2)[0], packed=True, length=500)
+    yield replace(case, number="tf32", tile=_tiles(90, Case("tf32"))[0])
 
 
 def launches(case: Case, architecture: int) -> list[Compiled]:

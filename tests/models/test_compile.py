@@ -60,6 +60,7 @@ def test_a_step_compiles_whole(family: str) -> None:
         torch.testing.assert_close(got, _step(model, images))
 
 
+@pytest.mark.slow  # the operator's own test is in every run
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler that inductor calls is not installed")
 def test_a_step_compiles_with_inductor() -> None:
     """The default backend, once, forward and backward."""

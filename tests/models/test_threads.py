@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memvp_kernels import MemVPModel
-from tests.models.tiny import ENCODER_DECODERS, FAMILIES, VOCABULARY, features, tokens, wrapped
+from tests.models.tiny import ENCODER_DECODERS, KINDS, VOCABULARY, features, tokens, wrapped
 
 ATTENTION = ("self_attn", "SelfAttention")
 NEW = 3
@@ -66,7 +66,7 @@ def _forwards(model: MemVPModel, family: str) -> list[Callable[[], Tensor]]:
     ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_forward(family: str) -> None:
     model = wrapped(family)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_opaque_ffns(family: str) -> None:
         each_like_alone(model, _forwards(model, family))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_generate(family: str) -> None:
     model = wrapped(family)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_generate(family: str) -> None:
     each_like_alone(model, [lambda: generate(11), lambda: generate(12), lambda: generate(None)])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_training_beside_generating(family: str, checkpointing: bool) -> None:
     """Two threads train, one without an image generates; backward runs, and recomputes, in yet another thread."""

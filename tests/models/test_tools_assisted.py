@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memvp_kernels import MemVPModel
-from tests.models.tiny import CONFIG, ENCODER_DECODERS, FAMILIES, features, language_model, tokens, with_memory
+from tests.models.tiny import CONFIG, ENCODER_DECODERS, KINDS, features, language_model, tokens, with_memory
 
 _NEW = 12
 
@@ -55,7 +55,7 @@ DRAFTS = {
 @pytest.mark.parametrize(
     ("family", "draft"),
     [
-        *((family, draft) for family in FAMILIES for draft in ("ordinary", "with memory, narrow")),
+        *((family, draft) for family in KINDS for draft in ("ordinary", "with memory, narrow")),
         *((family, draft) for family in ("llama", "t5") for draft in ("ordinary, narrow", "with memory")),
     ],
 )

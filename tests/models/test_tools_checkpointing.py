@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memvp_kernels import MemVPModel
-from tests.models.tiny import FAMILIES, features, language_model, tokens, with_memory
+from tests.models.tiny import KINDS, features, language_model, tokens, with_memory
 
 
 def _gradients(model: MemVPModel) -> dict[str, Tensor]:
@@ -32,7 +32,7 @@ def _enable(base: Any, how: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 @pytest.mark.parametrize("when", ["before wrapping", "after"])
 @pytest.mark.parametrize("how", ["gradient_checkpointing_enable", "prepare_model_for_kbit_training"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_the_default_kind_trains(family: str, how: str, when: str) -> None:
     wanted = _gradients(with_memory(language_model(family)))
     base = language_model(family)

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.models.tiny import ENCODER_DECODERS, FAMILIES, features, language_model, tokens, with_memory
+from tests.models.tiny import ENCODER_DECODERS, KINDS, features, language_model, tokens, with_memory
 from tests.models.tools import without_dropout
 
-KINDS = ["Trainer", "MemVPTrainer"]
+TRAINERS = ["Trainer", "MemVPTrainer"]
 ROWS, LENGTH = 4, 6
 
 
@@ -65,8 +65,8 @@ def _smoothed(model: Any, batch: dict[str, Any], epsilon: float) -> Tensor:
     return (1 - epsilon) * own - epsilon * log_p[count].mean()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("family", KINDS)
 def test_evaluation(family: str, kind: str, tmp_path: Path) -> None:
     """The first label is not masked, which a causal model does not predict."""
     model = with_memory(language_model(family))
@@ -75,8 +75,8 @@ def test_evaluation(family: str, kind: str, tmp_path: Path) -> None:
     assert got == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("family", KINDS)
 def test_label_smoothing(family: str, kind: str, tmp_path: Path) -> None:
     model = with_memory(language_model(family))
     batch = _collate(_rows())

@@ -15,7 +15,7 @@ from memvp_kernels import MemVPModel
 from memvp_kernels.models.patching.vision_adapters import attach_adapters
 from tests.models.clip import pixels, vision_model
 from tests.models.parallel.processes import Group, free_port
-from tests.models.tiny import FAMILIES, VISION, features, language_model, tokens, with_memory
+from tests.models.tiny import KINDS, VISION, features, language_model, tokens, with_memory
 from tests.models.tools import tokenizer, without_dropout
 
 
@@ -221,7 +221,7 @@ def accelerate() -> Any:
 
 @pytest.mark.parametrize(
     ("family", "how"),
-    [*((f, "cpu_offload") for f in FAMILIES), *((f, h) for f in ("llama", "t5", "bart") for h in list(OFFLOAD)[1:])],
+    [*((f, "cpu_offload") for f in KINDS), *((f, h) for f in ("llama", "t5", "bart") for h in list(OFFLOAD)[1:])],
 )
 def test_the_whole_model_offloaded(family: str, how: str, tmp_path: Path) -> None:
     """The memory and CLIP's adapters stay where they compute; they train, and are saved."""

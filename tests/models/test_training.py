@@ -18,7 +18,7 @@ from torch import Tensor
 
 from memvp_kernels.models.patching import feed_forward
 from memvp_kernels.shared_memory import fused_ffn_shared
-from tests.models.tiny import CONFIG, FAMILIES, features, language_model, oracle, shuffled, tokens, with_memory, wrapped
+from tests.models.tiny import CONFIG, KINDS, features, language_model, oracle, shuffled, tokens, with_memory, wrapped
 
 IMAGES = features(4, 0, 10)
 
@@ -41,7 +41,7 @@ def _assert_same(a: Any, b: Any, **tolerance: Any) -> None:
         torch.testing.assert_close(a[1][name], b[1][name], msg=lambda m, n=name: f"{n}: {m}", **tolerance)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_checkpointing_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout of every kind is on, so the second run must also draw what the first drew."""
     model = wrapped(family, dataclasses.replace(CONFIG, dropout=0.5)).train()
@@ -75,8 +75,7 @@ def test_recompute_changes_nothing(family: str) -> None:
     _assert_same(_step(wrapped(family, recompute=True)), _step(wrapped(family)), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "t5-gated", "bart"])
-@pytest.mark.parametrize("opaque", [False, True])
+@pytest.mark.parametrize(("family", "opaque"), [("llama", False), ("llama", True), ("t5-gated", False), ("bart", True)])
 def test_autocast(family: str, opaque: bool) -> None:
     """bfloat16 products over float32 weights: at most twice the error of plain PyTorch under autocast, median of five models.
 

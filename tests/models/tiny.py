@@ -87,6 +87,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "mt5-plain": lambda: _t5(tf.MT5Config, tf.MT5ForConditionalGeneration, feed_forward_proj="relu"),
     "bart": _bart,
 }
+#: One family for each kind of layer and of FFN; what goes by the kind need not run on the families that share it.
+KINDS = ("llama", "gemma3", "t5", "t5-gated", "bart")
 ENCODER_DECODERS = ("t5", "t5-gated", "mt5", "mt5-plain", "bart")
 
 

@@ -276,21 +276,6 @@ def test_a_dropped_nan_is_still_one(p: float, bad: float) -> None:
     assert not fused_ffn(**a).isfinite().any()
 
 
-def test_slots_past_the_length_are_never_read() -> None:
-    a = cases.build("lengths-plain", F32)
-    for name in ("visual_key", "visual_value"):
-        for row, length in enumerate(a["visual_lengths"].tolist()):
-            a[name][row, length:] = float("nan")
-    bound = {n: v.requires_grad_() if n.startswith("visual_") and v.is_floating_point() else v for n, v in a.items()}
-    out = fused_ffn(**bound)
-    assert torch.isfinite(out).all()
-    for g in torch.autograd.grad(out.sum(), [bound["visual_key"], bound["visual_value"]]):
-        assert torch.isfinite(g).all()
-        assert g[0].abs().sum() == 0
-        assert g[2, 4:].abs().sum() == 0
-        assert g[2, :4].abs().sum() > 0
-
-
 @pytest.mark.parametrize("form", ["plain", "factored"])
 def test_a_slot_past_the_length_has_zero_gradient_beside_nan(form: str) -> None:
     a = cases.build(f"lengths-{form}", F32)  # 0, 7 and 4 of 7 slots
@@ -302,23 +287,6 @@ def test_a_slot_past_the_length_has_zero_gradient_beside_nan(form: str) -> None:
         assert g[2, 4:].abs().sum() == 0
         assert torch.isfinite(g[1]).all()
         assert g[2, :4].isnan().any()
-
-
-@pytest.mark.parametrize("frozen_memory", [False, True])
-@pytest.mark.parametrize("name", cases.IDLE)
-def test_a_row_without_memory_gives_what_is_shared_no_gradient(name: str, frozen_memory: bool) -> None:
-    """As in PyTorch where nothing is multiplied for it: not even 0 · NaN."""
-    a = cases.build(name, F32)
-    wanted = [n for n in ("key_position", "value_position", "visual_basis") if n in a]
-    if not frozen_memory:
-        wanted += ["visual_key", "visual_value"]
-    grad = torch.randn_like(a["x"])
-    _, clean = tolerance.gradients(fused_ffn, a, wanted, grad)
-    a["x"][cases.IDLE[name]] = float("nan")
-    grad[cases.IDLE[name]] = float("inf")
-    _, found = tolerance.gradients(fused_ffn, a, wanted, grad)
-    for n in wanted:
-        torch.testing.assert_close(found[n], clean[n])
 
 
 @pytest.mark.parametrize("name", ["one_each-plain", "one_each-factored"])

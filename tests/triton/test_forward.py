@@ -233,12 +233,6 @@ def test_rows_outside_every_sequence_have_no_memory() -> None:
         assert not torch.equal(y[4:30], text[4:30])
 
 
-@pytest.mark.parametrize("form", ["plain", "factored"])
-def test_the_same_bits_every_time(form: str) -> None:
-    a = example(torch.bfloat16, lengths=[11, 30], M=17, form=form, packed=True)
-    assert torch.equal(run(**a), run(**a))
-
-
 @pytest.mark.slow  # the interpreter copies each argument's storage back, and this one has 4 GB
 def test_offsets_pass_two_to_the_31() -> None:
     """Rows 2³¹ elements apart, in memory that is reserved and never touched between them."""
@@ -246,12 +240,3 @@ def test_offsets_pass_two_to_the_31() -> None:
     reserved = torch.zeros(2**31 + 80, dtype=torch.float16, device=DEVICE)
     far = reserved.as_strided((3, 40), (2**30, 1)).copy_(a["x"][0])
     assert torch.equal(run(**dict(a, x=far[None])), run(**a))
-
-
-def test_what_it_refuses() -> None:
-    a = example(torch.float32, lengths=[5], M=4, form="plain")
-    problem = problem_of(a, index=[0], lengths=[4])
-    assert backend.unsupported(problem) is None
-    reason = backend.unsupported(Problem(**{**vars(problem), "x": problem.x.double()}))
-    assert reason is not None
-    assert "float64" in reason

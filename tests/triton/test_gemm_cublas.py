@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from memvp_kernels import fused_ffn, philox
 from memvp_kernels.backends import triton as backend
@@ -31,7 +30,6 @@ from tests.triton.test_backward_needs import (
     DEVICE,
     FORMS,
     arguments,
-    assert_equal,
     dy,
     judge,
     problem,
@@ -51,25 +49,21 @@ def cublas(fused: None) -> Iterator[None]:
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
-def build(name: str, dtype: torch.dtype) -> dict[str, Any]:
-    return {n: t.to(DEVICE) if isinstance(t, Tensor) else t for n, t in cases.build(name, dtype).items()}
-
-
 @pytest.mark.parametrize(("name", "dtype"), list(zip(cases.names(), itertools.cycle(DTYPES), strict=False)), ids=str)
 def test_case(name: str, dtype: torch.dtype) -> None:
-    tolerance.check(run, build(name, dtype))
+    tolerance.check(run, cases.build(name, dtype, DEVICE))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", cases.names())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_case_in_every_dtype(name: str, dtype: torch.dtype) -> None:
-    tolerance.check(run, build(name, dtype))
+    tolerance.check(run, cases.build(name, dtype, DEVICE))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_layouts(form: str) -> None:
-    layouts = dict(cases.strided(build(f"one_each-{form}", torch.bfloat16)))
+    layouts = dict(cases.strided(cases.build(f"one_each-{form}", torch.bfloat16, DEVICE)))
     for which in ("x_transposed", "gate_every_second", "key_position_transposed"):
         tolerance.check(run, layouts[which])
 
@@ -77,27 +71,11 @@ def test_layouts(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_dropout_is_the_same_philox(form: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    a = dict(build(f"index-{form}", torch.bfloat16), dropout_p=0.4, recompute=recompute)
+    a = dict(cases.build(f"index-{form}", torch.bfloat16, DEVICE), dropout_p=0.4, recompute=recompute)
     seed = torch.tensor([0x1234_5678_9ABC_DEF], device=DEVICE)
     monkeypatch.setattr("memvp_kernels.autograd.draw_seed", lambda device: seed)
     rows, slots = a["x"].shape[0] * a["x"].shape[1], a["visual_key"].shape[1]
     tolerance.check(run, a, keep=philox.keep_mask(seed, rows, slots, 0.4))
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("alone", [False, True], ids=["with_ffn", "alone"])
-def test_saved_or_recomputed_the_same_bits_every_time(form: str, alone: bool) -> None:
-    p = problem(form, alone=alone, dropout_p=0.3)
-    y, pre, scores = backend.forward(p, save_hidden=not alone, save_scores=True)
-    kept = [t.clone() for t in (pre, scores) if t is not None]
-    first = backend.backward(p, dy(p), pre, scores, trainable(p))
-    assert all(torch.equal(a, b) for a, b in zip(kept, (t for t in (pre, scores) if t is not None), strict=True))
-    assert_equal(backend.backward(p, dy(p), pre, scores, trainable(p)), first, trainable(p))
-    assert_equal(backend.backward(p, dy(p), None, None, trainable(p)), first, trainable(p))
-    # Without the gradient of value, dpre overwrites the recomputed pre-activations.
-    needs = trainable(p) - {"value"}
-    assert_equal(backend.backward(p, dy(p), None, None, needs), first, needs)
-    assert torch.equal(backend.forward(p, save_hidden=False, save_scores=False)[0], y)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from memvp_kernels.backends.triton.heuristics import tiles
+from memvp_kernels.backends.triton.heuristics import backward_tiles, tiles
 from memvp_kernels.backends.triton.heuristics.shape import Shape
 from memvp_kernels.backends.triton.heuristics.tiles import Tile
 from memvp_kernels.hardware import Chip, chip_of
@@ -24,59 +26,57 @@ def shape(dtype: torch.dtype, precision: str, rows: int, aligned: bool, *, gated
     return Shape(dtype, precision, rows, gated=gated, descriptors=aligned, **sizes)
 
 
-def hidden(
+def tile_of(
+    choose: Callable[[Chip, Shape], Tile],
     chip: Chip,
     rows: int,
-    *,
     dtype: torch.dtype = torch.bfloat16,
     precision: str = "ieee",
     aligned: bool = True,
     **given: int,
 ) -> Tile:
-    return tiles.hidden_tile(chip, shape(dtype, precision, rows, aligned, gated=True, **given))
+    return choose(chip, shape(dtype, precision, rows, aligned, gated=choose is tiles.hidden_tile, **given))
 
 
-def output(
-    chip: Chip,
-    rows: int,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    precision: str = "ieee",
-    aligned: bool = True,
-    **given: int,
-) -> Tile:
-    return tiles.output_tile(chip, shape(dtype, precision, rows, aligned, gated=False, **given))
+hidden, output, dhidden, dinput = (
+    functools.partial(tile_of, choose)
+    for choose in (tiles.hidden_tile, tiles.output_tile, backward_tiles.dhidden_tile, backward_tiles.dinput_tile)
+)
+
+
+def core_backward(chip: Chip, rows: int) -> Tile:
+    return backward_tiles.core_backward_tile(chip, torch.bfloat16, "ieee", rows=rows, rank=136)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=str)
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
 def test_everything_it_returns_fits(architecture: int, dtype: torch.dtype, precision: str, aligned: bool) -> None:
-    chip = chip_of(architecture)
+    chip, kind = chip_of(architecture), (dtype, precision, aligned)
     for rows, width, pairs, slots in itertools.product((1, 17, 512, 8192, 10**6), (1, 37, 4096), (1, 11008), (0, 320)):
-        sizes = {
-            "width": width,
-            "pairs": pairs,
-            "slots": slots,
-            "dtype": dtype,
-            "precision": precision,
-            "aligned": aligned,
-        }
-        first, second = hidden(chip, rows, **sizes), output(chip, rows, **sizes)
-        straddling = output(chip, rows, **sizes, length=511, sequences=4)
-        for tile, wide, accumulators in (
+        sizes = {"width": width, "pairs": pairs, "slots": slots}
+        memory = functools.partial(
+            backward_tiles.dmemory_tile, chip, dtype, precision, width=width, descriptors=aligned
+        )
+        first = hidden(chip, rows, *kind, **sizes)
+        others = [choose(chip, rows, *kind, **sizes) for choose in (output, dhidden, dinput)]
+        found = [
             (first, 2 * first.columns, 1),
-            (second, second.columns, 1),
-            (straddling, straddling.columns, 2),
-        ):
-            if tile is straddling and not slots:
-                continue
+            *((t, t.columns, 1) for t in (*others, memory(), memory(together=True))),
+        ]
+        if slots:
+            straddling = output(chip, rows, *kind, **sizes, length=511, sequences=4)
+            found.append((straddling, straddling.columns, 2))
+        for tile, wide, accumulators in found:
             assert tile.stages * (tile.block_n + wide) * tile.block_k * dtype.itemsize <= chip.shared_memory
             assert accumulators * tile.block_n * wide // (32 * tile.warps) <= 128
             assert tile.stages >= 2
             assert all(n & (n - 1) == 0 for n in (tile.block_n, tile.columns, tile.block_k, tile.warps))
         core = tiles.core_tile(chip, dtype, precision, rows=rows, rank=136)
         assert core.block_n * (core.columns + core.block_k) // (32 * core.warps) <= 128
+        core = backward_tiles.core_backward_tile(chip, dtype, precision, rows=rows, rank=width)
+        # Two accumulators of `columns`, and dvisual beside them.
+        assert core.block_n * (2 * core.columns + core.block_k) // (32 * core.warps) <= 160
 
 
 def test_what_no_vector_can_load_takes_small_tiles() -> None:
@@ -84,7 +84,7 @@ def test_what_no_vector_can_load_takes_small_tiles() -> None:
     for architecture in ARCHITECTURES:
         chip = chip_of(architecture)
         for rows, (dtype, precision) in itertools.product((16, 512, 8192), KINDS):
-            tile = output(chip, rows, dtype=dtype, precision=precision, aligned=False)
+            tile = output(chip, rows, dtype, precision, False)
             assert tile.block_n * tile.columns // (32 * tile.warps) <= 32
             assert (tile.block_n + tile.columns) * tile.block_k // (32 * tile.warps) <= 32
         assert tiles.core_tile(chip, torch.bfloat16, "ieee", rows=8192, rank=137).columns <= 64
@@ -95,8 +95,8 @@ def test_rows_and_sequences_count_only_by_bucket(architecture: int) -> None:
     """A model that sees every length compiles few kernels, and neighbours in a bucket share theirs."""
     chip = chip_of(architecture)
     assert hidden(chip, 2049) == hidden(chip, 4096)
-    found = {(hidden(chip, rows), output(chip, rows)) for rows in range(1, 8193, 13)}
-    assert len(found) <= 8
+    for one, other in ((hidden, output), (dhidden, core_backward)):
+        assert len({(one(chip, rows), other(chip, rows)) for rows in range(1, 8193, 13)}) <= 8
     lengths = {output(chip, 16 * length, sequences=16, length=length) for length in range(1, 513)}
     assert len(lengths) <= 6
 
@@ -141,3 +141,12 @@ def test_predictions_respect_the_roofline() -> None:
         assert cycles >= 2 * 2 * 11008 * 4096 / chip.memory
         assert cycles >= previous
         previous = cycles
+
+
+def test_rows_are_split_where_a_sum_has_too_few_tiles() -> None:
+    """The positions of LLaMA-7B are 160 tiles, 1.2 waves of an H100: whole, the second wave would be a fifth full."""
+    assert backward_tiles.row_splits(132, 160, 128) > 1
+    assert backward_tiles.row_splits(132, 10_000, 128) == 1
+    assert backward_tiles.row_splits(132, 1, 1) == 1
+    for outputs, steps in itertools.product((1, 20, 256, 512), (1, 2, 16, 128)):
+        assert backward_tiles.row_splits(132, outputs, steps) <= steps

@@ -13,7 +13,7 @@ from memvp_kernels import MemVPModel
 from memvp_kernels.models.patching import vision_adapters as vision
 from memvp_kernels.models.patching.patch import Patch
 from tests.models.clip import pixels, vision_model
-from tests.models.tiny import CONFIG, FAMILIES, VISION, features, language_model, tokens, with_memory, wrapped
+from tests.models.tiny import CONFIG, KINDS, VISION, features, language_model, tokens, with_memory, wrapped
 
 _WEIGHTS = "memvp_model.safetensors"
 _TENSORS = {
@@ -22,7 +22,7 @@ _TENSORS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 @pytest.mark.parametrize("shared", [True, False])
 def test_save_and_load_to_the_byte(family: str, shared: bool, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, shared_positions=shared, layers=(0, 1))

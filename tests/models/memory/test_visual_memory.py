@@ -105,19 +105,6 @@ def test_dropout_drops_visual_activations_in_training_only() -> None:
     assert torch.equal(first, _logits(model, images))
 
 
-def test_dropout_is_unbiased() -> None:
-    """The mean over many draws is the memory without dropout: kept activations are scaled by 1/(1-p)."""
-    model = wrapped(config=dataclasses.replace(CONFIG, dropout=0.5, layers=(1,)))
-    ids, images = tokens(1), features(4)
-    outputs: list[Tensor] = []
-    with model.observing(lambda layer, x, y: outputs.append(y)):
-        _logits(model, images * 400, ids.expand(400, -1))
-        _logits(model.train(), images * 400, ids.expand(400, -1))
-    quiet, noisy = outputs
-    deviation = noisy.std(0) / 400**0.5
-    assert ((noisy.mean(0) - quiet[0]).abs() <= 5 * deviation).all() and deviation.max() > 1e-4
-
-
 def test_mixed_batches_are_their_samples_alone() -> None:
     """Image, several images, none, an empty list; each as if it were alone."""
     model = wrapped()

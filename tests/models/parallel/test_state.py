@@ -124,8 +124,13 @@ def uninterrupted() -> Uninterrupted:
     return Uninterrupted()
 
 
-@pytest.mark.parametrize("into", LAYOUTS)
-@pytest.mark.parametrize("out_of", ["ddp-memory", "fsdp2-own", "tp"])
+@pytest.mark.parametrize(
+    ("out_of", "into"),
+    [
+        *(("tp", into) for into in LAYOUTS),
+        *((a, b) for a in ("ddp-memory", "fsdp2-own") for b in ("tp", "fsdp2-root", "alone")),
+    ],
+)
 def test_training_goes_on_in_another_layout(
     two: Group, saved: dict[str, str], base: str, uninterrupted: Uninterrupted, out_of: str, into: str
 ) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from memvp_kernels import MemVPModel
 from memvp_kernels.models.patching.patch import Patch
-from tests.models.tiny import CONFIG, FAMILIES, features, language_model, tokens, with_memory, wrapped
+from tests.models.tiny import CONFIG, FAMILIES, KINDS, features, language_model, tokens, with_memory, wrapped
 
 
 def _inputs() -> dict[str, Any]:
@@ -93,7 +93,7 @@ def test_starts_in_the_bases_mode(training: bool) -> None:
     assert {m.training for m in model.modules()} == {training}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_deepcopy_is_independent(family: str) -> None:
     model = wrapped(family)
     other = copy.deepcopy(model)
@@ -210,17 +210,6 @@ def test_unload_under_a_hook_set_afterwards() -> None:
     wanted = language_model()(**_inputs()).logits
     hooks.attach_execution_device_hook(model.language_model, "cpu")
     assert torch.equal(model.unload()(**_inputs()).logits, wanted)
-
-
-def test_a_hook_on_the_whole_model_beforehand() -> None:
-    hooks = pytest.importorskip("accelerate.hooks")
-    base = language_model()
-    hooks.add_hook_to_module(base, hooks.AlignDevicesHook(execution_device="cpu"))
-    model, images = with_memory(base), features(4, 0, 10)
-    with torch.no_grad():
-        wanted = wrapped()(image_features=images, **_inputs()).logits
-        assert torch.equal(model(image_features=images, **_inputs()).logits, wanted)
-        assert model.generate(input_ids=tokens(3), image_features=images, max_new_tokens=2).shape == (3, 7)
 
 
 def test_unload_after_another_class_change_is_refused_whole() -> None:

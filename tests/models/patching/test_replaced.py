@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from memvp_kernels import MemVPModel
 from memvp_kernels.models.patching.patch import Patch
-from tests.models.tiny import CONFIG, features, language_model, oracle, tokens, with_memory
+from tests.models.tiny import CONFIG, KINDS, features, language_model, oracle, tokens, with_memory
 
 IMAGES = features(4, 0, 10)
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "t5", "t5-gated", "bart")
 
 
 def _inputs() -> dict[str, Any]:
@@ -32,7 +31,7 @@ def _ffn(layer: Any) -> Any:
     return layer.mlp if hasattr(layer, "mlp") else layer.layer[-1].DenseReluDense
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "bart"])
+@pytest.mark.parametrize("family", [f for f in KINDS if f != "bart"])
 def test_an_ffn_replaced_beforehand_works(family: str) -> None:
     """The order for libraries that set a forward on instances: theirs first. What they compute is called."""
     base, plain = language_model(family).double(), language_model(family).double()
@@ -67,7 +66,7 @@ def test_a_forward_of_the_class_survives_pickling() -> None:
         )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 @pytest.mark.parametrize("what", ["ffn", "layer"])
 @pytest.mark.parametrize("how", ["forward", "module"])
 def test_replaced_afterwards_is_noticed(family: str, what: str, how: str) -> None:
