@@ -27,9 +27,9 @@ try:
     import triton
 
     if triton.knobs.runtime.interpret:
-        from tests.triton.interpreter import repair_bfloat16
+        from tests.triton.interpreter import repair
 
-        repair_bfloat16()
+        repair()
 except ModuleNotFoundError:
     BACKENDS = ("torch",)
 

@@ -15,9 +15,9 @@ from memvp_kernels.backends.triton.runtime import launch
 # tests/conftest.py sets TRITON_INTERPRET before anything imports triton; set later it would leave half of triton compiled.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 if INTERPRETED:
-    from tests.triton.interpreter import repair_bfloat16
+    from tests.triton.interpreter import repair
 
-    repair_bfloat16()
+    repair()
 
 
 @pytest.fixture(autouse=True)

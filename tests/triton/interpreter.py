@@ -1,4 +1,4 @@
-"""What the tests need of Triton's interpreter beyond what it does: bfloat16 arithmetic, and launches too large to run whole.
+"""What the tests need of Triton's interpreter beyond what it does: bfloat16 arithmetic, speed, and launches too large to run whole.
 
 It holds a bfloat16 block as uint16, computes on those raw 16 bits, and truncates where it should round. Here every operation on such
 blocks widens them to float32, runs the interpreter's own operation, and rounds the result to nearest even, as the GPU does. float32,
@@ -8,6 +8,7 @@ float16 and integers pass through untouched. Tests only; without it a bfloat16 t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,9 +16,9 @@ import numpy as np
 import pytest
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterBuilder, TensorHandle
 
-__all__ = ["only_programs", "repair_bfloat16"]
+__all__ = ["only_programs", "repair"]
 
 # Builder methods whose first n operands may be bfloat16 and whose result then is, unless it is a comparison's.
 _ELEMENTWISE = {
@@ -30,11 +31,11 @@ _ELEMENTWISE = {
 }
 
 
-def repair_bfloat16() -> None:
+def repair() -> None:
     """Patch the interpreter, once per process."""
-    if getattr(InterpreterBuilder, "computes_bfloat16", False):
+    if getattr(InterpreterBuilder, "repaired", False):
         return
-    InterpreterBuilder.computes_bfloat16 = True
+    InterpreterBuilder.repaired = True
     for name, operands in _ELEMENTWISE.items():
         setattr(InterpreterBuilder, name, _elementwise(getattr(InterpreterBuilder, name), operands))
     InterpreterBuilder.create_dot = _dot(InterpreterBuilder.create_dot)
@@ -44,6 +45,25 @@ def repair_bfloat16() -> None:
     )
     for operation in (interpreter.ReduceOps, interpreter.ScanOps):
         operation.apply_impl = _over_axis(operation.apply_impl)
+    InterpretedFunction.__call__ = _call_device_function
+    _check_overflow(False)
+
+
+_known: set[Callable[..., Any]] = set()
+
+
+def _call_device_function(self: Any, *arguments: Any, **options: Any) -> Any:
+    """Triton patches its language anew in every call, a third of the time; a launch has done it, and once does for its own library."""
+    if self.fn not in _known:
+        _known.add(self.fn)
+        interpreter._patch_lang(self.fn)
+    return self.rewrite()(*arguments, **options)
+
+
+def _check_overflow(wanted: bool) -> None:
+    """Of 32-bit integers, another third of the time: for launches large enough."""
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=wanted)
 
 
 def _is_bfloat16(handle: Any) -> bool:
@@ -161,7 +181,11 @@ def only_programs(*chosen: int) -> Iterator[None]:
         patch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
         patch.setattr(InterpreterBuilder, "create_masked_load", checked(InterpreterBuilder.create_masked_load, 0))
         patch.setattr(InterpreterBuilder, "create_masked_store", checked(InterpreterBuilder.create_masked_store, 1))
-        yield
+        _check_overflow(True)
+        try:
+            yield
+        finally:
+            _check_overflow(False)
 
 
 def _extent(argument: Any) -> tuple[int, int]:
