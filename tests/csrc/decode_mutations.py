@@ -10,8 +10,8 @@ from pathlib import Path
 from tests.csrc.emulate_decode import EMULATION, SOURCES, compile_emulation
 
 SANITIZERS = {
-    "plain": ["-O1"],
-    "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "plain": ["-Og"],
+    "address": ["-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-g1", "-fsanitize=thread", "-Wno-tsan"],
 }
 ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
