@@ -72,7 +72,7 @@ class PromptStart:
         passes it gets a longer mask and later positions.
         """
         past = inputs.get("past_key_values")
-        seen = past.get_seq_length() if past is not None else 0
+        seen = int(past.get_seq_length()) if past is not None else 0
         inputs = dict(inputs)
         if seen:
             self._continue(inputs, seen)
@@ -151,12 +151,13 @@ class PromptStart:
         behind = torch.zeros_like(first) if bos is None else (begins == bos).long()
         columns = _Columns(first, behind, inserted, self._width, ids.shape[1])
 
-        block = torch.where(self._token.present.to(ids.device)[:, None], *self._blocks(ids))
-        ids = columns.of(ids, torch.where(block < 0, begins, block))
+        present = self._token.present.to(ids.device).unsqueeze(1)
+        block = torch.where(present, *self._blocks(begins))
+        ids = columns.of(ids, block)
         embedding = self._language_model.get_input_embeddings()
         gather(self._language_model, embedding)
         embeds: Tensor = embedding(ids.to(execution_device(embedding)))  # generate() takes ids that are on the CPU
-        is_token = columns.new & (columns.place == self._width - 1) & self._token.present.to(ids.device)[:, None]
+        is_token = columns.new & (columns.place == self._width - 1) & present
         token = self._token.embedding.to(embeds.device, embeds.dtype).unsqueeze(1)
         inputs["inputs_embeds"] = torch.where(is_token.to(embeds.device).unsqueeze(-1), token, embeds)
         inputs["input_ids"] = ids if keep_ids else None
@@ -175,10 +176,16 @@ class PromptStart:
             inputs["logits_to_keep"] = min(keep, columns.length)
         return columns.length
 
-    def _blocks(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The new ids of a row with an image and without, at the right of K columns; -1 for the class token and for nothing."""
-        rows = ([*self._config.image_prefix, -1], list(self._config.text_prefix))
-        return tuple(ids.new_tensor([-1] * (self._width - len(row)) + row) for row in rows)  # type: ignore[return-value]
+    def _blocks(self, begins: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, K): the new ids of a row with an image and without, at its right; its first token's id for what has none.
+
+        Written one by one: a tensor made of a list could not be captured in a CUDA graph.
+        """
+        with_image, without = (begins.repeat(1, self._width) for _ in range(2))
+        for block, prefix, end in ((with_image, self._config.image_prefix, 1), (without, self._config.text_prefix, 0)):
+            for place, token in enumerate(prefix, start=self._width - len(prefix) - end):
+                block[:, place] = token
+        return with_image, without
 
     def _continue(self, inputs: dict[str, Any], seen: int) -> None:
         """The mask and the positions of a call whose cache has the beginning."""

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memvp_kernels import MemVPConfig, MemVPModel
-from tests.models.clip import pixels, vision_model
+from memvp_kernels.models.patching.vision_adapters import attach_adapters
+from tests.models.clip import adem_vl_state, pixels, vision_model
 from tests.models.relatives.adem import BOS, CONFIG, GRIDS, PREFIXED, batch, images, official_forward, rows, wrapped
 from tests.models.tiny import VISION, WIDTH, language_model
 
@@ -65,6 +66,9 @@ def test_the_presets_sizes_are_the_papers() -> None:
     assert counted == 4_530_432 - 24 * 2 * 12 * 1024
     assert (config.num_slots, config.visual_drop, config.feature_scale, config.memory_scale) == (320, 0.1, 0.01, 0.1)
     assert config.dropout == 0.0
+    for slots, width, total in ((320, 4096, 4_530_432), (320, 5120, 5_449_984)):
+        official = adem_vl_state(slots, width, 1024, 128, blocks=24, inner=12)
+        assert sum(t.numel() for t in official.values()) == total
 
 
 def test_an_untrained_model_without_an_image_is_the_language_model() -> None:
@@ -122,6 +126,19 @@ def test_images_by_every_way_are_the_same() -> None:
     torch.testing.assert_close(chosen[[0, 2]], listed[[0, 2]])
     with model.disable_memory():  # an index of -1 reads no free slots either
         torch.testing.assert_close(chosen[1], _logits(model, inputs)[1])
+
+
+@pytest.mark.parametrize("there", [(True, False), (False, False)])
+def test_clips_adapters_train_and_get_zeros_where_no_image_is(there: tuple[bool, ...]) -> None:
+    clip = vision_model()
+    adapters = attach_adapters(clip)
+    model = wrapped(config=dataclasses.replace(CONFIG, pooled_grids=(4, 1), num_slots=5), vision_model=clip).train()
+    inputs = batch([], (4, 4)) | {"image_features": None}
+    pictures = [image if t else None for image, t in zip(pixels(2), there, strict=True)]
+    model(**inputs, labels=inputs["input_ids"], pixel_values=pictures).loss.backward()
+    for parameter in [*(a.fc2.weight for a in adapters), *model.memory.class_projector.parameters()]:
+        assert parameter.grad is not None
+        assert bool(parameter.grad.abs().max() > 0) == any(there)
 
 
 def _clip_features(clip: Any, pictures: Tensor) -> Tensor:
