@@ -123,6 +123,7 @@ def _add_memory(folder: Path, vision: Any, images: Any, *, preset: str, visual: 
 
 def serve(connection: Any, variant: str, visual: int, asked: argparse.Namespace) -> None:
     """An engine's process: for each number of requests that comes, what they took."""
+    sys.path += os.environ.get("PYTHONPATH", "").split(os.pathsep)  # a spawned process begins with its parent's paths
     with tempfile.TemporaryDirectory() as folder:
         write_model(variant, Path(folder), preset=asked.preset, visual=visual)
         ask = _engine(folder, variant, visual, asked)
