@@ -174,7 +174,7 @@ def _engine(folder: str, variant: str, visual: int, asked: argparse.Namespace) -
         busy = max(m.last_token_ts for m in found) - max(m.queued_ts for m in found)
         return {
             "requests_per_s": count / busy,
-            "concurrent": max(running),
+            "concurrent": statistics.median(running),
             "first_token_ms": 1e3 * (min(m.first_token_ts for m in found) - begun),
             "per_token_ms": 1e3 * min((m.last_token_ts - m.first_token_ts) / (asked.output - 1) for m in found),
         }
@@ -251,7 +251,7 @@ def summary(turns: dict[str, list[dict[str, float]]], visual: int, asked: argpar
     for variant, found in turns.items():
         row: dict[str, Any] = {"visual_tokens": visual, "variant": variant}
         row["kv_blocks"] = math.ceil(((visual if variant == "prompt" else 0) + asked.text + asked.output) / BLOCK)
-        row["concurrent"] = max(turn["concurrent"] for turn in found)
+        row["concurrent"] = round(statistics.median(turn["concurrent"] for turn in found))
         for name, more in MEASURES.items():
             pairs = [(mine[name], theirs[name]) for mine, theirs in zip(found, turns["prompt"], strict=True)]
             row[name] = statistics.median(mine for mine, _ in pairs)
@@ -268,11 +268,13 @@ def section(folder: Path) -> list[str]:
         return []
     here = document["environment"]
     asked = here["workload"]
+    threads = f", {here['threads']} thread{'s' * (here['threads'] > 1)}" if "threads" in here else ""
     text = (
         f"The same LLaMA ({asked['preset']} shape, {asked['dtype']}) with the image as memory, as tokens of the prompt (vLLM's own LLaVA) "
-        f"and on text alone; {here['vllm']}{', eager' if asked['eager'] else ''}, torch {here['torch']}, commit `{here['commit'][:12]}`, {here['date']}. Every engine has the KV "
-        f"blocks that {asked['room']} requests of the prompt form fill. {asked['requests']} requests of {asked['text']} text tokens come "
-        f"at once and get {asked['output']} tokens each; the times to the first token and per token are of requests that come one by one. "
+        f"and on text alone; {here['vllm']}{', eager' if asked['eager'] else ''}, torch {here['torch']}{threads}, commit "
+        f"`{here['commit'][:12]}`, {here['date']}. Every engine has the KV blocks that {asked['room']} requests of the prompt form fill. "
+        f"{asked['requests']} requests of {asked['text']} text tokens come together and get {asked['output']} tokens each; how many run at "
+        "once is the median over the engine's steps. The times to the first token and per token are of requests that come one by one. "
         f"Medians of {asked['turns']} turns, interleaved; a ratio is taken within a turn, and above 1 the prompt form loses."
     )
     return ["### Served by vLLM, at equal KV memory", text, table(document["rows"], COLUMNS, style="pipe")]
