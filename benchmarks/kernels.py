@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import kernel_cases
+import relatives_cases
 import torch
 from ffn_case import memory_per_image, too_big
 from measure import Built, Candidate, Case, Truth, run
@@ -150,7 +151,7 @@ def candidates(setting: Setting, *, backward: bool, **sizes: int) -> list[Candid
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    """The operator's two passes first, then its kernels, for every combination of sizes."""
+    """The operator's two passes first, then its kernels and what MemVP's relatives add, for every combination of sizes."""
 
     def case(level: str, name: str, found: Callable[..., Sequence[Candidate]], size: tuple[int, int, int]) -> Case:
         sizes = dict(zip(("sequences", "text_length", "visual_tokens"), size, strict=True))
@@ -167,6 +168,8 @@ def cases(setting: Setting) -> Iterator[Case]:
                 lambda s, name=name, **sizes: kernel_cases.candidates(s, name, **sizes),
                 size,
             )
+        yield case("kernel", "kernel drop", relatives_cases.drop_candidates, size)
+        yield case("ffn", "MemVR", relatives_cases.memvr_candidates, size)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -127,8 +127,10 @@ def test_kernels(tmp_path: Path) -> None:
     found = statuses(rows)
     assert found["matmul"] == found["factored-torch"] == {"ok"}
     assert found["triton"] <= {"skipped", "ok"}  # "ok" where the interpreter runs them
-    of_kernels = [f"kernel {name}" for name in ("hidden", "output", "dhidden", "dinput", "dmemory", "core", "dcore")]
-    assert {row["phase"] for row in rows} == {"training forward", "training backward", *of_kernels}
+    assert found["sort"] == found["kthvalue"] == found["probe"] == found["ffn-and-image"] == {"ok"}
+    names = ("hidden", "output", "dhidden", "dinput", "dmemory", "core", "dcore", "drop")
+    of_kernels = [f"kernel {name}" for name in names]
+    assert {row["phase"] for row in rows} == {"training forward", "training backward", *of_kernels, "MemVR"}
 
 
 def test_host_overhead() -> None:

@@ -24,6 +24,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "dhidden_bwd_kernel": ("value", "memory"),
     "dinput_bwd_kernel": ("key", "memory"),
     "dmemory_bwd_kernel": ("left",),
+    "drop_fwd_kernel": (),
     "core_bwd_kernel": ("dscores", "THROUGH_KEY", "THROUGH_VALUE"),
     "materialise_memory_kernel": (),
     "activation_fwd_kernel": (),

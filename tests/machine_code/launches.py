@@ -20,6 +20,7 @@ from memvp_kernels.backends.triton.heuristics import tiles
 from memvp_kernels.backends.triton.heuristics.shape import Shape
 from memvp_kernels.backends.triton.heuristics.tiles import Tile
 from memvp_kernels.backends.triton.runtime.offline import Compiled, offline
+from memvp_kernels.feature_map import needs_of_backend
 from memvp_kernels.hardware import chip_of
 from memvp_kernels.problem import SHARED, Problem, Segments
 
@@ -33,6 +34,11 @@ NUMBERS = {
     "float32": (torch.float32, "ieee"),
 }
 _WIDTH, _PAIRS, _SLOTS, _RANK = 4096, 11008, 320, 136
+METHODS = {
+    "": {},
+    "adem": {"visual_activation": "identity", "visual_map": "silu", "visual_drop": 0.1},
+    "dropped": {"visual_drop": 0.1},
+}
 _MEMORY = ("visual_key", "visual_value", "visual_basis", "key_position", "value_position")
 #: What a backward is asked for, by name.
 _NEEDS = {
@@ -61,6 +67,7 @@ class Case:
         turned: key and value lie the other way round, so that gate and key can't share a descriptor.
         backward: a key of `_NEEDS`, or "" for the forward.
         implementation: of the large products.
+        method: a key of `METHODS`, or "" for MemVP.
     """
 
     number: str
@@ -76,6 +83,7 @@ class Case:
     turned: bool = False
     backward: str = ""
     implementation: str = "fused"
+    method: str = ""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,7 +92,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        words = [self.form, "gated" if self.gated else "ungated", "full" if self.full else "bare"]
+        words = [*self.method.split(), self.form, "gated" if self.gated else "ungated", "full" if self.full else "bare"]
         words += [word for word in ("packed", "turned") if getattr(self, word)]
         words += [f"in {self.tile.splits} parts"] if self.tile is not None and self.tile.splits > 1 else []
         words += [] if self.implementation == "fused" else [self.implementation]
@@ -163,9 +171,20 @@ def _by_form(case: Case, single: list[Tile], double: Tile) -> Iterator[Case]:
     for tile in dict.fromkeys((widest, double)):
         yield replace(case, tile=tile, turned=True)
         yield replace(case, tile=tile, turned=True, backward="kept")
+    yield from _relatives(replace(case, tile=widest))
     for rank in (48, 300):
         for backward in ("", "kept", "shared"):
             yield replace(case, form="factored", rank=rank, backward=backward)
+
+
+def _relatives(case: Case) -> Iterator[Case]:
+    """Scores with launches of their own; the FFN's are those of text."""
+    case = replace(case, gated=False)
+    for backward in ("", "kept"):
+        yield replace(case, form="factored", tile=None, method="adem", backward=backward)
+    yield replace(case, form="alone", method="dropped")
+    yield replace(case, form="alone", method="dropped", backward="memory")
+    yield replace(case, form="factored", tile=None, method="dropped")
 
 
 def _cublas(case: Case, gated: bool = True) -> Case:
@@ -178,6 +197,7 @@ def _widest(architecture: int) -> Iterator[Case]:
     yield replace(case, tile=widest)
     for backward in ("", "kept"):
         yield replace(case, form="factored", backward=backward)
+    yield replace(case, form="alone", tile=widest, gated=False, method="dropped")
     if architecture != 90:
         return
     yield replace(case, tile=widest, backward="kept")
@@ -188,6 +208,7 @@ def _widest(architecture: int) -> Iterator[Case]:
     yield replace(case, form="factored", backward="shared")
     yield replace(case, tile=_tiles(90, case, accumulators=2)[0], packed=True, length=500)
     yield replace(case, number="tf32", tile=_tiles(90, Case("tf32"))[0])
+    yield from _relatives(replace(case, tile=widest))
 
 
 def launches(case: Case, architecture: int) -> list[Compiled]:
@@ -203,7 +224,9 @@ def launches(case: Case, architecture: int) -> list[Compiled]:
                     pre = problem.x.new_empty(1 + problem.gated, problem.rows, problem.pairs) if problem.pairs else None
                     scores = problem.x.new_empty(problem.rows, problem.slots) if problem.slots else None
                 needs = frozenset(n for n in _NEEDS[case.backward] if getattr(problem, n) is not None)
-                sums = {n: torch.empty(getattr(problem, n).shape) for n in needs.intersection(SHARED)}
+                needs = needs if problem.visual_map is None else needs_of_backend(needs)
+                summed = needs.intersection(SHARED) if case.backward == "shared" else ()
+                sums = {n: torch.empty(getattr(problem, n).shape) for n in summed}
                 backend.backward(problem, torch.empty_like(problem.x), pre, scores, needs, sums)
             else:
                 backend.forward(problem, save_hidden=case.full, save_scores=case.full)
@@ -261,7 +284,9 @@ def _problem(case: Case) -> Problem:
             index=new(memory and several, case.sequences, dtype=torch.int32),
             lengths=new(memory and several, case.sequences, dtype=torch.int32),
         ),
-        activation=activation, visual_activation=activation, visual_scale=0.1, dropout_p=0.1 if memory and full else 0.0,
+        key_operand=new(case.method == "adem", case.sequences, slots, width),
+        activation=activation, visual_scale=0.1, dropout_p=0.1 if memory and full else 0.0,
+        **{"visual_activation": activation} | METHODS[case.method],
     )  # fmt: skip
     return _joined(problem) if case.backward == "shared" else problem
 

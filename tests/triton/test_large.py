@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memvp_kernels.backends.triton.forward import dense_segments
 from memvp_kernels.backends.triton.heuristics import backward_tiles, tiles
 from memvp_kernels.backends.triton.heuristics.tiles import Tile
 from memvp_kernels.backends.triton.kernels import dhidden, dinput, hidden, output
+from memvp_kernels.backends.triton.kernels.materialise import dense_segments
 from memvp_kernels.backends.triton.runtime import launch
 from tests import tolerance
 from tests.cases import DEVICE

@@ -24,7 +24,6 @@ from memvp_kernels.backends.triton.kernels.dinput import dinput_backward
 from memvp_kernels.backends.triton.kernels.hidden import Products, hidden_forward, memory_forward
 from memvp_kernels.backends.triton.kernels.output import accumulate_memory, output_forward
 from memvp_kernels.backends.triton.runtime import launch, tma
-from memvp_kernels.checks import IDENTITY
 from memvp_kernels.problem import Problem, Segments
 
 __all__ = ["STEPS", "backward", "dhidden", "dinput", "forward", "hidden", "output", "unsupported"]
@@ -41,8 +40,6 @@ def unsupported(problem: Problem) -> str | None:
     limit = extension.hopper_limit(x.get_device())
     if limit is not None:
         return limit
-    if problem.visual_map is not None or problem.visual_drop > 0 or problem.visual_activation == IDENTITY:
-        return "its kernels have no visual_map, no visual_drop and no visual_activation='identity' yet"
     if x.dtype not in _TYPES:
         return f"x is {str(x.dtype).removeprefix('torch.')}, and the CUDA kernels compute in bfloat16 or float16"
     return None

@@ -11,19 +11,21 @@ import torch
 from torch import Tensor
 
 from memvp_kernels.backends.torch import eager
-from memvp_kernels.backends.triton.forward import dense_segments, is_trivial, is_unread, visual_of, without_memory
+from memvp_kernels.backends.triton.forward import is_trivial, is_unread, visual_of, without_memory
 from memvp_kernels.backends.triton.gemm import GemmSteps, choose_steps
 from memvp_kernels.backends.triton.kernels.core import core_forward
 from memvp_kernels.backends.triton.kernels.core_backward import CoreGradients, core_backward
 from memvp_kernels.backends.triton.kernels.dhidden import HiddenGradients
 from memvp_kernels.backends.triton.kernels.dmemory import Pair, core_gradient, dense_gradients, memory_gradients
 from memvp_kernels.backends.triton.kernels.materialise import (
+    dense_segments,
     key_operand,
     materialise_memory,
     shared_operand,
     value_operand,
 )
 from memvp_kernels.backends.triton.runtime import launch
+from memvp_kernels.backends.triton.scores import has_own_scores, mapped_gradients, own_scores, with_theta
 from memvp_kernels.backends.triton.weight_gradients import weight_gradients
 from memvp_kernels.problem import BEHIND_PRE, BEHIND_SCORES, BEHIND_VISUAL, MEMORY, SHARED, Problem
 
@@ -69,7 +71,7 @@ def backward(
     if problem.factored and through_memory:
         dpre, grads = _factored_backward(problem, steps, grad, *used, needs, overwrite, sums)
     else:
-        dpre, grads = _plain_backward(problem, steps, grad, *used, needs, overwrite)
+        dpre, grads = _plain_backward(problem, steps, grad, *used, needs, overwrite, sums)
     grads |= weight_gradients(problem, grad, pre, dpre, needs)
     return {name: g if name in SHARED else g.to(getattr(problem, name).dtype) for name, g in grads.items()}
 
@@ -90,6 +92,8 @@ def _saved_or_recomputed(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Pre-activations and scores, recomputed where they are needed and were not saved."""
     recompute_pre, recompute_scores = need_pre and pre is None, need_scores and scores is None
+    if recompute_scores and has_own_scores(problem):
+        scores, recompute_scores = own_scores(problem, steps, visual_of(problem)), False
     if recompute_pre or recompute_scores:
         segments, memory = problem.segments, None
         if recompute_scores and problem.factored:
@@ -125,6 +129,7 @@ def _plain_backward(
     scores: Tensor | None,
     needs: frozenset[str],
     overwrite: bool,
+    sums: Mapping[str, Tensor],
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """dpre, and the gradients of x and of a memory that is d wide; pre and scores are None where nothing behind them is needed."""
     x, segments, dtype = problem.x, problem.segments, problem.x.dtype
@@ -139,24 +144,28 @@ def _plain_backward(
     if pre is not None or scores is not None:
         hidden = steps.dhidden(
             grad, problem.value if pre is not None else None, pre, problem.activation, value_memory, problem.memories, scores, segments,
-            visual_of(problem) if scores is not None else None,
+            with_theta(problem, scores, visual_of(problem)) if scores is not None else None,
             need_visual=not needs.isdisjoint(BEHIND_VISUAL), overwrite=overwrite,
         )  # fmt: skip
 
     grads: dict[str, Tensor] = {}
-    if "x" in needs:
+    mapped = problem.visual_map is not None
+    dscores = None if mapped else hidden.dscores
+    if "x" in needs and (hidden.dpre is not None or not mapped):
         key_memory = None
-        if hidden.dscores is not None:
+        if dscores is not None:
             assert problem.visual_key is not None
             key_memory = materialise_memory(
                 problem.visual_key, problem.key_position, segments.lengths, dtype, descriptors=descriptors
             )
-        grads["x"] = steps.dinput(hidden.dpre, problem.key, problem.gate, hidden.dscores, key_memory, segments, x)
+        grads["x"] = steps.dinput(hidden.dpre, problem.key, problem.gate, dscores, key_memory, segments, x)
+    if mapped and hidden.dscores is not None:
+        grads |= mapped_gradients(problem, steps, hidden.dscores, grads.get("x"), needs, sums)
 
     # Each side's left and right operand: dKv = dSᵀ x, dVv = visualᵀ dy.
     sides: dict[str, Pair] = {}
-    if hidden.dscores is not None:
-        sides["key"] = (hidden.dscores, _with_rows(x))
+    if dscores is not None:
+        sides["key"] = (dscores, _with_rows(x))
     if hidden.visual is not None:
         sides["value"] = (hidden.visual, grad)
     together = "core" in needs
@@ -178,7 +187,8 @@ def _plain_backward(
     if dense:
         grads |= zip(dense, _over_readers(problem, list(dense.values())), strict=True)
     if together:
-        grads["core"] = grads.pop("visual_key").add_(grads.pop("visual_value"))
+        of_value = grads.pop("visual_value")
+        grads["core"] = of_value if mapped else grads.pop("visual_key").add_(of_value)
     return hidden.dpre, grads
 
 
@@ -211,23 +221,34 @@ def _factored_backward(
             need_visual=False, overwrite=overwrite,
         )  # fmt: skip
         e, dpre = hidden.columns, hidden.dpre
+    mapped = problem.visual_map is not None
     core = core_backward(
-        e if need_key else None, scores, key_core, value_core, problem.segments, visual_of(problem),
-        need_key=need_key, need_value=need_value, through_key=not needs.isdisjoint(("x", "visual_basis", "key_operand")),
+        e if need_key else None, scores, key_core, value_core, problem.segments, with_theta(problem, scores, visual_of(problem)),
+        need_key=need_key, need_value=need_value, through_key=not mapped and not needs.isdisjoint(("x", "visual_basis", "key_operand")),
         through_value=not needs.isdisjoint(("visual_basis", "value_operand")),
     )  # fmt: skip
 
     grads: dict[str, Tensor] = {}
-    if "x" in needs:
+    if mapped:
+        if "x" in needs and dpre is not None:
+            grads["x"] = steps.dinput(dpre, problem.key, problem.gate, None, None, dense, x)
+        if core.key is not None:
+            grads |= mapped_gradients(problem, steps, core.key[:, rank:], grads.get("x"), needs, sums)
+    elif "x" in needs:
         assert core.key is not None
         left = core.key if problem.key_position is not None else core.key[:, :rank]
         right = key_operand(problem)[None]
         grads["x"] = steps.dinput(dpre, problem.key, problem.gate, left, right, dense, x)
 
     if "core" in needs:
-        assert core.key is not None and core.value is not None and e is not None
-        pairs = (core.key[:, rank:], _through_basis(problem, steps)), (core.value[:, rank:], e[:, :rank])
-        grads["core"] = core_gradient(pairs, problem.segments, problem.memories, sums.get("core"))
+        assert core.value is not None and e is not None
+        total, of_value = sums.get("core"), (core.value[:, rank:], e[:, :rank])
+        if mapped:
+            grads["core"] = memory_gradients([of_value], problem.segments, problem.memories, torch.float32, [total])[0]
+        else:
+            assert core.key is not None
+            pairs = (core.key[:, rank:], _through_basis(problem, steps)), of_value
+            grads["core"] = core_gradient(pairs, problem.segments, problem.memories, total)
     cores = {}
     if "visual_key" in needs:
         assert core.key is not None
@@ -268,7 +289,7 @@ def _operand_gradients(
     """Gradients of [W; p^k] and [W; p^v], whole: [t | dS]ᵀ x and [u | visual]ᵀ dy over the rows that read a memory."""
     pairs: dict[str, Pair] = {}
     for name, left, right in (("key_operand", core.key, problem.x), ("value_operand", core.value, grad)):
-        if name in needs:
+        if name in needs and not (name == "key_operand" and problem.visual_map is not None):
             assert left is not None
             pairs[name] = (left, _with_rows(right))
     if not pairs:
@@ -286,7 +307,7 @@ def _shared_gradients(problem: Problem, grad: Tensor, core: CoreGradients, needs
     products = {}
     for side, left, right in (("key", core.key, problem.x), ("value", core.value, grad)):
         end = rank + problem.slots if f"{side}_position" in needs else rank
-        if first < end:
+        if first < end and not (side == "key" and problem.visual_map is not None):
             assert left is not None
             products[side] = (left[:, first:end], _with_rows(right))
     pairs = list(products.values())
@@ -297,5 +318,6 @@ def _shared_gradients(problem: Problem, grad: Tensor, core: CoreGradients, needs
     found = dict(zip(products, sums, strict=True))
     grads = {f"{side}_position": g[rank - first :] for side, g in found.items() if f"{side}_position" in needs}
     if "visual_basis" in needs:
-        grads["visual_basis"] = found["key"][:rank] + found["value"][:rank]
+        of_value = found["value"][:rank]
+        grads["visual_basis"] = found["key"][:rank] + of_value if "key" in found else of_value
     return grads

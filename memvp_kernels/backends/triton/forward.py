@@ -5,7 +5,6 @@ Each step is one launch where it is fused.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 import torch
@@ -15,14 +14,19 @@ from memvp_kernels import philox
 from memvp_kernels.backends.torch import eager
 from memvp_kernels.backends.triton.device.visual import Visual
 from memvp_kernels.backends.triton.gemm import GemmSteps, choose_steps
-from memvp_kernels.backends.triton.heuristics.tiles import CACHE_SIZE
 from memvp_kernels.backends.triton.kernels.core import core_forward
-from memvp_kernels.backends.triton.kernels.materialise import key_operand, materialise_memory, value_operand
+from memvp_kernels.backends.triton.kernels.hidden import Products
+from memvp_kernels.backends.triton.kernels.materialise import (
+    dense_segments,
+    key_operand,
+    materialise_memory,
+    value_operand,
+)
 from memvp_kernels.backends.triton.runtime import launch
-from memvp_kernels.checks import IDENTITY
-from memvp_kernels.problem import Problem, Segments
+from memvp_kernels.backends.triton.scores import has_own_scores, visual_of_own_scores
+from memvp_kernels.problem import Problem
 
-__all__ = ["dense_segments", "forward", "is_trivial", "is_unread", "unsupported", "visual_of", "without_memory"]
+__all__ = ["forward", "is_trivial", "is_unread", "unsupported", "visual_of", "without_memory"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -32,8 +36,6 @@ def unsupported(problem: Problem) -> str | None:
     device = problem.x.device
     if problem.x.dtype not in _DTYPES:
         return f"the triton backend computes in float32, float16 and bfloat16, not {str(problem.x.dtype).removeprefix('torch.')}"
-    if problem.visual_map is not None or problem.visual_drop > 0 or problem.visual_activation == IDENTITY:
-        return "its kernels have no visual_map, no visual_drop and no visual_activation='identity' yet"
     if launch.interpreted():
         return None
     if device.type != "cuda":
@@ -49,12 +51,6 @@ def visual_of(problem: Problem) -> Visual:
     scale = problem.visual_scale / keep if keep > 0 else 0.0
     threshold = philox.keep_threshold(problem.dropout_p)
     return Visual(problem.visual_activation, scale, problem.seed if problem.dropout_p > 0 else None, threshold)
-
-
-@functools.lru_cache(CACHE_SIZE)
-def dense_segments(rows: int) -> Segments:
-    """All rows as one sequence: how the d-wide operands of a factored memory, shared by the batch, look to the kernels."""
-    return Segments(rows=rows, sequences=1, length=rows, shared=True)
 
 
 def without_memory(problem: Problem) -> Problem:
@@ -110,25 +106,32 @@ def forward(
     descriptors = launch.has_tma(x.device)
     save_scores = save_scores and problem.has_memory
     key_memory = value_memory = None
+    own_scores = has_own_scores(problem)
     if problem.factored:
-        key_memory, value_memory = key_operand(problem)[None], value_operand(problem)[None]
+        value_memory = value_operand(problem)[None]
+        key_memory = None if own_scores else key_operand(problem)[None]
     elif problem.has_memory:
         assert problem.visual_key is not None and problem.visual_value is not None
-        key_memory = materialise_memory(
-            problem.visual_key, problem.key_position, None, x.dtype, descriptors=descriptors
-        )
+        if not own_scores:
+            key_memory = materialise_memory(
+                problem.visual_key, problem.key_position, None, x.dtype, descriptors=descriptors
+            )
         value_memory = materialise_memory(
             problem.visual_value, problem.value_position, segments.lengths, x.dtype, descriptors=descriptors
         )
 
     dense = dense_segments(problem.rows)
-    products = steps.hidden(
-        x, problem.key, problem.gate, problem.key_bias, problem.gate_bias, problem.activation,
-        key_memory, dense if problem.factored else segments, None if problem.factored else visual,
-        save_hidden=save_hidden, save_scores=save_scores or problem.factored,
-    )  # fmt: skip
+    products = Products(None, None, None, None)
+    if problem.key is not None or key_memory is not None:
+        products = steps.hidden(
+            x, problem.key, problem.gate, problem.key_bias, problem.gate_bias, problem.activation,
+            key_memory, dense if problem.factored else segments, None if problem.factored else visual,
+            save_hidden=save_hidden, save_scores=save_scores or problem.factored,
+        )  # fmt: skip
     left, scores = products.visual, products.scores
-    if problem.factored:
+    if own_scores:
+        left, scores = visual_of_own_scores(problem, steps, visual, save_scores=save_scores)
+    elif problem.factored:
         assert products.scores is not None and problem.visual_key is not None and problem.visual_value is not None
         left, scores = core_forward(
             products.scores, problem.visual_key, problem.visual_value, segments, visual,

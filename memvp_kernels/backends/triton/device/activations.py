@@ -1,4 +1,4 @@
-"""The four activations and their derivatives on float32 blocks; the name is a compile-time constant.
+"""The activations and their derivatives on float32 blocks; the name is a compile-time constant.
 
 NaN stays NaN, as in PyTorch. Neither tanh nor a difference of nearly equal numbers appears: tanh-GELU is z·σ(2u).
 """
@@ -22,7 +22,7 @@ def _tanh_gelu_inner(z):
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
-    """act(z); "none" returns z."""
+    """act(z)."""
     if ACTIVATION == "relu":
         out = tl.where(z < 0.0, 0.0, z)
     elif ACTIVATION == "gelu":
@@ -32,7 +32,7 @@ def activate(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "silu":
         out = z * sigmoid(z)
     else:
-        tl.static_assert(ACTIVATION == "none", "unknown activation")
+        tl.static_assert(ACTIVATION == "identity", "unknown activation")
         out = z
     return out
 
@@ -56,7 +56,7 @@ def activate_derivative(z, ACTIVATION: tl.constexpr):
         out = z * s
         slope = s + out * (1.0 - s)
     else:
-        tl.static_assert(ACTIVATION == "none", "unknown activation")
+        tl.static_assert(ACTIVATION == "identity", "unknown activation")
         out = z
         slope = tl.full(z.shape, 1.0, z.dtype)
     return out, slope

@@ -76,7 +76,7 @@ def core_backward(
         core_bwd_kernel[(launch.programs(rows, tile.block_n) + segments.sequences, blocks)](
             e, scores, key_core, value_core, out.key, out.value,
             out.key[:, rank:] if out.key is not None else None, out.value[:, rank:] if out.value is not None else None,
-            visual.seed, segments.cu_seqlens, segments.index, segments.lengths,
+            visual.seed, visual.theta, segments.cu_seqlens, segments.index, segments.lengths,
             e.stride(0) if e is not None else 0, scores.stride(0), *key_core.stride(), *value_core.stride(),
             out.key.stride(0) if out.key is not None else 0, out.value.stride(0) if out.value is not None else 0,
             rows, segments.length or 0, segments.sequences, memories, visual.scale, visual.threshold,
@@ -90,7 +90,7 @@ def core_backward(
 
 @triton.jit(do_not_specialize=["N", "T", "S", "R", "threshold"])
 def core_bwd_kernel(
-    e, scores, key_core, value_core, t, u, dscores, visual, seed, cu_seqlens, index, lengths,
+    e, scores, key_core, value_core, t, u, dscores, visual, seed, theta, cu_seqlens, index, lengths,
     stride_e_n, stride_scores_n, stride_key_r, stride_key_m, stride_key_rank, stride_value_r, stride_value_m, stride_value_rank,
     stride_t_n, stride_u_n, N, T, S, R, scale, threshold, M: tl.constexpr, RANK: tl.constexpr, VALUE_POSITION: tl.constexpr,
     THROUGH_KEY: tl.constexpr, THROUGH_VALUE: tl.constexpr,
@@ -106,7 +106,7 @@ def core_bwd_kernel(
         (stride_key_r, stride_key_m, stride_key_rank),
         (stride_value_r, stride_value_m, stride_value_rank),
     )
-    visual_pass = (scores, dscores, visual, seed, stride_scores_n, stride_t_n, stride_u_n, scale, threshold)
+    visual_pass = (scores, dscores, visual, seed, theta, stride_scores_n, stride_t_n, stride_u_n, scale, threshold)
     row_tile, sequence = tile_sequence(tl.program_id(0), segments, BLOCK_N)
     column = tl.program_id(1) * BLOCK_U
     row = row_tile * BLOCK_N

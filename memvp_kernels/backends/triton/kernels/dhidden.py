@@ -114,7 +114,7 @@ def dhidden_backward(
             tma.make_descriptor(value, (tile.columns, tile.block_k), load_value),
             pre, out.dpre,
             tma.make_descriptor(memory, (1, block_m, tile.block_k), load),
-            scores, out.dscores, out.visual, out.columns, visual.seed if visual is not None else None,
+            scores, out.dscores, out.visual, out.columns, visual.seed if visual is not None else None, visual.theta if visual is not None else None,
             segments.cu_seqlens, segments.index, segments.lengths,
             grad.stride(0), *strides(value, 2), *strides(memory, 3), *strides(scores, 1), *strides(out.dscores, 1),
             *strides(out.visual, 1), *strides(out.columns, 1),
@@ -122,7 +122,7 @@ def dhidden_backward(
             visual.scale if visual is not None else 1.0, visual.threshold if visual is not None else 0,
             GATED=pre is not None and pre.shape[0] == 2, F=pairs, d=width, M=slots, BLOCK_N=tile.block_n, BLOCK_F=tile.columns,
             BLOCK_M=block_m, BLOCK_K=tile.block_k, SUBTILE=subtile, GROUP=tile.group, ACTIVATION=activation,
-            VISUAL_ACTIVATION=visual.activation if visual is not None else "none", LOAD=load, LOAD_VALUE=load_value,
+            VISUAL_ACTIVATION=visual.activation if visual is not None else "identity", LOAD=load, LOAD_VALUE=load_value,
             PRECISION=shape.precision, DTYPE=launch.element_type(grad.dtype), num_warps=tile.warps, num_stages=tile.stages, **pdl_options(grad.device),
         )  # fmt: skip
     return out
@@ -147,7 +147,7 @@ def memory_backward(
 
 @triton.jit(do_not_specialize=["N", "T", "S", "R", "threshold"])
 def dhidden_bwd_kernel(
-    grad, value, pre, dpre, memory, scores, dscores, visual, columns, seed, cu_seqlens, index, lengths,
+    grad, value, pre, dpre, memory, scores, dscores, visual, columns, seed, theta, cu_seqlens, index, lengths,
     stride_grad_n, stride_value_f, stride_value_d, stride_memory_r, stride_memory_m, stride_memory_d,
     stride_scores_n, stride_dscores_n, stride_visual_n, stride_columns_n,
     N, T, S, R, scale, threshold, GATED: tl.constexpr, F: tl.constexpr, d: tl.constexpr, M: tl.constexpr,
@@ -161,7 +161,18 @@ def dhidden_bwd_kernel(
         (stride_value_f, stride_value_d),
         (stride_memory_r, stride_memory_m, stride_memory_d),
     )
-    visual_pass = (scores, dscores, visual, seed, stride_scores_n, stride_dscores_n, stride_visual_n, scale, threshold)
+    visual_pass = (
+        scores,
+        dscores,
+        visual,
+        seed,
+        theta,
+        stride_scores_n,
+        stride_dscores_n,
+        stride_visual_n,
+        scale,
+        threshold,
+    )
     segments = (cu_seqlens, index, lengths, N, T, S, R)
     row_tiles = tl.cdiv(N, BLOCK_N)
     ffn_tiles = row_tiles * tl.cdiv(F, BLOCK_F)
@@ -293,10 +304,12 @@ def store_visual_gradient(
     """From dvisual of a block of slots, dscores and visual of rows [first, end), in DTYPE; both 0 from slot `slots` on.
 
     Args:
-        visual_pass: (scores, dscores, visual, seed, three strides of the rows, scale, threshold); dscores and visual are stored where
+        visual_pass: (scores, dscores, visual, seed, theta, three strides of the rows, scale, threshold); dscores and visual are stored where
             they are not None and `store` is true.
     """
-    scores, dscores, visual, seed, stride_scores_n, stride_dscores_n, stride_visual_n, scale, threshold = visual_pass
+    scores, dscores, visual, seed, theta, stride_scores_n, stride_dscores_n, stride_visual_n, scale, threshold = (
+        visual_pass
+    )
     ROWS: tl.constexpr = b_dvisual.shape[0]
     SLOTS: tl.constexpr = b_dvisual.shape[1]
     o_row = row + tl.arange(0, ROWS)
@@ -311,6 +324,9 @@ def store_visual_gradient(
     if seed is not None:
         # A product, as in PyTorch: a dropped NaN stays one.
         scale = scale * keep_mask(seed, threshold, row, slot, ROWS, SLOTS).to(tl.float32)
+    if theta is not None:
+        b_theta = tl.load(theta + o_row, mask=(o_row >= first) & (o_row < end), other=0.0)
+        scale = scale * (b_scores >= b_theta[:, None]).to(tl.float32)
     b_visual = tl.where(valid, b_active * scale, 0.0).to(DTYPE)
     b_dscores = tl.where(valid, b_dvisual * scale * b_slope, 0.0).to(DTYPE)
     if visual is not None:

@@ -29,7 +29,13 @@ _SCAN = 256  # entries of the index that a program looks at together
 Pair = tuple[Tensor, Tensor]
 
 
-def memory_gradients(pairs: Sequence[Pair], segments: Segments, memories: int, dtype: torch.dtype) -> list[Tensor]:
+def memory_gradients(
+    pairs: Sequence[Pair],
+    segments: Segments,
+    memories: int,
+    dtype: torch.dtype,
+    totals: Sequence[Tensor | None] = (None, None),
+) -> list[Tensor]:
     """For each (left, right) the sum of left[n]ᵀ right[n] over the rows n that read a memory row, for every memory row.
 
     Args:
@@ -37,14 +43,16 @@ def memory_gradients(pairs: Sequence[Pair], segments: Segments, memories: int, d
         segments: which rows read which memory row.
         memories: R.
         dtype: of the results; sums are float32 until then.
+        totals: for every pair a contiguous float32 (R, M, d) to which its result is added in place, or for none; without lengths.
 
     Returns:
         one (R, M, d) for each pair; exact zeros for a row that nobody reads and for slots past its length.
     """
     if not segments.shared:
-        return _launch(pairs, segments, memories, dtype)
+        return _launch(pairs, segments, memories, dtype, totals)
     slots = pairs[0][0].shape[1]
-    grads = [g[None] for g in dense_gradients(pairs, segments, memories, slots, dtype)]
+    first = [t if t is None else t[0] for t in totals]
+    grads = [g[None] for g in dense_gradients(pairs, segments, memories, slots, dtype, first)]
     if segments.lengths is not None:
         valid = torch.where((segments.lengths >= 0) & (segments.lengths <= slots), segments.lengths, 0)
         past = torch.arange(slots, device=valid.device)[None, :] >= valid[:, None]

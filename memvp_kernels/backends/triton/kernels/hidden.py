@@ -134,7 +134,7 @@ def hidden_forward(
                 rows, segments.length or 0, segments.sequences, memory.shape[0] if memory is not None else 0, gate_first,
                 visual.scale if visual is not None else 1.0, visual.threshold if visual is not None else 0,
                 F=pairs, d=width, M=slots, BLOCK_N=tile.block_n, BLOCK_F=tile.columns, BLOCK_K=tile.block_k, GROUP=tile.group,
-                ACTIVATION=activation, VISUAL_ACTIVATION=visual.activation if visual is not None else "none",
+                ACTIVATION=activation, VISUAL_ACTIVATION=visual.activation if visual is not None else "identity",
                 LOAD=load, LOAD_GATE=load_gate, LOAD_KEY=load_key, STORE=store, SUBTILE=subtile, PERSISTENT=persistent,
                 PRECISION=shape.precision, DTYPE=launch.element_type(x.dtype),
                 num_warps=tile.warps, num_stages=tile.stages, **pdl_options(x.device),
@@ -375,4 +375,4 @@ def _memory_tile(
                 b_x = load_tile(x, row, k, N, d, stride_x_n, stride_x_d, BLOCK_N, BLOCK_K, LOAD, False, EVEN_K)
                 b_memory = load_memory_tile(memory, read, slot, k, M, d, memory_strides, BLOCK_M, BLOCK_K, LOAD, EVEN_K)
                 acc = tl.dot(b_x, b_memory.T, acc, input_precision=PRECISION)
-        store_visual_subtiles(acc, visual_out, row, slot, first, end, slots, M, VISUAL_ACTIVATION, DTYPE)
+        store_visual_subtiles(acc, visual_out, row, slot, first, end, slots, None, M, VISUAL_ACTIVATION, DTYPE)

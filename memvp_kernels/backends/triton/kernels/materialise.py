@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -9,11 +11,12 @@ from torch import Tensor
 
 from memvp_kernels.backends.triton.device.pdl import pdl_wait
 from memvp_kernels.backends.triton.device.segments import valid_slots
+from memvp_kernels.backends.triton.heuristics.tiles import CACHE_SIZE
 from memvp_kernels.backends.triton.runtime import launch, tma
 from memvp_kernels.backends.triton.runtime.pdl import pdl_options
-from memvp_kernels.problem import Problem
+from memvp_kernels.problem import Problem, Segments
 
-__all__ = ["key_operand", "materialise_memory", "shared_operand", "value_operand"]
+__all__ = ["dense_segments", "key_operand", "materialise_memory", "shared_operand", "value_operand"]
 
 # 16 numbers a thread: of 32, loaded one by one, sm_90 and sm_100 spilled 8 bytes.
 _BLOCK_SLOTS, _BLOCK_COLUMNS = 8, 256
@@ -48,6 +51,12 @@ def materialise_memory(
                 **pdl_options(memory.device),
             )  # fmt: skip
     return out
+
+
+@functools.lru_cache(CACHE_SIZE)
+def dense_segments(rows: int) -> Segments:
+    """All rows as one sequence: how the d-wide operands of a factored memory, shared by the batch, look to the kernels."""
+    return Segments(rows=rows, sequences=1, length=rows, shared=True)
 
 
 def shared_operand(basis: Tensor, position: Tensor | None, dtype: torch.dtype) -> Tensor:
