@@ -85,7 +85,7 @@ class _Retracing:
     """One block's settings, the images of the prompt that is being answered, and how far the current forward has come.
 
     Attributes:
-        memory: (key, value, lengths): v scaled, (S, M, d), zero past the lengths (S,) int32; None without an image.
+        memory: v / mean|v| (S, M, d), zero past the lengths, and these lengths (S,) int32; None without an image.
         tokens: (S, T) bool, the tokens of this forward that are no padding; None: all of them.
         unsettled: (S,) bool, the samples whose FFN may still be changed in this forward; None: nobody's.
         pending: (S,) bool, those whose next FFN is to be changed.
@@ -116,7 +116,7 @@ class _Retracing:
         self.thread = threading.get_ident()
         self.scales: dict[int, Tensor] = {}
         self.image_tokens: Tensor | None = None
-        self.memory: tuple[Tensor, Tensor, Tensor] | None = None
+        self.memory: tuple[Tensor, Tensor] | None = None
         self.tokens: Tensor | None = None
         self.unsettled: Tensor | None = None
         self.pending: Tensor | None = None
@@ -162,7 +162,7 @@ class _Retracing:
         if where is not None and bool(where.any()):
             self.memory = _memory(embeddings, where)
         self.pending = None
-        self.unsettled = None if self.memory is None else self.memory[2] > 0
+        self.unsettled = None if self.memory is None else self.memory[1] > 0
 
     def _after_layer(self, module: Any, args: tuple[Any, ...], output: Tensor) -> None:
         if self._is_elsewhere() or self.unsettled is None:
@@ -185,13 +185,13 @@ class _Retracing:
             return None
         pending, self.pending = self.pending, None
         assert self.memory is not None
-        key, value, lengths = (t.to(output.device) for t in self.memory)
+        value, lengths = (t.to(output.device) for t in self.memory)
         pending, x = pending.to(output.device), args[0]
-        if self.phi == "silu":  # the identity's scale is divided out again
-            key = key * (self._scale(module).to(key.dtype) * x.shape[-1])
+        # The identity's scale is divided out again: any will do that neither overflows float16 nor vanishes in it.
+        scale = self._scale(module).to(value.dtype) if self.phi == "silu" else x.shape[-1] ** -0.5
         rows = torch.arange(len(x), device=x.device, dtype=torch.int32)
         found = fused_ffn(
-            x, None, None, key.to(x.dtype), value.to(x.dtype), visual_activation=self.phi, visual_lengths=lengths,
+            x, None, None, (value * scale).to(x.dtype), value.to(x.dtype), visual_activation=self.phi, visual_lengths=lengths,
             visual_index=torch.where(pending, rows, -1),
         )  # fmt: skip
         tokens = None if self.tokens is None else self.tokens.to(x.device)
@@ -207,8 +207,8 @@ class _Retracing:
         return self.scales[id(ffn)]
 
 
-def _memory(embeddings: Tensor, where: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(v / (d mean|v|), v / mean|v|, lengths) of every sample, in float32 at least."""
+def _memory(embeddings: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """v / mean|v| and the lengths of every sample, in float32 at least."""
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
     lengths = where.sum(1)
     order = where.int().argsort(dim=1, descending=True, stable=True)[:, : int(lengths.max())]
@@ -216,8 +216,7 @@ def _memory(embeddings: Tensor, where: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     tokens = embeddings.gather(1, order[:, :, None].expand(-1, -1, embeddings.shape[-1])).to(dtype)
     tokens = tokens.masked_fill(~valid[:, :, None], 0)
     mean = tokens.abs().sum((1, 2), keepdim=True) / (lengths.clamp(min=1) * tokens.shape[-1])[:, None, None]
-    value = torch.where(mean > 0, tokens / mean, 0)
-    return value / tokens.shape[-1], value, lengths.int()
+    return torch.where(mean > 0, tokens / mean, 0), lengths.int()
 
 
 def _mean(output: Tensor, tokens: Tensor | None) -> Tensor:
