@@ -8,7 +8,7 @@ import vllm
 
 __all__ = ["SUPPORTED", "check_config", "check_version", "first_metadata"]
 
-#: Minor versions. The tests have run 0.32 with both model runners, and 0.30 with V1.
+#: Minor versions; docs/serving.md says which have been run.
 SUPPORTED = ("0.30", "0.31", "0.32", "0.33")
 
 

@@ -49,6 +49,8 @@ class ImageEncoder:
         with torch.no_grad():
             empty = torch.zeros(1, config.num_slots, folder.rank, device=device)
             self.memory = self._memory(core=empty).to(dtype)
+        # They are in the memory now; a pair for each layer in float32 would take hundreds of megabytes from the KV cache.
+        del self._memory.key_position, self._memory.value_position
 
     @torch.inference_mode()
     def encode(
