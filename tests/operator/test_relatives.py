@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from memvp_kernels import autograd, fused_ffn
 from memvp_kernels.autograd import KEEP_HIDDEN, KEEP_SCORES
@@ -187,3 +188,15 @@ def test_autocast_is_the_cast_form(form: str) -> None:
         out, grads = tolerance.gradients(fused_ffn, a, names, grad)
     assert torch.equal(out, expected)
     assert all(torch.equal(grads[n], expected_grads[n].to(grads[n].dtype)) for n in names)
+
+
+def test_pytorch_counts_the_flops() -> None:
+    """Keys multiplied out and met as they are, values factored."""
+    a = cases.leaves(cases.build("index-factored", torch.float32) | relatives.METHODS["adem"], "x")
+    N, d, F, M, r, R = 20, 24, 40, 7, 9, 1  # the count is of one image, whichever rows read it
+    with FlopCounterMode(display=False) as counter:
+        fused_ffn(**a)
+    assert (
+        counter.get_total_flops()
+        == 3 * 2 * N * d * F + 2 * R * M * r * d + 2 * N * M * d + 2 * N * (r + M) * d + 2 * N * M * r
+    )

@@ -143,10 +143,11 @@ class VisualBranch:
             # Of the slots that don't exist as many go below all scores as give θ the same rank in every row; the others go above.
             below = (most - (self.lengths.double() * p.visual_drop).long())[:, None]
             beyond = torch.arange(p.slots, device=scores.device)[None, :] - self.lengths[:, None]
-            filled = torch.where(beyond < below, -torch.inf, torch.nan).to(scores.dtype)
+            filled = torch.where(beyond < below, -torch.inf, torch.inf).to(scores.dtype)
             row = slice(1) if segments.shared else row_of(segments, p.memories, scores.device).clamp(min=0)
             scores = torch.where(self.valid[row], scores, filled[row])
-        return scores.kthvalue(most + 1, dim=1, keepdim=True).values
+        # kthvalue is as fast, and refused on a GPU under deterministic algorithms.
+        return scores.topk(most + 1, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
 
     def visual(self, scores: Tensor) -> Tensor:
         """s · dropout(vact(scores) · [score ≥ θ]), in float32 and rounded once."""

@@ -280,8 +280,14 @@ def step_cycles(chip: Chip, tile: Tile, dtype: torch.dtype, precision: str, wide
 
 
 @lru_cache(CACHE_SIZE)
-def core_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: int, rank: int) -> Tile:
-    """The core kernel's tile: `columns` of u at once, steps of `block_k` slots; few rows take short tiles, for more programs."""
+def core_tile(
+    chip: Chip, dtype: torch.dtype, precision: str, *, rows: int, rank: int, given_scores: bool = False
+) -> Tile:
+    """The core kernel's tile: `columns` of u at once, steps of `block_k` slots; few rows take short tiles, for more programs.
+
+    Args:
+        given_scores: it begins with scores that are kept.
+    """
     odd = rank % 8 != 0  # then a core is loaded element by element, each with its own address
     columns = min(64 if odd or dtype == torch.float32 else 256, _bucket(rank, 16))
     if dtype == torch.float32 and precision == "ieee":
@@ -289,7 +295,9 @@ def core_tile(chip: Chip, dtype: torch.dtype, precision: str, *, rows: int, rank
     if dtype == torch.float32:
         return Tile(32, columns, 32, 4, 2)
     block_n = 64 if _bucket(rows) >= 64 * chip.multiprocessors // 2 else 32 if rows > 256 else 16
-    return Tile(block_n, columns, 32 if odd else 64, 8 if block_n == 64 else 4, 2)
+    # With dropout and a threshold, steps of 64 kept scores spilled 8 bytes on sm_100.
+    short = odd or (given_scores and chip.family == "tcgen05")
+    return Tile(block_n, columns, 32 if short else 64, 8 if block_n == 64 else 4, 2)
 
 
 def _bucketed(shape: Shape, length: int | None) -> Shape:

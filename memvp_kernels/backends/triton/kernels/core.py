@@ -58,7 +58,9 @@ def core_forward(
         middle = launch.empty_rows(rows, rank + slots * value_position, c, zero=outside)
     scores = (c.new_zeros if outside else c.new_empty)(rows, slots) if save_scores else None
     precision = launch.precision(c.dtype)
-    tile = tiles.core_tile(launch.chip(c.device), c.dtype, precision, rows=rows, rank=rank)
+    tile = tiles.core_tile(
+        launch.chip(c.device), c.dtype, precision, rows=rows, rank=rank, given_scores=key_core is None
+    )
     blocks = launch.programs(rank, tile.columns) if value_core is not None else 1
     grid = (launch.programs(rows, tile.block_n) + segments.sequences, blocks)
     with launch.on_device(c):
