@@ -90,7 +90,7 @@ def _train(port: int, kind: str, form: str, accelerator: dict[str, Any], accumul
     arguments = transformers.TrainingArguments(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=2,
-        max_steps=2 // accumulate,
+        max_steps=2 if accumulate == 1 else 1,
         gradient_accumulation_steps=accumulate,
         use_cpu=True,
         report_to=[],
@@ -144,14 +144,10 @@ def test_one_process_that_reads_for_all(two: Group, form: str, kind: str) -> Non
         assert all("dispatch" in answer for answer in answers), answers
 
 
-@pytest.mark.parametrize("kind", ["MemVPTrainer", "Trainer"])
-def test_an_epoch_of_one_update(two: Group, kind: str) -> None:
-    """Trainer has read the whole epoch before the first forward, and its loader is no longer active."""
-    answers = two.run(_train, free_port(), kind, "list", {}, 2)
-    if kind == "MemVPTrainer":
-        _check("list", answers)
-    else:
-        assert all("dispatch" in answer for answer in answers), answers
+def test_an_epoch_shorter_than_an_update(two: Group) -> None:
+    """Trainer has read past its end before the first forward, and the loader is no longer active."""
+    answers = two.run(_train, free_port(), "Trainer", "list", {}, 3)
+    assert all("dispatch" in answer for answer in answers), answers
 
 
 def test_replicas_of_data_parallel_refuse_lists() -> None:

@@ -46,6 +46,6 @@ def _dispatched() -> bool:
     if state is None or not state.GradientState._shared_state or state.PartialState().num_processes == 1:
         return False
     loader = state.GradientState().active_dataloader
-    # Trainer fetches all batches of an update first: after an epoch's last, its loader is no longer the active one
+    # Trainer fetches all batches of an update first: past the end of an epoch its loader is no longer the active one
     loaders = gc.get_objects() if loader is None else [loader]
     return any(type(found).__name__ == "DataLoaderDispatcher" for found in loaders)
