@@ -25,7 +25,7 @@ from memvp_kernels.value_checks import check_values
 
 __all__ = [
     "ACCUMULATORS", "KEEP_HIDDEN", "KEEP_SCORES", "Dequantize", "call_directly", "can_bypass_dispatcher", "draw_seed", "gradient_like",
-    "join_memory", "kept", "run_backward", "run_forward", "split_memory", "without_autocast",
+    "Step", "join_memory", "kept", "prepare_step", "run_backward", "run_forward", "split_memory", "without_autocast",
 ]  # fmt: skip
 
 #: What the forward keeps for the backward, as bits.
@@ -47,6 +47,8 @@ _KEEPS_SCORES = BEHIND_SCORES | BEHIND_VISUAL | set(ACCUMULATORS)
 Dequantize = Callable[[torch.dtype], dict[str, Tensor | None]]
 
 _Tensors = Mapping[str, Tensor | None]
+
+Step = Callable[[Tensor], Tensor]
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -253,6 +255,13 @@ def call_directly(
     call = _Call(problem, module, names, tensors, options, keep, dequantize)
     y, *accumulators = FusedFFN.apply(call, *trained)  # type: ignore[no-untyped-call]
     return y, tuple(accumulators)
+
+
+def prepare_step(tensors: dict[str, Tensor | None], options: Options) -> Step | None:
+    """A checked call of inference as a function of x alone; None where the backend has no such form."""
+    problem, module = _prepare(tensors, options, training=False)
+    step: Step | None = module.prepare(problem) if hasattr(module, "prepare") else None
+    return step
 
 
 def _with_weights(tensors: dict[str, Tensor | None], dequantize: Dequantize | None) -> dict[str, Tensor | None]:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from memvp_kernels.backends.torch.activations import activate, activate_, activation_backward
+from memvp_kernels.backends.torch.inference import prepare
 from memvp_kernels.backends.torch.visual import VisualBranch, memory_backward
 from memvp_kernels.problem import BEHIND_PRE, SHARED, Problem
 
-__all__ = ["backward", "forward", "unsupported"]
+__all__ = ["backward", "forward", "prepare", "unsupported"]
 
 _NO_SUMS: Mapping[str, Tensor] = {}
 

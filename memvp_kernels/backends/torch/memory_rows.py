@@ -42,6 +42,9 @@ class MemoryRows(Protocol):
     def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:
         """out[n] += a[n] @ matrices[row of n], for every n that has a row; out (N, q) is contiguous."""
 
+    def plus_product(self, start: Tensor, a: Tensor, matrices: Tensor) -> Tensor:
+        """start + product(a, matrices) (N, q), contiguous; zero is added for an n that has no row."""
+
     def outer(self, *pairs: Pair) -> Tensor:
         """(R, p, q): for each memory row the sum of a[n]ᵀ b[n] over the rows n that read it, and over all pairs."""
 
@@ -55,6 +58,9 @@ class Shared:
 
     def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:
         out.addmm_(a, matrices[0])
+
+    def plus_product(self, start: Tensor, a: Tensor, matrices: Tensor) -> Tensor:
+        return torch.addmm(start, a, matrices[0])
 
     def outer(self, *pairs: Pair) -> Tensor:
         a, b = _stacked(pairs)
@@ -76,6 +82,9 @@ class Padded:
 
     def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:
         out.view(self.sequences, self.length, out.shape[-1]).baddbmm_(self._split(a), matrices)
+
+    def plus_product(self, start: Tensor, a: Tensor, matrices: Tensor) -> Tensor:
+        return torch.baddbmm(self._split(start), self._split(a), matrices).flatten(0, 1)
 
     def outer(self, *pairs: Pair) -> Tensor:
         a, b = _stacked([(self._split(a), self._split(b)) for a, b in pairs], 1)
@@ -124,6 +133,11 @@ class Grouped:
             for first, end in spans:
                 out[first:end] += product[taken : taken + end - first]
                 taken += end - first
+
+    def plus_product(self, start: Tensor, a: Tensor, matrices: Tensor) -> Tensor:
+        out = start.clone(memory_format=torch.contiguous_format)
+        self.add_product(out, a, matrices)
+        return out
 
     def outer(self, *pairs: Pair) -> Tensor:
         a, b = pairs[0]
@@ -175,6 +189,9 @@ class Blocked:
 
     def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:
         out += self.product(a, matrices)
+
+    def plus_product(self, start: Tensor, a: Tensor, matrices: Tensor) -> Tensor:
+        return start + self.product(a, matrices)
 
     def outer(self, *pairs: Pair) -> Tensor:
         return self._sums(*pairs).to(pairs[0][0].dtype)

@@ -42,6 +42,7 @@ class VisualBranch:
         same = not self.mapped and p.visual_value is p.visual_key and add[0] is add[1]
         self.value = self.key if same else self._clean(p.visual_value, add[1])
         if p.visual_basis is not None:
+            self.rank = p.visual_basis.shape[0]
             self.basis = p.visual_basis.to(p.x.dtype)
             self.key_position = None if p.key_position is None else p.key_position.to(p.x.dtype)
             self.value_position = None if p.value_position is None else p.value_position.to(p.x.dtype)
@@ -107,7 +108,13 @@ class VisualBranch:
         p, keys = self.p, self.key.transpose(1, 2)
         if self.mapped or not p.factored:
             return self.rows.product(self.query, keys)
+        if p.key_operand is not None:
+            return self._from_joined(p.x @ p.key_operand.T, keys)
         return self._with_position(p.x, p.x @ self.basis.T, keys, self.key_position)
+
+    def _from_joined(self, joined: Tensor, cores: Tensor) -> Tensor:
+        """(a Wᵀ) Aᵀ + a pᵀ (N, M) from a [W; p]ᵀ."""
+        return self.mask_(self.rows.plus_product(joined[:, self.rank :], joined[:, : self.rank], cores))
 
     def _with_position(self, d_wide: Tensor, r_wide: Tensor, cores: Tensor, position: Tensor | None) -> Tensor:
         """r_wide Aᵀ + d_wide pᵀ (N, M)."""
@@ -163,7 +170,9 @@ class VisualBranch:
             self.rows.add_product(y, visual, self.value)
             return
         of_value = self.rows.product(visual, self.value)
-        if self.value_position is None:
+        if self.p.value_operand is not None:
+            y.addmm_(torch.cat([of_value, visual], dim=1), self.p.value_operand)
+        elif self.value_position is None:
             y.addmm_(of_value, self.basis)
         else:  # y, the larger, is rounded once
             y += (visual @ self.value_position).addmm_(of_value, self.basis)
@@ -184,13 +193,21 @@ class VisualBranch:
         # `left` is zero there, but 0 · NaN of a token is not.
         return found if self.valid is None else found.masked_fill_(~self.valid[:, :, None], 0)
 
-    def score_gradient(self, grad: Tensor, scores: Tensor, through_basis: Tensor | None) -> Tensor:
-        """dS (N, M) from dy; `through_basis` is dy Wᵀ when factored."""
+    def through_value(self, grad: Tensor) -> Tensor | None:
+        """dy Wᵀ (N, r), or dy [W; p^v]ᵀ (N, r + M) where the two come joined; None when not factored."""
+        if not self.p.factored:
+            return None
+        return grad @ (self.basis if self.p.value_operand is None else self.p.value_operand).T
+
+    def score_gradient(self, grad: Tensor, scores: Tensor, through_value: Tensor | None) -> Tensor:
+        """dS (N, M) from dy and what :meth:`through_value` makes of it."""
         values = self.value.transpose(1, 2)
-        if through_basis is None:
+        if through_value is None:
             dvisual = self.rows.product(grad, values)
+        elif self.p.value_operand is not None:
+            dvisual = self._from_joined(through_value, values)
         else:
-            dvisual = self._with_position(grad, through_basis, values, self.value_position)
+            dvisual = self._with_position(grad, through_value, values, self.value_position)
         wide = torch.promote_types(scores.dtype, torch.float32)
         dvisual = dvisual.to(wide).mul_(self._factor(scores))
         return activation_backward(self.p.visual_activation, dvisual, scores.to(wide)).to(scores.dtype)
@@ -211,15 +228,16 @@ def memory_backward(
     if scores is None:
         scores = m.scores()
     visual = m.visual(scores) if wanted & BEHIND_VISUAL else None
-    dscores = dy_basis = None
-    if wanted & BEHIND_SCORES or (p.factored and "visual_value" in wanted):
-        dy_basis = grad @ m.basis.T if p.factored else None
+    dscores = through_value = None
+    if wanted & BEHIND_SCORES or "visual_value" in wanted:
+        through_value = m.through_value(grad)
     if wanted & BEHIND_SCORES:
-        dscores = m.score_gradient(grad, scores, dy_basis)
+        dscores = m.score_gradient(grad, scores, through_value)
     if m.mapped and dscores is not None:
         _mapped_backward(m, dscores, wanted, grads, sums)
         wanted, dscores = wanted - {"x", "key_operand"}, None
     if p.factored:
+        dy_basis = None if through_value is None else through_value[:, : m.rank]
         _factored_backward(p, m, grad, visual, dscores, dy_basis, wanted, grads, sums)
         return
     if "x" in wanted:
@@ -274,21 +292,25 @@ def _factored_backward(
     sums: Mapping[str, Tensor],
 ) -> None:
     """Every d-wide operand is shared by the batch; only the cores' gradients (R, M, r) are per image."""
-    through_key = dscores is not None and wanted & {"x", "visual_basis", "key_operand"}
-    dx_basis = m.rows.product(dscores, m.key) if dscores is not None and through_key else None
+    readers = {"visual_basis", "key_position", "value_position", "key_operand", "value_operand"} & wanted
+    x, dy = (m.only_readers(t) if readers else t for t in (p.x, grad))
+    dx_basis = key_left = None
+    if dscores is not None and wanted & {"x", "visual_basis", "key_operand"}:
+        dx_basis = m.rows.product(dscores, m.key)
+        if p.key_operand is not None:
+            key_left = torch.cat([dx_basis, dscores], dim=1)
     if "x" in wanted:
-        assert dscores is not None and dx_basis is not None
-        grads["x"] = grads["x"].addmm_(dx_basis, m.basis) if "x" in grads else dx_basis @ m.basis
-        if m.key_position is not None:
-            grads["x"].addmm_(dscores, m.key_position)
+        assert dx_basis is not None
+        parts = [(dx_basis, m.basis), (dscores, m.key_position)] if key_left is None else [(key_left, p.key_operand)]
+        for left, right in parts:
+            if left is not None and right is not None:
+                grads["x"] = grads["x"].addmm_(left, right) if "x" in grads else left @ right
     if "visual_key" in wanted:
         assert dscores is not None
         grads["visual_key"] = m.memory_gradient((dscores, p.x @ m.basis.T))
     if "visual_value" in wanted:
         assert visual is not None and dy_basis is not None
         grads["visual_value"] = m.memory_gradient((visual, dy_basis))
-    readers = {"visual_basis", "key_position", "value_position", "key_operand", "value_operand"} & wanted
-    x, dy = (m.only_readers(t) if readers else t for t in (p.x, grad))
     if "visual_basis" in wanted:
         assert visual is not None
         of_value = m.rows.product(visual, m.value).T
@@ -306,31 +328,18 @@ def _factored_backward(
         of_key = [] if dscores is None else [(dscores.to(wide), (p.x @ m.basis.T).to(wide))]
         grads["core"] = m.memory_gradient(*of_key, (visual.to(wide), dy_basis.to(wide)), out=sums.get("core"))
     if "key_operand" in wanted:
-        assert dscores is not None and dx_basis is not None
-        grads["key_operand"] = _joined(sums.get("key_operand"), dx_basis, dscores, x, wide)
+        assert key_left is not None
+        grads["key_operand"] = _add_transposed(sums.get("key_operand"), key_left, x, wide)
     if "value_operand" in wanted:
         assert visual is not None
-        grads["value_operand"] = _joined(sums.get("value_operand"), m.rows.product(visual, m.value), visual, dy, wide)
+        value_left = torch.cat([m.rows.product(visual, m.value), visual], dim=1)
+        grads["value_operand"] = _add_transposed(sums.get("value_operand"), value_left, dy, wide)
 
 
-def _joined(total: Tensor | None, upper: Tensor, lower: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """[upper | lower]ᵀ right (r + M, d) in `dtype`, added to `total` where there is one."""
-    rank = upper.shape[1]
-    out = total
-    if out is None:
-        out = right.new_empty(rank + lower.shape[1], right.shape[1], dtype=dtype)
-    for part, left in ((out[:rank], upper), (out[rank:], lower)):
-        if total is not None:
-            _add_transposed(part, left, right)
-        elif dtype == right.dtype:
-            torch.mm(left.T, right, out=part)
-        else:
-            part.copy_(left.T @ right)
-    return out
-
-
-def _add_transposed(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """out += leftᵀ right, an `out` wider than the operands stays as wide."""
-    if out.dtype != left.dtype:
-        return out.add_(left.mT @ right)
-    return out.addmm_(left.mT, right)
+def _add_transposed(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """leftᵀ right in `dtype`, added to `total` where there is one; a `total` wider than the operands stays as wide."""
+    if total is None:
+        return (left.T @ right).to(dtype)
+    if total.dtype != left.dtype:
+        return total.add_(left.T @ right)
+    return total.addmm_(left.T, right)

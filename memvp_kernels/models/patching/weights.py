@@ -32,6 +32,9 @@ _ACTIVATIONS = {
 }
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 class Dense(NamedTuple):
     """A linear layer that is nothing but its tensors: weight (out, in), bias (out,) or None.
 
@@ -104,19 +107,21 @@ def resolve(linear: Any) -> Dense | QuantizedLinear | Opaque:
     transformers; quantized, one whose call would do that with a dequantized W. LoRA layers, parametrisations, hooks, replaced
     forwards and whatever else is not understood are opaque: reading their weight would drop what they add.
     """
-    kind = type(linear)
-    split = read_split(linear) if kind is nn.Linear else None
-    if "forward" in linear.__dict__ and split is None:
+    kind, own = type(linear), vars(linear)
+    split = read_split(linear) if "forward" in own and kind is nn.Linear else None
+    if "forward" in own and split is None:
         return Opaque("has a forward of its own on the instance")
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    if any(hooks) or _module._has_any_global_hook():  # type: ignore[no-untyped-call]
+    if any(own[name] for name in _HOOKS) or _module._has_any_global_hook():  # type: ignore[no-untyped-call]
         if type(linear.weight).__name__ == "DTensor":
             return Opaque("is spread over ranks by hooks (parallelize_module), which sum what the ranks compute")
         return Opaque("has hooks")
     if split is not None:
         return _part(linear, split)
-    if kind is nn.Linear and _is_plain(linear.weight) and _is_plain(linear.bias):
-        return Dense(linear.weight, linear.bias)
+    if kind is nn.Linear:
+        parameters = own["_parameters"]  # quicker than the module's own attributes
+        weight, bias = (parameters[n] if n in parameters else getattr(linear, n) for n in ("weight", "bias"))
+        if _is_plain(weight) and _is_plain(bias):
+            return Dense(weight, bias)
     found = read_quantized(linear)
     if found is not None:
         return Opaque(*found) if isinstance(found, Unreadable) else found

@@ -130,10 +130,10 @@ def test_untrained_text_only_is_the_base_model(family: str) -> None:
 def test_half_precision_base_with_float32_memory(family: str, dtype: torch.dtype) -> None:
     """As the paper trains: error of output and gradients at most twice that of plain PyTorch in that dtype.
 
-    The median of five models: where relu's argument is near zero, rounding decides a whole gradient, for either side.
+    The median of several models: where relu's argument is near zero, rounding decides a whole gradient, for either side.
     """
     ratios = []
-    for seed in range(5):
+    for seed in range(15 if family == "t5" else 5):
         base, other = (language_model(family, seed).to(dtype) for _ in range(2))
         model = with_memory(base)
         images = features(4, 0, 10)

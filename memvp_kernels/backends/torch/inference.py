@@ -1,0 +1,84 @@
+"""Inference over a memory that is read step after step: what the first call works out, later ones of its shape take as it is.
+
+A decode step on a CPU is a dozen small products, and the Python around them would take as long as they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from memvp_kernels.backends.torch.activations import activate, activate_
+from memvp_kernels.problem import Problem
+
+__all__ = ["prepare"]
+
+Step = Callable[[Tensor], Tensor]
+
+
+def prepare(p: Problem) -> Step | None:
+    """x to y for any x of the shape, dtype and device of `p.x`; None where a call needs more than products and activations."""
+    segments = p.segments
+    ragged = segments.index is not None or segments.lengths is not None or segments.cu_seqlens is not None
+    if ragged or p.seed is not None or p.visual_map is not None or p.visual_drop or p.residual is not None:
+        return None
+    if p.key is None or not p.has_memory or p.key_operand is None:
+        return None
+    ffn, add_memory = _ffn(p), _memory(p)
+
+    def step(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = ffn(rows)
+        add_memory(y, rows)
+        return y.view(x.shape)
+
+    return step
+
+
+def _ffn(p: Problem) -> Step:
+    assert p.key is not None and p.value is not None
+    dtype, name, value = p.x.dtype, p.activation, p.value
+    key, gate = p.key.T, None if p.gate is None else p.gate.T
+    key_bias, gate_bias, value_bias = (
+        None if b is None else b.to(dtype) for b in (p.key_bias, p.gate_bias, p.value_bias)
+    )
+
+    def product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+    def ffn(x: Tensor) -> Tensor:
+        if gate is None:
+            hidden = activate_(name, product(x, key, key_bias))
+        else:
+            hidden = activate_(name, product(x, gate, gate_bias)).mul_(product(x, key, key_bias))
+        return product(hidden, value, value_bias)
+
+    return ffn
+
+
+def _memory(p: Problem) -> Callable[[Tensor, Tensor], None]:
+    """y += the memory's part."""
+    assert p.visual_key is not None and p.visual_value is not None and p.key_operand is not None
+    wide = torch.promote_types(p.x.dtype, torch.float32)
+    name, scale, dtype = p.visual_activation, p.visual_scale, p.x.dtype
+    # as batches of one where all rows read one image
+    batch = (1, p.rows) if p.segments.shared else (p.segments.sequences, p.segments.length or 0)
+    keys, values = p.visual_key.transpose(1, 2), p.visual_value
+    key_operand, value_operand = p.key_operand.T, p.value_operand
+    rank = None if p.visual_basis is None else p.visual_basis.shape[0]
+
+    def visual(scores: Tensor) -> Tensor:
+        return activate(name, scores.to(wide)).mul_(scale).to(dtype)
+
+    def add_plain(y: Tensor, x: Tensor) -> None:
+        active = visual(torch.bmm(x.view(*batch, -1), keys))
+        y.view(*batch, -1).baddbmm_(active, values)
+
+    def add_factored(y: Tensor, x: Tensor) -> None:
+        joined = torch.mm(x, key_operand).view(*batch, -1)
+        active = visual(torch.baddbmm(joined[..., rank:], joined[..., :rank], keys))
+        y.addmm_(torch.cat([torch.bmm(active, values), active], dim=-1).view(x.shape[0], -1), value_operand)
+
+    return add_plain if rank is None else add_factored
