@@ -24,8 +24,8 @@ from memvp_kernels.problem import BEHIND_PRE, BEHIND_SCORES, BEHIND_VISUAL, SHAR
 from memvp_kernels.value_checks import check_values
 
 __all__ = [
-    "ACCUMULATORS", "KEEP_HIDDEN", "KEEP_SCORES", "Dequantize", "call_directly", "can_bypass_dispatcher", "draw_seed", "gradient_like",
-    "Step", "join_memory", "kept", "prepare_step", "run_backward", "run_forward", "split_memory", "without_autocast",
+    "ACCUMULATORS", "KEEP_HIDDEN", "KEEP_SCORES", "Dequantize", "Step", "call_directly", "can_bypass_dispatcher", "draw_seed",
+    "gradient_like", "join_memory", "kept", "prepare_step", "run_backward", "run_forward", "split_memory", "without_autocast",
 ]  # fmt: skip
 
 #: What the forward keeps for the backward, as bits.
@@ -48,7 +48,8 @@ Dequantize = Callable[[torch.dtype], dict[str, Tensor | None]]
 
 _Tensors = Mapping[str, Tensor | None]
 
-Step = Callable[[Tensor], Tensor]
+#: x and the FFN's tensors, laid out as they were when it was prepared, to y.
+Step = Callable[[Tensor, Mapping[str, Tensor | None]], Tensor]
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -258,7 +259,7 @@ def call_directly(
 
 
 def prepare_step(tensors: dict[str, Tensor | None], options: Options) -> Step | None:
-    """A checked call of inference as a function of x alone; None where the backend has no such form."""
+    """A checked call of inference for any x and any FFN of its layout; None where the backend has no such form."""
     problem, module = _prepare(tensors, options, training=False)
     step: Step | None = module.prepare(problem) if hasattr(module, "prepare") else None
     return step

@@ -19,11 +19,14 @@ from memvp_kernels.hardware import RATES, Chip, chip_of
 from memvp_kernels.precision import tf32_allowed
 from memvp_kernels.problem import Problem
 
-__all__ = ["AUTO_TAKES_HOPPER", "available", "choose", "missing", "require"]
+__all__ = ["AUTO_TAKES_HOPPER", "available", "choose", "materializing_pays", "missing", "require"]
 
 #: Whether "auto" may take the CUDA kernels for Hopper (csrc/hopper). False until they have run on a GPU and beaten the others there;
 #: backend="cuda" takes them by name.
 AUTO_TAKES_HOPPER = False
+
+#: Of a float32 product over what copying reaches: 0.19 TFLOP/s and 28 GB/s, measured on two cores of an EPYC.
+_CPU_FLOPS_PER_BYTE = 7
 
 _BACKENDS = {"torch": ("torch",), "triton": ("triton",), "cuda": ("decode", "hopper")}
 #: Each has `unsupported` and `forward`, and `backward` where it can train.
@@ -224,3 +227,20 @@ def _predict(sizes: Sizes, name: str, chip: Chip) -> float:
     between = p.rows * passes.get(name, 0) * p.dtype.itemsize / bytes_per_cycle
     cycles = max(flops, moved * p.dtype.itemsize / bytes_per_cycle) + between
     return chip.seconds(cycles) + launches * RATES.launch_host
+
+
+def materializing_pays(rows: int, *, images: int, slots: int, rank: int, width: int, calls: int | None = None) -> bool:
+    """Whether calls on a CPU should read Kv and Vv (R, M, d) rather than a memory's factors.
+
+    The factors' products have more FLOPs for every row, Kv and Vv more bytes for every image.
+
+    Args:
+        rows: N of a call.
+        images, slots, rank, width: R, M, r and d.
+        calls: how many of them; Kv and Vv are then still to be formed. None: they are there.
+    """
+    fewer = 4 * rows * rank * (width + slots)
+    more = 2 * width * 4 * (images * slots - rank - slots) * _CPU_FLOPS_PER_BYTE
+    if calls is None:
+        return fewer > more
+    return calls * (fewer - more) > 2 * images * slots * rank * width

@@ -11,8 +11,9 @@ incoming gradient must not be written to: there each call returns a gradient of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from memvp_kernels.autograd import (
     without_autocast,
 )
 from memvp_kernels.checks import TENSORS, autocast_dtype, cast_dtype, check
+from memvp_kernels.dispatch import materializing_pays
 from memvp_kernels.feature_map import key_of, mapped
 from memvp_kernels.problem import contain, known_finite
 from memvp_kernels.torch_op import call_op
@@ -36,32 +38,8 @@ __all__ = ["Dequantize", "SharedMemory", "fused_ffn_shared"]
 _Accumulators = tuple[Tensor | None, ...]  # in the order of ACCUMULATORS; None where nothing is trained
 
 
-class _Prepared(NamedTuple):
-    """A call of inference that the same FFN may repeat, as generation does for every token.
-
-    Attributes:
-        x: shape, dtype and device of its input.
-        weights: the FFN's.
-        options: the others.
-        step: x to y; None before the call has been repeated once.
-    """
-
-    x: tuple[Any, ...]
-    weights: tuple[Tensor | None, ...]
-    options: tuple[Any, ...]
-    step: Step | None
-
-    def repeats(self, other: _Prepared) -> bool:
-        """Whether `other` is the same call on another x."""
-        same = self.x == other.x and self.options == other.options
-        return same and all(map(_is_same, self.weights, other.weights))
-
-
-def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors are one memory in one layout; the FFN's are viewed anew for every call."""
-    if a is b or a is None or b is None:
-        return a is b
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+def _layout(t: Tensor | None) -> tuple[Any, ...] | None:
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.device)
 
 
 class SharedMemory:
@@ -74,6 +52,7 @@ class SharedMemory:
         dtype: the one that most calls will need.
         visual_map: the operator's. φ(Kv) is then formed here, for all calls.
         finite: basis and positions are finite. In `dtype` a core that needs no gradient is then read where it lies, at every call.
+        materialize: Kv and Vv (R, M, d) are formed here, and read by the calls for which that is cheaper on a CPU.
     """
 
     def __init__(
@@ -86,6 +65,7 @@ class SharedMemory:
         *,
         visual_map: str | None = None,
         finite: bool = False,
+        materialize: bool = False,
     ) -> None:
         self.visual_map, self._finite = visual_map, finite
         self._rank = basis.shape[0]
@@ -99,10 +79,12 @@ class SharedMemory:
             with without_autocast(core.device, autocast_dtype(core.device)):
                 self._keys = tuple(self._mapped(self._core, key) for key in self._keys)
         self._operands = {(dtype, False): self._cast(dtype, False)}
+        self._materialized = self._materialize() if materialize and not self._layered and visual_map is None else None
         self._open = True
         self._callers: set[int] = set()
         self._latest: _Accumulators | None = None
-        self.prepared: dict[int, _Prepared] = {}
+        self.steps: dict[tuple[Any, ...], Step] = {}
+        self._plain: dict[torch.dtype, dict[str, Tensor]] = {}
 
     def _cast(self, dtype: torch.dtype, partial: bool) -> list[dict[str, Tensor]]:
         core, key, value = (t.detach().to(dtype) for t in (self._core, self._key, self._value))
@@ -116,6 +98,14 @@ class SharedMemory:
                 dict(parts, key_operand=key.detach().to(dtype)) for parts, key in zip(found, self._keys, strict=True)
             ]
         return found
+
+    def _materialize(self) -> tuple[Tensor, Tensor]:
+        """Kv and Vv (R, M, d) in float32 at least, which autograd takes back to the factors."""
+        with without_autocast(self._core.device, autocast_dtype(self._core.device)):
+            wide = torch.promote_types(self._core.dtype, torch.float32)
+            core, key, value = (t.to(wide) for t in (self._core, self._key, self._value))
+            product = core @ key[: self._rank]
+            return product + key[self._rank :], product + value[self._rank :]
 
     def _mapped(self, core: Tensor, key: Tensor) -> Tensor:
         """φ(Kv) (R, M, d) in float32 at least, from [W; p^k]."""
@@ -139,29 +129,54 @@ class SharedMemory:
         )
         return self._parts(core, *(_joined(basis, position) for position in positions))
 
-    def operands(self, caller: int, dtype: torch.dtype, partial: bool) -> dict[str, Tensor]:
+    def materialized(self, rows: int) -> bool:
+        """Whether a call with that many rows reads Kv and Vv; in training all do, so that one gradient is summed."""
+        if self._materialized is None:
+            return False
+        if torch.is_grad_enabled() and self._materialized[0].requires_grad:
+            return True
+        images, slots, rank = self._core.shape
+        return materializing_pays(rows, images=images, slots=slots, rank=rank, width=self._key.shape[1])
+
+    def operands(self, caller: int, dtype: torch.dtype, partial: bool, materialized: bool = False) -> dict[str, Tensor]:
         """The operator's arguments by name; [W; p] are (r + M, d) and contiguous, and their parts are views. φ(Kv) takes the place of [W; p^k].
 
         Args:
             caller: this FFN's position.
             dtype: x's.
             partial: some row may read no memory, which :func:`contain` is for.
+            materialized: Kv and Vv, and nothing else.
         """
-        found = self._operands.get((dtype, partial))
-        if found is None:  # rows without an image, autocast inside the model, or sharding that casts
-            found = self._cast(dtype, partial)
+        if materialized:
+            assert self._materialized is not None
+            found = self._plain.get(dtype)
+            if found is None:
+                key, value = (t.detach().to(dtype) for t in self._materialized)
+                found = {"visual_key": key, "visual_value": value, "key_operand": key, "value_operand": value}
+                self._plain[dtype] = found
+            return found
+        parts = self._operands.get((dtype, partial))
+        if parts is None:  # rows without an image, autocast inside the model, or sharding that casts
+            parts = self._cast(dtype, partial)
             if not torch.compiler.is_compiling():
-                self._operands[dtype, partial] = found
-        return found[caller if self._layered else 0]
+                self._operands[dtype, partial] = parts
+        return parts[self.number(caller)]
 
-    def roots(self, caller: int) -> _Accumulators:
+    def number(self, caller: int) -> int:
+        """Of the pair of positions that this FFN reads."""
+        return caller if self._layered else 0
+
+    def roots(self, caller: int, materialized: bool) -> _Accumulators:
         """The memory itself."""
-        n = caller if self._layered else 0
+        if materialized:
+            assert self._materialized is not None
+            return None, *(t if t.requires_grad else None for t in self._materialized)
+        n = self.number(caller)
         return tuple(t if t.requires_grad else None for t in (self._core, self._keys[n], self._values[n]))
 
-    def accumulators(self, caller: int) -> _Accumulators:
+    def accumulators(self, caller: int, materialized: bool) -> _Accumulators:
         """The last call's; a caller that comes again, as under activation checkpointing, gets the roots."""
-        roots = self.roots(caller)
+        roots = self.roots(caller, materialized)
         if self._latest is None or caller in self._callers:
             return roots
         return (self._latest[0], *roots[1:]) if self._layered else self._latest
@@ -188,8 +203,8 @@ def _joined(basis: Tensor, position: Tensor) -> Tensor:
     return torch.cat([basis, position], dim=-2)
 
 
-def _may_repeat(x: object) -> bool:
-    """Whether a call is one of inference that nothing but PyTorch's kernels has to see."""
+def _is_inference(x: object) -> bool:
+    """Whether nothing but PyTorch's kernels on a CPU has to see a call."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or x.device.type != "cpu":
         return False
     return can_bypass_dispatcher((x,), False) and autocast_dtype(x.device) is None
@@ -230,30 +245,36 @@ def fused_ffn_shared(
     Raises:
         As the operator.
     """
-    call = None
-    if visual_index is None and residual is None and dequantize is None and _may_repeat(x):
-        options_ = (activation, visual_activation, visual_drop, visual_scale, dropout_p, backend)
-        call = _Prepared((x.shape, x.dtype, x.device), tuple(weights.values()), options_, None)
-        before = memory.prepared.get(caller)
-        if before is not None and before.step is not None and before.repeats(call):
-            return before.step(x)
+    partial = visual_index is not None or cu_seqlens is not None
+    call: tuple[Any, ...] | None = None
+    if not partial and residual is None and dequantize is None and _is_inference(x):
+        call = (
+            *map(_layout, (x, *weights.values())), memory.number(caller), activation, visual_activation, visual_drop, visual_scale,
+            dropout_p, backend,
+        )  # fmt: skip
+        step = memory.steps.get(call)
+        if step is not None:
+            return step(x, weights)
     tensors: dict[str, Tensor | None] = dict.fromkeys(TENSORS)
     tensors.update(weights, x=x, residual=residual, visual_index=visual_index, cu_seqlens=cu_seqlens)
+    materialized = False
     if isinstance(x, Tensor):
-        partial = visual_index is not None or cu_seqlens is not None
-        tensors.update(memory.operands(caller, cast_dtype("x", x.dtype, autocast_dtype(x.device)), partial))
+        materialized = memory.materialized(math.prod(x.shape[:-1]))
+        dtype = cast_dtype("x", x.dtype, autocast_dtype(x.device))
+        tensors.update(memory.operands(caller, dtype, partial, materialized))
     options = check(
         tensors, recompute=recompute, backend=backend, activation=activation, visual_activation=visual_activation,
         visual_map=memory.visual_map, visual_drop=visual_drop, visual_scale=visual_scale, dropout_p=dropout_p,
     )  # fmt: skip
     if call is not None:
-        if before is not None and before.repeats(call):
-            call = call._replace(step=prepare_step(tensors, options))
-        memory.prepared[caller] = call
-    tensors.update(zip(ACCUMULATORS, memory.accumulators(caller), strict=True))
+        step = prepare_step(tensors, options)
+        if step is not None:
+            memory.steps[call] = step
+            return step(x, weights)
+    tensors.update(zip(ACCUMULATORS, memory.accumulators(caller, materialized), strict=True))
     out = call_directly(tensors, options, dequantize)
     if out is None:
-        tensors.update(zip(ACCUMULATORS, memory.roots(caller), strict=True))
+        tensors.update(zip(ACCUMULATORS, memory.roots(caller, materialized), strict=True))
         return call_op(tensors, options)
     y, accumulators = out
     if accumulators:

@@ -67,7 +67,8 @@ def through(ffn: Callable[..., Tensor], **a: Any) -> Tensor:
 
 def memory(a: Arguments) -> SharedMemory:
     """The memory of `a`, as one forward makes it."""
-    return SharedMemory(*(a[name] for name in MEMORY), a["x"].dtype, visual_map=a.get("visual_map"))
+    options = {name: a[name] for name in ("visual_map", "materialize") if name in a}
+    return SharedMemory(*(a[name] for name in MEMORY), a["x"].dtype, **options)
 
 
 def shared(a: Arguments, **options: Any) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memvp_kernels.checks import autocast_dtype
+from memvp_kernels.dispatch import materializing_pays
 from memvp_kernels.models.memory.image_rows import ImageRows
 from memvp_kernels.models.memory.images import (
     ImageFeatures,
@@ -25,7 +26,7 @@ from memvp_kernels.models.parallel.tensor_parallel import part_of, tensor_mesh
 from memvp_kernels.models.patching.attach import hidden_dtype
 from memvp_kernels.problem import narrow
 
-__all__ = ["BatchMemory", "Images", "MemorySource", "samples_of"]
+__all__ = ["BatchMemory", "Images", "MemorySource"]
 
 
 class Images(NamedTuple):
@@ -114,17 +115,19 @@ class MemorySource(NamedTuple):
         memory: Memory = self.module(*self.features(0, images))
         return memory.core if memory.class_token is None else torch.cat([memory.class_token.core, memory.core], dim=1)
 
-    def read(self, samples: int, images: Images, **options: Any) -> BatchMemory:
+    def read(self, inputs: dict[str, Any], images: Images, *, layers: int, **options: Any) -> BatchMemory:
         """The memory of a batch.
 
         Args:
-            samples: B.
+            inputs: the language model's.
             images: of the batch.
+            layers: how many will read it.
             **options: fields of :class:`Memory`.
 
         Raises:
             TypeError, ValueError: images that do not fit the adapter or the batch.
         """
+        samples = _samples_of(inputs)
         given = [name for name in Images._fields[:3] if getattr(images, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} were given; they are ways to say the same thing, pass one")
@@ -154,7 +157,7 @@ class MemorySource(NamedTuple):
         index = None if images.visual_index is None else narrow(images.visual_index.to(memory.core.device))
         if token is not None and index is not None:
             token = _of_samples(token, index)
-        return BatchMemory(memory.sharing(dtype), index, token)
+        return BatchMemory(memory.sharing(dtype, _materializing_pays(memory, inputs, layers)), index, token)
 
     def _checked_core(self, core: object) -> Tensor:
         config, rank = self.memory.config, self.memory.projector.rank
@@ -176,7 +179,19 @@ def _of_samples(token: ClassToken, index: Tensor) -> ClassToken:
     return ClassToken(*(torch.cat([t, t.new_zeros(1, *t.shape[1:])])[index] for t in token))
 
 
-def samples_of(inputs: dict[str, Any]) -> int:
+def _materializing_pays(memory: Memory, inputs: dict[str, Any], layers: int) -> bool:
+    """Whether Kv and Vv should be formed once for all layers, from the inputs' length, on a CPU."""
+    if memory.core.device.type != "cpu" or memory.backend not in ("auto", "torch") or torch.compiler.is_compiling():
+        return False
+    first = next((inputs[n] for n in ("input_ids", "inputs", "inputs_embeds") if inputs.get(n) is not None), None)
+    if first is None or first.dim() < 2:
+        return False
+    images, slots, rank = memory.core.shape
+    rows, width = first.shape[0] * first.shape[1], memory.basis.shape[1]
+    return materializing_pays(rows, images=images, slots=slots, rank=rank, width=width, calls=layers)
+
+
+def _samples_of(inputs: dict[str, Any]) -> int:
     """B, from whichever of the language model's inputs is there; a generation from nothing has one sample."""
     for name in ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "labels", "attention_mask"):
         tensor = inputs.get(name)

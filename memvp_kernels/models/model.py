@@ -17,7 +17,7 @@ from memvp_kernels.models.attribution import MemoryAttribution, MemoryRecorder
 from memvp_kernels.models.calibration import Calibration, calibrate
 from memvp_kernels.models.config import MemVPConfig
 from memvp_kernels.models.delegation import LanguageModelInterface, loss_per_item
-from memvp_kernels.models.inputs import BatchMemory, Images, MemorySource, samples_of
+from memvp_kernels.models.inputs import BatchMemory, Images, MemorySource
 from memvp_kernels.models.io.adapter import Adapter
 from memvp_kernels.models.io.pretrained import PretrainedAdapter
 from memvp_kernels.models.memory.images import ImageFeatures, Pixels
@@ -381,7 +381,7 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
         options: dict[str, Any] = {"backend": self.backend, "recompute": self.recompute, "observer": self._observer()}
         if not self._drops():
             options["dropout"] = 0.0
-        return self._source().read(samples_of(inputs), images, **options)
+        return self._source().read(inputs, images, layers=len(self._attachment.layers), **options)
 
     def _source(self) -> MemorySource:
         if self._tower is not None:

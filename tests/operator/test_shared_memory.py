@@ -23,6 +23,8 @@ CASES: dict[str, dict[str, Any]] = {
     "plain_ffn": {"gated": False},
     "one_row_for_all": {"R": 1},
     "no_slots": {"M": 0},
+    "materialized": {"materialize": True},
+    "materialized_index": {"materialize": True, "index": True},
     "mapped": {"visual_map": "silu", "visual_activation": "identity"},
     "mapped_index": {"visual_map": "silu", "index": True},
 }
@@ -58,7 +60,7 @@ def test_gradients_are_the_operators(case: str, recompute: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", ["one_each", "index", "mapped_index"])
+@pytest.mark.parametrize("case", ["one_each", "index", "mapped_index", "materialized_index"])
 def test_within_twice_pytorchs_own_error(dtype: torch.dtype, case: str) -> None:
     a = stack.arguments(dtype, **CASES[case])
     names, grad = stack.trained(a), _grad(a)

@@ -1,11 +1,11 @@
-"""Inference over a memory that is read step after step: what the first call works out, later ones of its shape take as it is.
+"""Inference over a memory that FFN after FFN reads, step after step: what the first call works out, the others take as it is.
 
 A decode step on a CPU is a dozen small products, and the Python around them would take as long as they do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,47 +15,40 @@ from memvp_kernels.problem import Problem
 
 __all__ = ["prepare"]
 
-Step = Callable[[Tensor], Tensor]
+_Weights = Mapping[str, Tensor | None]
 
 
-def prepare(p: Problem) -> Step | None:
-    """x to y for any x of the shape, dtype and device of `p.x`; None where a call needs more than products and activations."""
+def prepare(p: Problem) -> Callable[[Tensor, _Weights], Tensor] | None:
+    """(x, the FFN's tensors) to y, for any of the layout of `p`'s; None where a call needs more than products and activations."""
     segments = p.segments
     ragged = segments.index is not None or segments.lengths is not None or segments.cu_seqlens is not None
     if ragged or p.seed is not None or p.visual_map is not None or p.visual_drop or p.residual is not None:
         return None
     if p.key is None or not p.has_memory or p.key_operand is None:
         return None
-    ffn, add_memory = _ffn(p), _memory(p)
+    name, add_memory = p.activation, _memory(p)
 
-    def step(x: Tensor) -> Tensor:
+    def step(x: Tensor, weights: _Weights) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y = ffn(rows)
+        y = _ffn(name, rows, **weights)
         add_memory(y, rows)
         return y.view(x.shape)
 
     return step
 
 
-def _ffn(p: Problem) -> Step:
-    assert p.key is not None and p.value is not None
-    dtype, name, value = p.x.dtype, p.activation, p.value
-    key, gate = p.key.T, None if p.gate is None else p.gate.T
-    key_bias, gate_bias, value_bias = (
-        None if b is None else b.to(dtype) for b in (p.key_bias, p.gate_bias, p.value_bias)
-    )
+def _ffn(
+    name: str, x: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, key_bias: Tensor | None, gate_bias: Tensor | None,
+    value_bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    hidden = activate_(name, _product(x, (key if gate is None else gate).T, key_bias if gate is None else gate_bias))
+    if gate is not None:
+        hidden.mul_(_product(x, key.T, key_bias))
+    return _product(hidden, value, value_bias)
 
-    def product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
-    def ffn(x: Tensor) -> Tensor:
-        if gate is None:
-            hidden = activate_(name, product(x, key, key_bias))
-        else:
-            hidden = activate_(name, product(x, gate, gate_bias)).mul_(product(x, key, key_bias))
-        return product(hidden, value, value_bias)
-
-    return ffn
+def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(a, b) if bias is None else torch.addmm(bias.to(a.dtype), a, b)
 
 
 def _memory(p: Problem) -> Callable[[Tensor, Tensor], None]:

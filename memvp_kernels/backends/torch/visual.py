@@ -250,6 +250,9 @@ def memory_backward(
         grads["core"] = m.memory_gradient(*of_key, (visual, grad))
     for side, left, right in (("key", dscores, p.x), ("value", visual, grad)):
         memory_name, position_name = f"visual_{side}", f"{side}_position"
+        if f"{side}_operand" in wanted:
+            assert left is not None
+            grads[f"{side}_operand"] = _add_memory_gradient(m, sums.get(f"{side}_operand"), left, right)
         if memory_name not in wanted and position_name not in wanted:
             continue
         assert left is not None
@@ -272,12 +275,15 @@ def _mapped_backward(
         dx = torch.ops.aten.silu_backward(m.rows.product(dscores, m.key), x)
         grads["x"] = grads["x"].add_(dx) if "x" in grads else dx
     if "key_operand" in wanted:
-        total = sums.get("key_operand")
-        if total is not None and total.dtype == dscores.dtype:
-            grads["key_operand"] = m.memory_gradient((dscores, m.query), out=total)
-            return
-        found = m.memory_gradient((dscores, m.query)).to(torch.promote_types(dscores.dtype, torch.float32))
-        grads["key_operand"] = found if total is None else total.add_(found)
+        grads["key_operand"] = _add_memory_gradient(m, sums.get("key_operand"), dscores, m.query)
+
+
+def _add_memory_gradient(m: VisualBranch, total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right for each memory row in float32 at least, added to `total` where there is one."""
+    if total is not None and total.dtype == left.dtype:
+        return m.memory_gradient((left, right), out=total)
+    found = m.memory_gradient((left, right)).to(torch.promote_types(left.dtype, torch.float32))
+    return found if total is None else total.add_(found)
 
 
 def _factored_backward(

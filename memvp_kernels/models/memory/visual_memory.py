@@ -106,10 +106,10 @@ class Memory:
             return self
         return replace(self, **moved, shared=None)
 
-    def sharing(self, dtype: torch.dtype) -> Memory:
+    def sharing(self, dtype: torch.dtype, materialize: bool = False) -> Memory:
         """With ``shared``, for FFNs that compute in ``dtype``."""
         parts = (self.core, self.basis, self.key_position, self.value_position)
-        return replace(self, shared=SharedMemory(*parts, dtype, visual_map=self.visual_map))
+        return replace(self, shared=SharedMemory(*parts, dtype, visual_map=self.visual_map, materialize=materialize))
 
     def close(self) -> None:
         """The forward is over."""
