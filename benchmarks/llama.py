@@ -243,12 +243,18 @@ def candidates(
         return functools.partial(forward, variant, model, factors, kv, shared), held + tensor_bytes(shared)
 
     def memvp(base: Any) -> tuple[Callable[[], Tensor], int]:
+        from memvp_kernels.models.inputs import Images
+
         model = memvp_model(sharing(base), adapter).eval()
         if not decode:
             return functools.partial(last_logits, model, input_ids=tokens, image_features=features), 0
-        kv, core = cache("text", len(base.model.layers)), model.encode_images(features)
-        inputs = {"input_ids": tokens, "visual_core": core, "past_key_values": kv}
-        return functools.partial(last_logits, model, **inputs), tensor_bytes(kv.keys, kv.values, core)
+        # As generate() has it: the memory is read once, and every step gets it.
+        kv, prompt = cache("text", len(base.model.layers)), text_tokens(sequences, text_length, preset.vocabulary)
+        memory = model._read({"input_ids": prompt.to(device)}, Images(features)).memory
+        inputs = {"input_ids": tokens, "visual_memory": memory, "past_key_values": kv}
+        return functools.partial(last_logits, model.language_model, **inputs), tensor_bytes(
+            kv.keys, kv.values, memory.core
+        )
 
     def plain(variant: Variant) -> Outputs:
         return {"logits": call(variant, llama.checked)[0]()}

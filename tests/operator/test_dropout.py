@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from memvp_kernels import autograd, fused_ffn
 from memvp_kernels.autograd import draw_seed
+from memvp_kernels.backends.torch import dropout
 from memvp_kernels.philox import keep_mask, philox4x32
 from tests import cases, tolerance
 from tests.cases import DEVICE
@@ -43,8 +45,9 @@ def test_mask_depends_on_token_and_slot_alone() -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
-def test_rate(p: float) -> None:
-    keep = keep_mask(torch.tensor([99], device=DEVICE), 500, 320, p).double()
+@pytest.mark.parametrize("draw", [keep_mask, dropout.keep_mask], ids=["philox", "torch backend"])
+def test_rate(draw: Callable[..., torch.Tensor], p: float) -> None:
+    keep = draw(torch.tensor([99], device=DEVICE), 500, 320, p).double()
     n = keep.numel()
     # Five standard deviations of a binomial: a fair generator fails one seed in two million, and this seed is fixed.
     assert abs(keep.mean().item() - (1 - p)) <= 5 * (p * (1 - p) / n) ** 0.5
@@ -63,7 +66,7 @@ def fixed_seed(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
 def test_replayed_exactly_in_the_backward(name: str, p: float, recompute: bool, fixed_seed: torch.Tensor) -> None:
     a = cases.build(name, torch.float32, DEVICE) | {"dropout_p": p, "recompute": recompute}
     rows = a["x"].shape[:-1].numel()
-    tolerance.check(run, a, keep=keep_mask(fixed_seed, rows, a["visual_key"].shape[-2], p))
+    tolerance.check(run, a, keep=dropout.keep_mask(fixed_seed, rows, a["visual_key"].shape[-2], p))
 
 
 def test_two_calls_differ_and_the_manual_seed_repeats_them() -> None:

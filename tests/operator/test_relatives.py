@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from memvp_kernels import autograd, fused_ffn
 from memvp_kernels.autograd import KEEP_HIDDEN, KEEP_SCORES
-from memvp_kernels.philox import keep_mask
+from memvp_kernels.backends.torch.dropout import keep_mask
 from memvp_kernels.torch_op import backward_op, forward_op, pack
 from tests import cases, relatives, tolerance
 from tests.cases import DEVICE

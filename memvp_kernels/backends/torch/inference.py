@@ -6,6 +6,7 @@ A decode step on a CPU is a dozen small products, and the Python around them wou
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from memvp_kernels.problem import Problem
 
 __all__ = ["prepare"]
 
-_Weights = Mapping[str, Tensor | None]
+_Weights = Mapping[str, Any]
 
 
 def prepare(p: Problem) -> Callable[[Tensor, _Weights], Tensor] | None:
@@ -70,6 +71,7 @@ def _memory(p: Problem) -> Callable[[Tensor, Tensor], None]:
         y.view(*batch, -1).baddbmm_(active, values)
 
     def add_factored(y: Tensor, x: Tensor) -> None:
+        assert value_operand is not None
         joined = torch.mm(x, key_operand).view(*batch, -1)
         active = visual(torch.baddbmm(joined[..., rank:], joined[..., :rank], keys))
         y.addmm_(torch.cat([torch.bmm(active, values), active], dim=-1).view(x.shape[0], -1), value_operand)

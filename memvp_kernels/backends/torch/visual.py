@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memvp_kernels.backends.torch.activations import activate, activation_backward
+from memvp_kernels.backends.torch.dropout import keep_mask
 from memvp_kernels.backends.torch.memory_rows import MemoryRows, Pair, memory_rows, row_of
-from memvp_kernels.philox import keep_mask
 from memvp_kernels.problem import BEHIND_SCORES, BEHIND_VISUAL, Problem
 
 __all__ = ["VisualBranch", "memory_backward"]
@@ -136,7 +136,7 @@ class VisualBranch:
         factor: Tensor | float = p.visual_scale
         if p.seed is not None:
             keep = keep_mask(p.seed, p.rows, p.slots, p.dropout_p)
-            factor = keep.to(wide) * (p.visual_scale / (1 - p.dropout_p) if p.dropout_p < 1 else 0.0)
+            factor = keep.to(wide).mul_(p.visual_scale / (1 - p.dropout_p) if p.dropout_p < 1 else 0.0)
         if int(p.visual_drop * p.slots) > 0:
             # A product, so that a dropped NaN stays one.
             factor = (scores >= self._threshold(scores)).to(wide) * factor
