@@ -79,7 +79,11 @@ class SharedMemory:
             with without_autocast(core.device, autocast_dtype(core.device)):
                 self._keys = tuple(self._mapped(self._core, key) for key in self._keys)
         self._operands = {(dtype, False): self._cast(dtype, False)}
-        self._materialized = self._materialize() if materialize and not self._layered and visual_map is None else None
+        # A gradient of Kv and one of Vv, rounded to 16 bits each, may cancel where their sum does not.
+        trained = self._core.requires_grad or self._key.requires_grad or self._value.requires_grad
+        if self._layered or visual_map is not None or (trained and dtype.itemsize < 4):
+            materialize = False
+        self._materialized = self._materialize() if materialize else None
         self._open = True
         self._callers: set[int] = set()
         self._latest: _Accumulators | None = None

@@ -23,7 +23,7 @@ def prepare(p: Problem) -> Callable[[Tensor, _Weights], Tensor] | None:
     """(x, the FFN's tensors) to y, for any of the layout of `p`'s; None where a call needs more than products and activations."""
     segments = p.segments
     ragged = segments.index is not None or segments.lengths is not None or segments.cu_seqlens is not None
-    if ragged or p.seed is not None or p.visual_map is not None or p.visual_drop or p.residual is not None:
+    if ragged or p.dropout_p > 0 or p.visual_map is not None or p.visual_drop or p.residual is not None:
         return None
     if p.key is None or not p.has_memory or p.key_operand is None:
         return None
