@@ -7,7 +7,7 @@ KEPT := --benchmark-storage=file://./out/bench
 CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cuh' '*.cu')
 
 .PRECIOUS: $(VENV)/.installed-% $(VENV)/triton-%/.installed
-.PHONY: help latency test test-slow test-vllm test-gpu-stack lint format bench bench-compare report gpu-report digits clean
+.PHONY: help latency test test-slow test-vllm test-gpu-stack lint format bench bench-compare report gpu-report digits easy-vqa clean
 
 help:
 	@echo "make latency     install, then time visual memory against visual tokens in the prompt"
@@ -24,6 +24,7 @@ help:
 	@echo "make report      measure this machine and write benchmarks/REPORT.md"
 	@echo "make gpu-report  on a GPU machine: build, gpu tests, benchmarks, sanitizer, in 9 minutes"
 	@echo "make digits      train and question the handwritten-digits example"
+	@echo "make easy-vqa    race three ways to show an image on easy-VQA"
 
 # One stamp per set of extras, so that a plain `make latency` does not wait for the test tools; a larger set brings the stamps of those in it.
 WITHIN_dev  := test benchmarks examples
@@ -124,6 +125,9 @@ gpu-report:
 
 digits: $(VENV)/.installed-examples
 	$(BIN)/python examples/digits.py $(ARGS)
+
+easy-vqa: $(VENV)/.installed-examples
+	$(BIN)/python examples/easy_vqa.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist out *.egg-info

@@ -104,7 +104,8 @@ def main() -> int:
     )
     explained.plot(1 - held_out.pixels[0], path=arguments.out / "memory.png")
     rows = [
-        results.row(run.name, [right], [run], method) for method, run, right in zip(methods, runs, scores, strict=True)
+        results.row(run.name, [right], [run], sum(p.numel() for p in method.trained()))
+        for method, run, right in zip(methods, runs, scores, strict=True)
     ]
     found = results.record(
         [*rows, results.row("MemVP, image withheld", [blind])], seconds=time.perf_counter() - started

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from memvp_kernels import MemVPConfig, MemVPModel
 from memvp_kernels.models.memory.projector import Projector
@@ -59,22 +59,22 @@ class InMemory(Method):
     def calibrate(self, features: Tensor, questions: Batch, share: float) -> str:
         """Let the memory start at a share of each FFN's output; the shares before and after, as a table."""
         ids, mask = questions.input_ids, questions.attention_mask
-        return str(self.model.calibrate(ids, mask, image_features=self._shown(features), share=share))
+        return str(self.model.calibrate(ids, mask, image_features=self.shown(features), share=share))
 
     def loss(self, features: Tensor, questions: Batch) -> Tensor:
-        loss: Tensor = self.model(**questions._asdict(), image_features=self._shown(features)).loss
+        loss: Tensor = self.model(**questions._asdict(), image_features=self.shown(features)).loss
         return loss
 
     def answer(self, features: Tensor | None, questions: Batch) -> Tensor:
         ids, mask = questions.input_ids, questions.attention_mask
-        shown = None if features is None else self._shown(features)
+        shown = None if features is None else self.shown(features)
         out: Tensor = self.model.generate(
             input_ids=ids, attention_mask=mask, image_features=shown, max_new_tokens=NEW_TOKENS, do_sample=False
         )
         return out[:, ids.shape[1] :]
 
-    def _shown(self, features: Tensor) -> Tensor:
-        if not getattr(self.model.memvp_config, "class_token", False):
+    def shown(self, features: Tensor) -> Tensor:
+        if not self.model.memvp_config.class_token:
             return features
         return torch.cat([features.mean(dim=1, keepdim=True), features], dim=1)
 
@@ -90,7 +90,7 @@ class InPrompt(Method):
 
     def __init__(
         self,
-        language_model: LlamaForCausalLM,
+        language_model: PreTrainedModel,
         vocabulary: Vocabulary,
         *,
         tokens: int,

@@ -17,8 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from tabulate import tabulate
 from torch import Tensor
 
-from tiny_vqa.methods import Method
-from tiny_vqa.text import Asked
+from tiny_vqa.text import IMAGE, Asked
 from tiny_vqa.training import Run, share_right
 
 __all__ = ["Score", "by_kind", "draw_answers", "draw_curves", "markdown", "record", "row", "score"]
@@ -38,14 +37,14 @@ def score(asked: Asked, answers: Sequence[str]) -> dict[str, float]:
     return shares
 
 
-def row(name: str, scores: Sequence[Score], runs: Sequence[Run] = (), method: Method | None = None) -> dict[str, Any]:
+def row(name: str, scores: Sequence[Score], runs: Sequence[Run] = (), trained: int | None = None) -> dict[str, Any]:
     """One row of a record.
 
     Args:
         name: what was asked.
         scores: one per seed; the row holds their mean, and each where there are several.
         runs: the trainings behind them, if any.
-        method: what was trained.
+        trained: how many parameters train.
     """
     found: dict[str, Any] = {
         "name": name,
@@ -59,8 +58,8 @@ def row(name: str, scores: Sequence[Score], runs: Sequence[Run] = (), method: Me
             "ms_per_step": 1e3 * statistics.median(second for run in runs for second in run.seconds),
             "text_tokens_per_second": statistics.fmean(run.tokens_per_second for run in runs),
         }
-    if method is not None:
-        found["trainable"] = sum(p.numel() for p in method.trained())
+    if trained is not None:
+        found["trainable"] = trained
     return found
 
 
@@ -177,7 +176,7 @@ def draw_answers(pixels: Tensor, asked: Asked, answers: Sequence[str], chosen: S
         right = answer == question.answer
         panel.imshow(pixels[asked.rows[number]].numpy(), cmap="gray_r")
         panel.set(xticks=[], yticks=[])
-        text = question.prompt.split(" . ", 1)[1].removesuffix(" answer").replace(" ?", "?").removesuffix(" .")
+        text = question.prompt.replace(f"this is {IMAGE} .", "").removesuffix(" answer").replace(" ?", "?").strip(" .")
         panel.set_title(text, fontsize=8)
         label = answer if right else f"{answer or '—'}  (it is {question.answer})"
         panel.set_xlabel(label, fontsize=11, color="#2e7d32" if right else "#c62828", fontweight="bold")

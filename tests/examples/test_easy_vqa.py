@@ -1,0 +1,112 @@
+"""The parts of the easy-VQA example; the program itself runs in CI with --quick."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import easy_vqa as program
+import pytest
+import torch
+from tiny_vqa import language_model, shapes, text, training
+from tiny_vqa.methods import InMemory
+
+WORDS = shapes.vocabulary()
+
+
+@pytest.fixture(scope="module")
+def test_split() -> shapes.Shapes:
+    return shapes.load("test")
+
+
+def truth(data: shapes.Shapes) -> dict[int, dict[str, str]]:
+    """Of each image what the questions about its color and shape say."""
+    found: dict[int, dict[str, str]] = {}
+    for question, row in zip(*data.asked, strict=True):
+        if question.kind in ("color", "shape"):
+            assert found.setdefault(row, {}).setdefault(question.kind, question.answer) == question.answer
+    return found
+
+
+def test_the_rule_that_teaches_the_language_model_is_the_data_sets(test_split: shapes.Shapes) -> None:
+    assert (len(test_split), len(test_split.asked.rows)) == (1000, 9673)
+    known, checked = truth(test_split), Counter[str]()
+    for question, row in zip(*test_split.asked, strict=True):
+        if len(known.get(row, ())) == 2:
+            assert shapes.answer(question.prompt.split(), **known[row]) == question.answer, question
+            checked[question.kind] += 1
+    assert min(checked[kind] for kind in shapes.KINDS) > 500
+
+
+def test_patches_are_cut_row_by_row(test_split: shapes.Shapes) -> None:
+    size = shapes.PATCH
+    patch = test_split.features[7].view(shapes.GRID, shapes.GRID, 3, size, size)[2, 5]
+    pixels = test_split.pixels[7, 2 * size : 3 * size, 5 * size : 6 * size]
+    torch.testing.assert_close(patch * 0.19 + 0.88, pixels.permute(2, 0, 1))
+
+
+def test_held_out_images_keep_their_questions(test_split: shapes.Shapes) -> None:
+    parts = shapes.held_out(test_split, images=100)
+    assert [len(part) for part in parts] == [900, 100]
+    known = truth(test_split)
+    place = {image.numpy().tobytes(): row for row, image in enumerate(test_split.pixels)}
+    asked = 0
+    for part in parts:
+        rows = [place[image.numpy().tobytes()] for image in part.pixels]
+        assert all(told == known[rows[row]] for row, told in truth(part).items())
+        asked += len(part.asked.rows)
+    assert asked == 9673
+
+
+def test_batches_favour_no_kind_and_no_answer(test_split: shapes.Shapes) -> None:
+    asked = next(shapes.batches(test_split, rows=4000))
+    kinds = Counter(question.kind for question in asked.questions)
+    assert all(900 < kinds[kind] < 1100 for kind in shapes.KINDS)
+    yes = Counter(q.answer for q in asked.questions if q.kind == shapes.KINDS[2] and "not" not in q.prompt.split())
+    assert 0.4 < yes["yes"] / yes.total() < 0.6
+    assert Counter(zip(*asked, strict=True)).keys() <= Counter(zip(*test_split.asked, strict=True)).keys()
+
+
+def test_lessons_describe_and_negate_late() -> None:
+    rng = random.Random(0)
+    early, late = shapes.lesson(rng, 0.0, 300), shapes.lesson(rng, 1.0, 300)
+    negated = [sum(bool({"not", "no"} & set(q.prompt.split())) for q in told) for told in (early, late)]
+    assert negated[0] == 0
+    assert negated[1] > 60
+    assert {q.kind for q in early} == set(shapes.KINDS)
+    for question in (*early, *late):
+        assert WORDS.decode(WORDS.encode(question.prompt)) == question.prompt
+        asked, told = question.prompt.split(" this is a ")
+        color, shape = sorted(told.split()[:2], key=shapes.SHAPES.__contains__)
+        assert shapes.answer(asked.split(), color, shape) == question.answer
+
+
+def test_the_majority_is_each_texts_own() -> None:
+    known = [text.Question("k", "a", "x")] * 2 + [text.Question("k", "a", "y"), text.Question("k", "b", "y")]
+    assert shapes.majority(known, [known[3], known[2]]) == ["y", "x"]
+
+
+@pytest.mark.parametrize("name", program.METHODS)
+def test_a_method_is_calibrated_and_trains(name: str, test_split: shapes.Shapes) -> None:
+    torch.manual_seed(0)
+    base = language_model.build(WORDS, width=16, layers=2).eval()
+    method = program.prepared(name, program.Setting(1e-2, 0.3), base, WORDS, test_split, seed=0)
+    if isinstance(method, InMemory):
+        asked = text.batch(WORDS, test_split.asked.questions[:16], answered=False)
+        explained = method.model.explain_memory(
+            asked.input_ids, asked.attention_mask, image_features=method.shown(test_split.features[:16])
+        )
+        assert torch.allclose(explained.shares().mean(dim=0), torch.tensor(0.3), atol=0.1)
+    watched = text.Asked(test_split.asked.questions[:20], test_split.asked.rows[:20])
+    run = training.train(
+        [method],
+        WORDS,
+        test_split.features,
+        shapes.batches(test_split, rows=8),
+        steps=12,
+        learning_rates=[1e-2],
+        held_out=(test_split.features, watched),
+        looks=1,
+    )[0]
+    assert sum(run.losses[-3:]) < sum(run.losses[:3])
+    assert len(run.curve) == 1
