@@ -36,7 +36,7 @@ HERE = Path(__file__).resolve().parent
 PROGRAM = "serving"
 VARIANTS = ("prompt", "memory", "text")
 #: Layers and width of the CLIP that encodes the images, in proportion to the language model.
-VISION = {"tiny": (3, 128), "llama-7b": (24, 1024)}
+VISION = {"wide": (3, 128), "llama-7b": (24, 1024)}
 BLOCK = 32  # tokens of a KV block: vLLM on a CPU takes multiples of it
 PATCH = 14
 
@@ -337,7 +337,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     add = parser.add_argument
-    add("--preset", choices=VISION, default="llama-7b" if on_gpu else "tiny", help="model shape (%(default)s)")
+    add("--preset", choices=VISION, default="llama-7b" if on_gpu else "wide", help="model shape (%(default)s)")
     add("--dtype", default="bfloat16" if on_gpu else "float32", help="of the weights (%(default)s)")
     add(
         "--visual",
@@ -357,7 +357,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="requests of the prompt form that the KV cache holds (%(default)s)",
     )
     add("--alone", type=int, default=5, help="requests that come one by one, per turn (%(default)s)")
-    add("--turns", type=int, default=9 if on_gpu else 5, help="of every engine (%(default)s)")
+    add("--turns", type=int, default=9 if on_gpu else 3, help="of every engine (%(default)s)")
     add(
         "--eager",
         action="store_true",
