@@ -13,13 +13,12 @@ from transformers import GenerationMixin
 
 from memvp_kernels.models.activation_checkpointing import ActivationCheckpointing
 from memvp_kernels.models.assisted import DraftModel
-from memvp_kernels.models.attribution import MemoryAttribution, MemoryRecorder
-from memvp_kernels.models.calibration import Calibration, calibrate
 from memvp_kernels.models.config import MemVPConfig
 from memvp_kernels.models.delegation import LanguageModelInterface, loss_per_item
 from memvp_kernels.models.inputs import BatchMemory, Images, MemorySource
 from memvp_kernels.models.io.adapter import Adapter
 from memvp_kernels.models.io.pretrained import PretrainedAdapter
+from memvp_kernels.models.measuring import Measuring
 from memvp_kernels.models.memory.images import ImageFeatures, Pixels
 from memvp_kernels.models.memory.projector import Projector
 from memvp_kernels.models.memory.visual_memory import VisualMemory
@@ -29,13 +28,13 @@ from memvp_kernels.models.parallel.fsdp import like_forward
 from memvp_kernels.models.patching.attach import Attachment, attach, check_all_read, detach, hidden_dtype, memory_ffns
 from memvp_kernels.models.patching.mixins import MemoryFFN
 from memvp_kernels.models.patching.vision_adapters import VisionTower
-from memvp_kernels.models.relatives.adem_vl import PromptStart, refuse_unsuited, width_of
+from memvp_kernels.models.relatives.adem_vl import PromptStart, refuse_unsuited
 from memvp_kernels.models.scopes import Scopes
 
 __all__ = ["MemVPModel"]
 
 
-class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpointing, Scopes, nn.Module):
+class MemVPModel(Measuring, PretrainedAdapter, LanguageModelInterface, ActivationCheckpointing, Scopes, nn.Module):
     """Memory-space visual prompting on a language model (Jie et al., ICML 2024, arXiv 2405.05615).
 
     Acts on this instance alone: its layers and FFNs are patched in place, parameter names and state_dict keys stay,
@@ -273,65 +272,6 @@ class MemVPModel(PretrainedAdapter, LanguageModelInterface, ActivationCheckpoint
     def memory_ffns(self) -> list[tuple[str, MemoryFFN]]:
         """The FFNs that have memory, with their names in the language model, in the order in which they run."""
         return memory_ffns(self.language_model)
-
-    @torch.no_grad()
-    def explain_memory(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
-    ) -> MemoryAttribution:
-        """Run one forward and measure, per layer and token, what the memory adds to the FFN's output.
-
-        Dropout is off meanwhile. The result prints as a table and plots over the image's patches.
-
-        Args:
-            input_ids: (B, T), the prompt, or prompt and answer.
-            attention_mask: (B, T); its zeros are left out of every average.
-            **inputs: the images, and whatever else the model's forward takes.
-
-        Returns:
-            The measurements, on the CPU in float32.
-        """
-        recorder = MemoryRecorder(
-            self.memory_ffns(),
-            self.projector.fc2.in_features,
-            pooled_grids=self.memvp_config.pooled_grids,
-            encoder_mask=attention_mask,
-            decoder_mask=inputs.get("decoder_attention_mask"),
-            encoder_decoder=self.config.is_encoder_decoder,
-        )
-        begun = width_of(self.memvp_config) if self.memvp_config.class_token else 0  # columns that the prompt grew by
-        with self.observing(lambda layer, x, y: recorder(layer, x[:, begun:], y[:, begun:])), self._without_dropout():
-            self(input_ids=input_ids, attention_mask=attention_mask, **inputs)
-        return recorder.result()
-
-    def calibrate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        share: float = 0.2,
-        key_ratio: float = 1.0,
-        **inputs: Any,
-    ) -> Calibration:
-        """Before training, set λ, and s of each layer, so that the memory starts at a wanted share of every FFN's output.
-
-        For models and features of other sizes than the paper's, whose λ = 0.01 and s = 0.1 may start at 0.1 % or at 95 %.
-        Looks at one batch, without labels, and measures as :meth:`explain_memory` does. The new constants are those of
-        ``memvp_config``, and so are saved and loaded with the adapter.
-
-        Args:
-            input_ids, attention_mask: (B, T), prompts as in training.
-            share: wanted, in (0, 1), as a mean over the batch's tokens.
-            key_ratio: how large the image is in the memory's keys, against their positions p^k.
-            **inputs: the images, and whatever else the model's forward takes.
-
-        Returns:
-            The shares before and after, and the constants; it prints as a table.
-
-        Raises:
-            ValueError: a share or ratio out of range, or a batch without an image; nothing is changed then.
-        """
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-        return calibrate(self, batch, share=share, key_ratio=key_ratio)
 
     def adapter(self) -> Adapter:
         """The memory and the vision model, as files see them."""
