@@ -18,6 +18,7 @@ from memvp_kernels.serving.vllm.folder import export, save_for_vllm
 from tests.models.clip import BLOCKS, adem_vl_state, official_state, pixels, save_official, vision_model
 from tests.models.relatives.adem import PREFIXED, batch, images, wrapped
 from tests.models.tiny import VISION, WIDTH, language_model, one_layer, with_memory
+from tests.tolerance import assert_within_twice
 
 PICTURES, LENGTHS = images(True, False, True), (5, 5, 4)
 
@@ -36,6 +37,15 @@ def test_less_memory_the_same_gradients(option: str) -> None:
         model.gradient_checkpointing_enable()
     for got, exact in zip(_gradients(model, inputs), wanted, strict=True):
         torch.testing.assert_close(got, exact)
+
+
+def test_tritons_kernels_are_as_close_as_pytorch() -> None:
+    pytest.importorskip("triton")
+    inputs = batch(PICTURES, LENGTHS)
+    exact, theirs = (_gradients(wrapped(config=PREFIXED).to(d).train(), inputs) for d in (torch.float64, torch.float32))
+    mine = _gradients(wrapped(config=PREFIXED, backend="triton").train(), inputs)
+    for gradients in zip(mine, exact, theirs, strict=True):
+        assert_within_twice(*gradients)
 
 
 def test_threads_do_not_meet() -> None:
