@@ -268,9 +268,10 @@ def section(folder: Path) -> list[str]:
         return []
     here = document["environment"]
     asked = here["workload"]
+    shape = PRESETS[asked["preset"]]
     threads = f", {here['threads']} thread{'s' * (here['threads'] > 1)}" if "threads" in here else ""
     text = (
-        f"The same LLaMA ({asked['preset']} shape, {asked['dtype']}) with the image as memory, as tokens of the prompt (vLLM's own LLaVA) "
+        f"The same LLaMA ({shape.layers} layers of {shape.width} × {shape.pairs}, {asked['dtype']}) with the image as memory, as tokens of the prompt (vLLM's own LLaVA) "
         f"and on text alone; {here['vllm']}{', eager' if asked['eager'] else ''}, torch {here['torch']}{threads}, commit "
         f"`{here['commit'][:12]}`, {here['date']}. Every engine has the KV blocks that {asked['room']} requests of the prompt form fill. "
         f"{asked['requests']} requests of {asked['text']} text tokens come together and get {asked['output']} tokens each; how many run at "
