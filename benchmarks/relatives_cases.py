@@ -17,7 +17,6 @@ from workload import Weights, hidden_states
 
 from memvp_kernels import fused_ffn
 from memvp_kernels.dispatch import missing as missing_backend
-from memvp_kernels.models.relatives.memvr import next_token_entropy
 from memvp_kernels.problem import Segments
 
 _DROP, _SCALE, _ALPHA = 0.1, 0.1, 0.12
@@ -91,6 +90,9 @@ def memvr_candidates(setting: Setting, *, sequences: int, text_length: int, visu
         else:
             found = xs @ keys.transpose(1, 2) @ values
         return mixed(ffn(xs, wide), found)
+
+    # Here, for transformers 5.17 to 5.19 look for a package `kernels`, find kernels.py, and import it, and so this file.
+    from memvp_kernels.models.relatives.memvr import next_token_entropy
 
     def probe(dtype: torch.dtype, *, tokens: slice) -> Tensor:
         return next_token_entropy(x[:, tokens].to(dtype) @ vocabulary.to(dtype).T)[:, -1:]
