@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import threading
 from typing import Any
@@ -69,12 +70,8 @@ def official(
     embeddings = text.embed_tokens(inputs["input_ids"])
     where = inputs["input_ids"][0] == IMAGE
     if where.any():
-        features = model.get_image_features(
-            inputs["pixel_values"],
-            vision_feature_layer=config.vision_feature_layer,
-            vision_feature_select_strategy="default",
-        )
-        tokens = features.pooler_output[0]
+        seen = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+        tokens = model.model.multi_modal_projector(seen[config.vision_feature_layer][:, 1:])[0]
         embeddings[0, where] = tokens
     assert tokens is not None
     L = embeddings.shape[1]
@@ -168,6 +165,24 @@ def test_a_batch_is_its_samples_alone(model: Any) -> None:
             )  # fmt: skip
             for a, b in zip(one.logits, together.logits, strict=False):
                 torch.testing.assert_close(a[0], b[i])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("phi", ["identity", "silu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_as_exact_as_the_model_alone(model: Any, phi: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    inputs = prompt(5)
+    half = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs.items()}
+    rounded = copy.deepcopy(model).to(dtype)
+    errors = []
+    for settings in (None, {"alpha": 0.3, "threshold": 0.0, "layers": LOOKS, "phi": phi}):
+        logits = []
+        for m, given in ((model, inputs), (rounded, half)):
+            with contextlib.nullcontext() if settings is None else visual_retracing(m, **settings):
+                logits.append(m(**given).logits.double())
+        errors.append((logits[1] - logits[0]).norm())
+    assert errors[1] <= 2 * errors[0]
 
 
 @torch.no_grad()
