@@ -174,11 +174,10 @@ class _Retracing:
             last = output[torch.arange(len(output), device=output.device), (self.tokens * steps).argmax(1)]
         entropy = next_token_entropy(model.lm_head(model.model.language_model.norm(last)))
         pending = self.unsettled & (entropy > self.threshold).to(self.unsettled.device)
-        if bool(pending.any()):
-            self.pending = pending
-            self.unsettled = self.unsettled & ~pending
-            if not bool(self.unsettled.any()):
-                self.unsettled = None
+        rest = self.unsettled & ~pending
+        any_pending, any_rest = torch.stack([pending.any(), rest.any()]).tolist()
+        self.pending = pending if any_pending else None
+        self.unsettled = rest if any_rest else None
 
     def _after_ffn(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self._is_elsewhere() or self.pending is None:
