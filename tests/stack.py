@@ -56,13 +56,18 @@ def through(ffn: Callable[..., Tensor], **a: Any) -> Tensor:
     """Added up, with the memory's parts handed to `ffn`, a function with the operator's arguments, in every layer."""
     y: Tensor | None = None
     for layer in range(LAYERS):
-        y = ffn(
-            x=a["x"], visual_key=a["core"], visual_value=a["core"], visual_basis=a["basis"], key_position=a["key_position"],
-            value_position=a["value_position"], visual_index=a.get("visual_index"), visual_scale=0.7, residual=y, **_weights(a, layer),
-            **{name: a[name] for name in ("visual_activation", "visual_map", "visual_drop") if name in a},
-        )  # fmt: skip
+        y = single(ffn, a, layer, residual=y)
     assert y is not None
     return y
+
+
+def single(ffn: Callable[..., Tensor], a: Arguments, layer: int, **more: Any) -> Tensor:
+    """One layer by `ffn`, a function with the operator's arguments."""
+    return ffn(
+        x=a["x"], visual_key=a["core"], visual_value=a["core"], visual_basis=a["basis"], key_position=a["key_position"],
+        value_position=a["value_position"], visual_index=a.get("visual_index"), visual_scale=0.7, **_weights(a, layer), **more,
+        **{name: a[name] for name in ("visual_activation", "visual_map", "visual_drop") if name in a},
+    )  # fmt: skip
 
 
 def memory(a: Arguments) -> SharedMemory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -72,6 +73,34 @@ def test_within_twice_pytorchs_own_error(dtype: torch.dtype, case: str) -> None:
     for name in names:
         assert grads[name].dtype == a[name].dtype
         tolerance.assert_within_twice(grads[name], exact_grads[name], [g[name] for _, g in theirs], name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_inference(case: str, dtype: torch.dtype) -> None:
+    """Calls that may take over what an earlier one worked out: FFN after FFN, and the whole once more."""
+    a = stack.arguments(dtype, **CASES[case])
+
+    def through(ffn: Callable[..., Tensor], **b: Any) -> Tensor:
+        x = b["x"]
+        for layer in range(stack.LAYERS):
+            x = stack.single(ffn, {**b, "x": x}, layer)
+        return x
+
+    with torch.no_grad():
+        one = stack.memory(a)
+        first, second = stack.deep(a, one), stack.deep(a, one)
+    exact = through(
+        reference.ffn, **{n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in a.items()}
+    )
+    assert torch.equal(first, second)
+    assert bool(one.steps) == (
+        case not in ("index", "materialized_index", "mapped", "mapped_index", "alone", "no_slots")
+    )
+    if dtype == torch.float64:
+        torch.testing.assert_close(first, exact)
+    else:
+        tolerance.assert_within_twice(first, exact, [through(tolerance.plain, **a)])
 
 
 def test_a_residual_wider_than_autocasts_output_gets_a_gradient_as_wide() -> None:
