@@ -73,7 +73,7 @@ def dependent_launches() -> None:
     a = arguments("factored", tokens=16)
     x, rest = a.pop("x"), {**a, "backend": "triton"}
 
-    def chain(wait: bool) -> list[torch.Tensor]:
+    def launches(wait: bool) -> list[torch.Tensor]:
         y = x
         for _ in range(100):
             y = torch.nn.functional.normalize(fused_ffn(y, **rest), dim=-1)
@@ -82,9 +82,9 @@ def dependent_launches() -> None:
         return [y]
 
     with torch.no_grad():
-        expected = chain(wait=True)
+        expected = launches(wait=True)
         for _ in range(5):
-            assert_same(chain(wait=False), expected)
+            assert_same(launches(wait=False), expected)
 
 
 def calls() -> None:

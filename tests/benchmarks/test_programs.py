@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -122,6 +123,10 @@ def test_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_kernels(tmp_path: Path) -> None:
+    if importlib.util.find_spec("triton"):
+        from tests.triton.interpreter import repair
+
+        repair()
     assert kernels.main(options(tmp_path)) == 0
     rows = rows_of(tmp_path / "kernels.json")
     found = statuses(rows)

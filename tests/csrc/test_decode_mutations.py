@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.csrc import gemm_mutations
 from tests.csrc.decode_cases import SMALL, small
 from tests.csrc.decode_mutations import MUTATIONS, QUICK, build_cases, run_cases
-from tests.csrc.emulate_decode import compiler, write_cases
+from tests.csrc.emulate_decode import SOURCES, compiler, write_cases
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 
@@ -51,3 +52,9 @@ def test_mutation_is_noticed(name: str, tmp_path: Path, all_cases: Path, thread_
     assert done.returncode != 0, f"not noticed: {done.stdout}"
     report = done.stdout + done.stderr
     assert "case " in report or f"{mutation.build.capitalize()}Sanitizer" in report, report[:2000]
+
+
+def test_every_mutation_has_its_place() -> None:
+    """The text that it replaces, as often as it says: the runs themselves are `slow`."""
+    for name, mutation in (*MUTATIONS.items(), *gemm_mutations.MUTATIONS.items()):
+        assert (SOURCES / mutation.file).read_text().count(mutation.old) == mutation.count, name

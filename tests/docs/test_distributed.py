@@ -164,7 +164,7 @@ def test_torchrun(folder: Path) -> None:
 
 
 def _unpacked(folder: Path) -> Callable[[torch.dtype, int | None], Any]:
-    """What the 4-bit recipe trains over, its matrices restored once and for all."""
+    """What the 4-bit recipe trains over, its matrices dequantized once and for all."""
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -172,16 +172,16 @@ def _unpacked(folder: Path) -> Callable[[torch.dtype, int | None], Any]:
 
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     source = AutoModelForCausalLM.from_pretrained(folder / "your-llama", dtype=torch.bfloat16, quantization_config=nf4)
-    restored = {}
+    dequantized = {}
     for name, module in source.named_modules():
         found = read_quantized(module)
         if isinstance(found, QuantizedLinear):
-            restored[f"{name}.weight"] = found.dequantize(torch.bfloat16)
-    assert restored
+            dequantized[f"{name}.weight"] = found.dequantize(torch.bfloat16)
+    assert dequantized
 
     def base_of(dtype: torch.dtype, order: int | None) -> Any:
         base = language_model().to(torch.bfloat16)
-        base.load_state_dict(restored, strict=False)
+        base.load_state_dict(dequantized, strict=False)
         base = (base if order is None else shuffled(base, order)).to(dtype)
         return peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
 

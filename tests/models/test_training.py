@@ -128,7 +128,9 @@ def test_accelerate() -> None:
 _TRAIN = """
 import json, sys, torch
 from tests.models.test_training import train
+from tests.triton.interpreter import repair
 
+repair()
 torch.set_num_threads(1)
 print(json.dumps([train("triton", family) for family in sys.argv[1:]]))
 """

@@ -182,9 +182,9 @@ def oracle(
             core[i, : len(rows)] = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
     basis = config.feature_scale * torch.cat([w2.T, b2[None]])
 
-    sites = _ffns(lm)
-    for n, layer in enumerate(range(len(sites)) if config.layers is None else config.layers):
-        first, last, act = sites[layer]
+    ffns = _ffns(lm)
+    for n, layer in enumerate(range(len(ffns)) if config.layers is None else config.layers):
+        first, last, act = ffns[layer]
         pk, pv = (p[n] if p.dim() == 3 else p for p in (key_position, value_position))
         if factored:
             branch = _factored(core.to(dtype), basis.to(dtype), pk.to(dtype), pv.to(dtype), act)

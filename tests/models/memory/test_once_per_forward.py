@@ -78,6 +78,9 @@ def _per_layer(dtype: torch.dtype, backend: str, shared: bool) -> dict[str, int]
 def test_no_pass_over_the_memory_once_per_layer(backend: str, dtype: torch.dtype, shared: bool) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
+        from tests.triton.interpreter import repair
+
+        repair()
     found = _per_layer(dtype, backend, shared)
     if backend == "torch":  # of the tokens' products with the factors, in each of two layers: one forward, two backward
         found["aten::cat"] -= 2 * 3

@@ -63,7 +63,7 @@ def part(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: values[rank * count : (rank + 1) * count] for name, values in inputs.items()}
 
 
-def whole(tensors: dict[str, Any]) -> dict[str, Any]:
+def full_tensors(tensors: dict[str, Any]) -> dict[str, Any]:
     """Sharded tensors gathered."""
     return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
 
@@ -85,7 +85,7 @@ def _errors(layout: str, inputs: dict[str, Any], wanted: Reference, checkpointin
             parameter.grad = None
         loss = entry(**part(inputs)).loss
         loss.backward()
-        found = whole(adapter_gradients(model))
+        found = full_tensors(adapter_gradients(model))
     assert all(p.grad is None for p in model.language_model.parameters())
     return wanted.errors(averaged(loss), found)
 
@@ -175,7 +175,7 @@ def _half_precision(layout: str) -> dict[str, float]:
         model.memory = DistributedDataParallel(model.memory)
     loss = model(**part(batch())).loss
     loss.backward()
-    return wanted.errors(averaged(loss), whole(adapter_gradients(model)))
+    return wanted.errors(averaged(loss), full_tensors(adapter_gradients(model)))
 
 
 @pytest.mark.parametrize("layout", ["recipe", "root", "policy", "root policy"])
@@ -231,7 +231,7 @@ def _root_generates(layout: str) -> tuple[bool, float, dict[str, float]]:
         core = difference(model.encode_images(features), alone.encode_images(features))
     loss = entry.train()(**part(batch())).loss  # and training goes on
     loss.backward()
-    errors = reference(batch()).errors(averaged(loss), whole(adapter_gradients(model)))
+    errors = reference(batch()).errors(averaged(loss), full_tensors(adapter_gradients(model)))
     return torch.equal(tokens, wanted), core, errors
 
 
@@ -265,7 +265,7 @@ def _with_vision(pixels: list[Any], shard: bool) -> tuple[torch.Tensor, dict[str
     loss = model(**inputs).loss
     loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return (averaged(loss), whole(found)) if shard else (loss.detach(), found)
+    return (averaged(loss), full_tensors(found)) if shard else (loss.detach(), found)
 
 
 @pytest.mark.parametrize("missing", [(), (2, 3), (0, 1, 2, 3)], ids=["images", "rank 1 has none", "none at all"])
@@ -303,7 +303,7 @@ def _of_family(family: str, layout: str | None) -> tuple[torch.Tensor, dict[str,
     loss = entry(**(inputs if layout is None else part(inputs))).loss
     loss.backward()
     found = adapter_gradients(model)
-    return (loss.detach(), found) if layout is None else (averaged(loss), whole(found))
+    return (loss.detach(), found) if layout is None else (averaged(loss), full_tensors(found))
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])

@@ -117,7 +117,7 @@ def _run(model: Any, monkeypatch: pytest.MonkeyPatch, few: int) -> tuple[Tensor,
 
 
 @pytest.mark.parametrize("name", list(BASES))
-def test_restored_matrices_train_like_the_modules(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dequantized_matrices_train_like_the_modules(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both implementations over the same quantized base; gradients of a lower layer's memory went through a higher FFN's x."""
     model = memvp_model(BASES[name]())
     weights = [ffn.ffn_matrices() for _, ffn in model.memory_ffns()]
@@ -143,7 +143,7 @@ def _counting(function: Any, runs: list[bool]) -> Any:
 
 
 @pytest.mark.parametrize("name", list(BASES))
-def test_a_restored_matrix_is_the_one_that_the_module_uses(name: str) -> None:
+def test_a_dequantized_matrix_is_the_one_that_the_module_uses(name: str) -> None:
     """By type: `hasattr(weight, "dequantize")` is true for every tensor, and gives packed bytes as numbers for some."""
     linear = BASES[name]().model.layers[0].mlp.up_proj
     found = read_quantized(linear)
@@ -197,7 +197,9 @@ WIDE_FFN: dict[str, Callable[[], Any]] = {  # whose matrices are larger than any
 
 @pytest.mark.parametrize("name", list(WIDE_FFN))
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-def test_no_restored_matrix_outlives_its_call(name: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_dequantized_matrix_outlives_its_call(
+    name: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(feed_forward, "_FEW_TOKENS", 0)
     model = memvp_model(WIDE_FFN[name]())
     if checkpointing:
@@ -258,7 +260,7 @@ WIDER: dict[str, Callable[[], Any]] = {  # bitsandbytes packs 64 at a time for s
 def test_generation(name: str) -> None:
     """A long prompt takes the dequantized matrices, the tokens after it the module's own kernels; then a long one again.
 
-    On some CPUs bitsandbytes repacks its weights in the first call without gradients, and restoring them as before would give
+    On some CPUs bitsandbytes repacks its weights in the first call without gradients, and dequantizing them as before would give
     noise.
     """
     model = memvp_model(WIDER[name]()).eval()

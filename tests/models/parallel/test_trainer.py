@@ -128,7 +128,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(bare: dict[int, Group], tmp_path
 
 
 def _save_sharded(port: int, folder: str) -> dict[str, Tensor]:
-    """A model in pieces, saved by all ranks from what they hold, and by the first alone from what FSDP has gathered for it."""
+    """A sharded model, saved by all ranks from what they hold, and by the first alone from what FSDP has gathered for it."""
     import torch.distributed as dist
     from accelerate.state import AcceleratorState
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
