@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import importlib.util
 import os
@@ -17,10 +15,7 @@ from types import ModuleType
 import pytest
 
 from tests.csrc import fake_gpu
-from tests.csrc.emulate_decode import EMULATION, SOURCES, compile_emulation, compiler
-
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build"
+from tests.csrc.emulate_decode import ROOT, build_folder, emulated_library
 
 
 def run_setup(*arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -28,15 +23,6 @@ def run_setup(*arguments: str, folder: Path = ROOT, **environment: str) -> subpr
     command = [sys.executable, "setup.py", "--quiet", *arguments]
     merged = {**os.environ, **environment}
     return subprocess.run(command, cwd=folder, env=merged, capture_output=True, text=True)
-
-
-@contextlib.contextmanager
-def build_folder() -> Iterator[Path]:
-    """build/, for one process at a time: pytest-xdist's workers share it, and what is compiled there."""
-    BUILD.mkdir(exist_ok=True)
-    with (BUILD / "tests.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield BUILD
 
 
 @pytest.fixture(scope="session")
@@ -69,19 +55,8 @@ def built_extension(library: Path) -> ModuleType:
 
 @functools.cache
 def build_emulated_extension() -> ModuleType:
-    """csrc/bindings.cpp over the CPU emulation: a module whose pointers are the host's. Compiled where a source is newer."""
-    pybind11 = pytest.importorskip("pybind11")
-    if compiler() is None:
-        pytest.skip("needs a C++ compiler")
-    with build_folder() as folder:
-        output = folder / "emulated_extension" / "_C.so"
-        output.parent.mkdir(exist_ok=True)
-        files = (path for top in (SOURCES, EMULATION) for path in top.rglob("*") if path.is_file())
-        if not output.exists() or output.stat().st_mtime < max(path.stat().st_mtime for path in files):
-            how = ["-O1", "-shared", "-fPIC", '-DMEMVP_CUDA_VERSION="none"', '-DMEMVP_CUDA_ARCHS="90"', "-Wno-psabi"]
-            includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-            compile_emulation(EMULATION / "extension.cpp", output, *how, *includes, str(SOURCES / "bindings.cpp"))
-        return load_extension(output, "emulated")
+    """csrc/bindings.cpp over the CPU emulation: a module whose pointers are the host's."""
+    return load_extension(emulated_library(), "emulated")
 
 
 @pytest.fixture(scope="session")

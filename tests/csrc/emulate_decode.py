@@ -6,16 +6,20 @@ that run under a sanitizer, where torch can't.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterable, Sequence
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -25,7 +29,7 @@ from tests import tolerance
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc"
 EMULATION = ROOT / "tests" / "csrc" / "emulation"
-BUILD = ROOT / "build" / "emulation"
+BUILD = ROOT / "build"
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 TENSORS = (
@@ -114,6 +118,32 @@ def compile_emulation(source: Path, output: Path, *flags: str, sources: Path = S
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:4000]}"
 
 
+@contextlib.contextmanager
+def build_folder() -> Iterator[Path]:
+    """build/, for one process at a time: pytest-xdist's workers share it, and what is compiled there."""
+    BUILD.mkdir(exist_ok=True)
+    with (BUILD / "tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield BUILD
+
+
+@functools.cache
+def emulated_library() -> Path:
+    """emulation/extension.cpp and csrc/bindings.cpp: a library for ctypes and an extension module. Compiled where a source is newer."""
+    pybind11 = pytest.importorskip("pybind11")
+    if compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    with build_folder() as folder:
+        output = folder / "emulated_extension" / "_C.so"
+        output.parent.mkdir(exist_ok=True)
+        files = (path for top in (SOURCES, EMULATION) for path in top.rglob("*") if path.is_file())
+        if not output.exists() or output.stat().st_mtime < max(path.stat().st_mtime for path in files):
+            how = ["-O1", "-shared", "-fPIC", '-DMEMVP_CUDA_VERSION="none"', '-DMEMVP_CUDA_ARCHS="90"', "-Wno-psabi"]
+            includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+            compile_emulation(EMULATION / "extension.cpp", output, *how, *includes, str(SOURCES / "bindings.cpp"))
+    return output
+
+
 class Case:
     """Arguments of `reference.ffn` as the launcher takes them; owns every tensor that the struct points to."""
 
@@ -200,11 +230,7 @@ class DecodeLibrary:
     """emulation/decode_library.cpp."""
 
     def __init__(self) -> None:
-        BUILD.mkdir(parents=True, exist_ok=True)
-        path = BUILD / f"library-{os.getpid()}.so"
-        compile_emulation(EMULATION / "decode_library.cpp", path, "-O1", "-shared", "-fPIC")
-        self._library = ctypes.CDLL(str(path))
-        path.unlink()
+        self._library = ctypes.CDLL(str(emulated_library()))
         self._library.emulation_decode_params_bytes.restype = ctypes.c_uint64
         self._library.emulation_decode_workspace_bytes.restype = ctypes.c_uint64
         self._library.emulation_decode_unsupported.restype = ctypes.c_char_p

@@ -70,14 +70,6 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-def test_builds_where_nvcc_is_found(functions: Functions, make_nvcc: MakeNvcc) -> None:
-    make_nvcc("12.8")
-    (extension,) = functions["extensions"]()
-    assert extension.name == "memvp_kernels._C"
-    assert "csrc/bindings.cpp" in extension.sources
-    assert all((ROOT / source).is_file() for source in extension.sources)
-
-
 def test_cuda_home_comes_before_path(
     functions: Functions, make_nvcc: MakeNvcc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,18 +201,6 @@ def test_archs_that_are_too_old(functions: Functions, monkeypatch: pytest.Monkey
     monkeypatch.setenv("MEMVP_CUDA_ARCHS", f"80;{asked}")
     with pytest.raises(SystemExit, match=f"MEMVP_CUDA_ARCHS: wanted targets of 80 or newer, got '{re.escape(asked)}'"):
         functions["target_archs"]((13, 0))
-
-
-@pytest.mark.parametrize(
-    ("arch", "flag"),
-    [
-        ("80", "-gencode=arch=compute_80,code=sm_80"),
-        ("100a", "-gencode=arch=compute_100a,code=sm_100a"),
-        ("90+PTX", "-gencode=arch=compute_90,code=compute_90"),
-    ],
-)
-def test_gencode(functions: Functions, arch: str, flag: str) -> None:
-    assert functions["gencode"](arch) == flag
 
 
 def test_ninja_compiles_what_changed(checkout: Path, make_nvcc: MakeNvcc) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.csrc.conftest import ROOT, build_folder
+from tests.csrc.emulate_decode import ROOT, build_folder
 
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 WHEEL_LIMIT = 5 * 2**20

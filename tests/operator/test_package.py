@@ -60,10 +60,6 @@ def test_a_pinned_version_exists_for_every_python_that_is_promised() -> None:
                 assert f"{python}.99" in SpecifierSet(about["Requires-Python"]), f"{pin} has no Python {python}"
 
 
-def test_typed() -> None:
-    assert (Path(memvp_kernels.__file__).parent / "py.typed").is_file()
-
-
 def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 

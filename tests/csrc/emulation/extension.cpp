@@ -1,7 +1,8 @@
 // The launchers of decode/ffn_decode.h and hopper/ffn_gemm.h on the CPU. With csrc/bindings.cpp they make an extension
-// module whose pointers are the host's, so that a problem goes through Python, bindings and kernels without a GPU.
-#include "decode.h"
-#include "gemm.h"
+// module whose pointers are the host's, so that a problem goes through Python, bindings and kernels without a GPU. The
+// same file is the library for ctypes: the kernels are compiled once.
+#include "decode_library.cpp"
+#include "gemm_library.cpp"
 
 namespace memvp {
 
