@@ -19,7 +19,6 @@ from tests import cases, relatives, tolerance
 from tests.cases import DEVICE
 from tests.operator.test_frozen import kept_bytes, trainable
 
-pytestmark = pytest.mark.device
 run = functools.partial(fused_ffn, backend="torch")
 NAMES = [
     f"{sharing}-{form}"
@@ -33,12 +32,14 @@ SEVERAL = ["index-plain", "packed_index_lengths-factored", "lengths-plain", "sam
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_adem(name: str, dtype: torch.dtype) -> None:
     tolerance.check(run, relatives.build(name, "adem", dtype, DEVICE))
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", ["memvr", "mapped", "dropped"])
 @pytest.mark.parametrize("name", SEVERAL)
@@ -46,6 +47,7 @@ def test_each_part(name: str, method: str, dtype: torch.dtype) -> None:
     tolerance.check(run, relatives.build(name, method, dtype, DEVICE))
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("name", SEVERAL)
 def test_recompute_gives_the_same_bits(name: str) -> None:
     a = cases.build(name, torch.bfloat16, DEVICE) | relatives.METHODS["adem"]  # near ties included
@@ -64,6 +66,7 @@ def visual(scores: Tensor, drop: float, **options: Any) -> Tensor:
     return fused_ffn(scores[:, None], None, None, eye, eye, **given)[:, 0]
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("drop", [0.1, 0.29, 0.3, 0.7, 0.999])
 def test_how_many_are_dropped(drop: float, dtype: torch.dtype) -> None:
@@ -81,6 +84,7 @@ def test_how_many_are_dropped(drop: float, dtype: torch.dtype) -> None:
     assert ((whole == 0) == (scores < scores.sort(1).values[:, int(drop * 100), None]) | (scores == 0)).all()
 
 
+@pytest.mark.device
 def test_ties_stay_and_nothing_is_rescaled() -> None:
     scores = torch.tensor([[-1.0, -2.0, -2.0, 3.0, -2.0], [0.0, -0.0, 5.0, -0.0, 1.0]], device=DEVICE)
     out = visual(scores, 0.4)  # θ is the third lowest
@@ -117,6 +121,7 @@ def test_nan_reaches_every_row_that_reads_it(form: str) -> None:
     assert run(**a)[[0, 2]].isfinite().all()
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", ["index-plain", "packed_index_lengths-factored"])
 def test_with_dropout(name: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
