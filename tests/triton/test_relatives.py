@@ -121,7 +121,7 @@ def test_with_dropout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sums_over_a_shared_memory() -> None:
     """Each call's gradients are added to those of the later ones, as on the torch backend."""
-    a = stack.arguments(torch.float32, index=True, visual_map="silu", visual_activation="identity")
+    a = cases.moved(stack.arguments(torch.float32, index=True, visual_map="silu", visual_activation="identity"))
     names, grad = stack.trained(a), torch.randn_like(a["x"])
 
     def gradients(dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
