@@ -3,7 +3,8 @@
     make serving                                  # in the environment of `make test-vllm`; 5 minutes on two CPU cores
     python benchmarks/serving.py                  # on a GPU machine with vLLM: LLaMA-7B's shape
 
-Weights are random, which no time depends on. The three engines stand side by side and take turns; a ratio is within a turn.
+Weights are random, which no time depends on. The three engines stand side by side and take turns; a ratio is within a turn. On a CPU
+an engine has one thread, and its CPU time is taken, which no other program of the machine changes.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from workload import PRESETS
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = "serving"
+Ask = Callable[[int, int], dict[str, float]]  # requests, tokens of each answer
 VARIANTS = ("prompt", "memory", "text")
 #: Layers and width of the CLIP that encodes the images, in proportion to the language model.
 VISION = {"wide": (3, 128), "llama-7b": (24, 1024)}
@@ -122,17 +124,17 @@ def _add_memory(folder: Path, vision: Any, images: Any, *, preset: str, visual: 
 
 
 def serve(connection: Any, variant: str, visual: int, asked: argparse.Namespace) -> None:
-    """An engine's process: for each number of requests that comes, what they took."""
+    """An engine's process: for each (requests, tokens of an answer) that comes, what they took."""
     sys.path += os.environ.get("PYTHONPATH", "").split(os.pathsep)  # a spawned process begins with its parent's paths
     with tempfile.TemporaryDirectory() as folder:
         write_model(variant, Path(folder), preset=asked.preset, visual=visual)
         ask = _engine(folder, variant, visual, asked)
         connection.send("ready")
-        while (count := connection.recv()) is not None:
-            connection.send(ask(count))
+        while (wanted := connection.recv()) is not None:
+            connection.send(ask(*wanted))
 
 
-def _engine(folder: str, variant: str, visual: int, asked: argparse.Namespace) -> Callable[[int], dict[str, float]]:
+def _engine(folder: str, variant: str, visual: int, asked: argparse.Namespace) -> Ask:
     import numpy as np
     from PIL import Image
     from vllm import LLM, SamplingParams
@@ -141,9 +143,9 @@ def _engine(folder: str, variant: str, visual: int, asked: argparse.Namespace) -
     llm = LLM(
         folder, load_format="dummy", dtype=asked.dtype, block_size=BLOCK, num_gpu_blocks_override=kv_blocks(visual, asked),
         max_model_len=length, max_num_seqs=asked.requests, max_num_batched_tokens=2048, enable_prefix_caching=False,
-        gpu_memory_utilization=0.3, disable_log_stats=False, enforce_eager=asked.eager,
+        gpu_memory_utilization=0.3, enforce_eager=asked.eager,
     )  # fmt: skip
-    sampling = SamplingParams(temperature=0, max_tokens=asked.output, ignore_eos=True, detokenize=False)
+    clock = time.process_time if asked.device.type == "cpu" else time.perf_counter
     draw, pixels = random.Random(0), np.random.default_rng(0)
     side, image_token = PATCH * math.isqrt(visual), PRESETS[asked.preset].vocabulary - 1
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
@@ -165,19 +167,12 @@ def _engine(folder: str, variant: str, visual: int, asked: argparse.Namespace) -
         ids = [image_token, *prompt] if variant == "prompt" else prompt
         return {"prompt_token_ids": ids, "multi_modal_data": {"image": image}}
 
-    def ask(count: int) -> dict[str, float]:
+    def ask(count: int, tokens: int) -> dict[str, float]:
         requests = [request() for _ in range(count)]
         running.clear()
-        begun = time.monotonic()
-        found = [output.metrics for output in llm.generate(requests, sampling, use_tqdm=False)]
-        # The engine starts when all are queued.
-        busy = max(m.last_token_ts for m in found) - max(m.queued_ts for m in found)
-        return {
-            "requests_per_s": count / busy,
-            "concurrent": statistics.median(running),
-            "first_token_ms": 1e3 * (min(m.first_token_ts for m in found) - begun),
-            "per_token_ms": 1e3 * min((m.last_token_ts - m.first_token_ts) / (asked.output - 1) for m in found),
-        }
+        begun = clock()
+        llm.generate(requests, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
+        return {"seconds": clock() - begun, "concurrent": statistics.median(running)}
 
     return ask
 
@@ -188,7 +183,7 @@ def kv_blocks(visual: int, asked: argparse.Namespace) -> int:
 
 
 @contextmanager
-def engine(variant: str, visual: int, asked: argparse.Namespace) -> Iterator[Callable[[int], dict[str, float]]]:
+def engine(variant: str, visual: int, asked: argparse.Namespace) -> Iterator[Ask]:
     """`serve` in a process of its own, as a function."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -196,8 +191,8 @@ def engine(variant: str, visual: int, asked: argparse.Namespace) -> Iterator[Cal
     process.start()
     theirs.close()
 
-    def ask(count: int) -> dict[str, float]:
-        ours.send(count)
+    def ask(count: int, tokens: int) -> dict[str, float]:
+        ours.send((count, tokens))
         return received()
 
     def received() -> Any:
@@ -208,7 +203,7 @@ def engine(variant: str, visual: int, asked: argparse.Namespace) -> Iterator[Cal
 
     try:
         received()
-        ask(2)  # what is compiled or allocated at the first call
+        ask(2, 2)  # what is compiled or allocated at the first call
         yield ask
     finally:
         with suppress(BrokenPipeError):
@@ -233,16 +228,22 @@ def measure(asked: argparse.Namespace) -> list[dict[str, Any]]:
                 for _ in range(asked.turns):
                     for variant, ask in engines.items():
                         bar.set_description(f"{visual} visual tokens, {variant}")
-                        turns[variant].append(ask(asked.requests) | alone(ask, asked.alone))
+                        turns[variant].append(turn(ask, asked))
                         bar.update()
             rows += summary(turns, visual, asked)
     return rows
 
 
-def alone(ask: Callable[[int], dict[str, float]], count: int) -> dict[str, float]:
-    """Times to the first token and per token of requests that come one by one, each the best of `count`."""
-    found = [ask(1) for _ in range(count)]
-    return {name: min(times[name] for times in found) for name in ("first_token_ms", "per_token_ms")}
+def turn(ask: Ask, asked: argparse.Namespace) -> dict[str, float]:
+    """Many requests together; then one by one, of which the fastest counts."""
+    together = ask(asked.requests, asked.output)
+    first, whole = (min(ask(1, n)["seconds"] for _ in range(asked.alone)) for n in (1, asked.output))
+    return {
+        "requests_per_s": asked.requests / together["seconds"],
+        "concurrent": together["concurrent"],
+        "first_token_ms": 1e3 * first,
+        "per_token_ms": 1e3 * (whole - first) / (asked.output - 1),
+    }
 
 
 def summary(turns: dict[str, list[dict[str, float]]], visual: int, asked: argparse.Namespace) -> list[dict[str, Any]]:
@@ -269,14 +270,14 @@ def section(folder: Path) -> list[str]:
     here = document["environment"]
     asked = here["workload"]
     shape = PRESETS[asked["preset"]]
-    threads = f", {here['threads']} thread{'s' * (here['threads'] > 1)}" if "threads" in here else ""
+    clock = " Times are the CPU time of an engine with one thread." if here["device_type"] == "cpu" else ""
     text = (
         f"The same LLaMA ({shape.layers} layers of {shape.width} × {shape.pairs}, {asked['dtype']}) with the image as memory, as tokens of the prompt (vLLM's own LLaVA) "
-        f"and on text alone; {here['vllm']}{', eager' if asked['eager'] else ''}, torch {here['torch']}{threads}, commit "
+        f"and on text alone; {here['vllm']}{', eager' if asked['eager'] else ''}, torch {here['torch']}, commit "
         f"`{here['commit'][:12]}`, {here['date']}. Every engine has the KV blocks that {asked['room']} requests of the prompt form fill. "
         f"{asked['requests']} requests of {asked['text']} text tokens come together and get {asked['output']} tokens each; how many run at "
         "once is the median over the engine's steps. The times to the first token and per token are of requests that come one by one. "
-        f"Medians of {asked['turns']} turns, interleaved; a ratio is taken within a turn, and above 1 the prompt form loses."
+        f"Medians of {asked['turns']} turns, interleaved; a ratio is taken within a turn, and above 1 the prompt form loses.{clock}"
     )
     return ["### Served by vLLM, at equal KV memory", text, table(document["rows"], COLUMNS, style="pipe")]
 
@@ -300,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.update(surroundings(asked.device))
     asked_for = ("preset", "dtype", "text", "output", "requests", "room", "alone", "turns", "eager")
     here = environment(asked) | {"vllm": vllm_version(), "workload": {name: getattr(asked, name) for name in asked_for}}
-    here["inputs"] = "noise"
+    here |= {"inputs": "noise"} | ({"threads": 1} if asked.device.type == "cpu" else {})
     document = {"environment": here, "rows": measure(asked)}
     print(table(document["rows"], COLUMNS))
     folder = asked.record / slug(here["device"]) if asked.record else asked.out
@@ -320,7 +321,7 @@ def surroundings(device: torch.device) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
     if device.type == "cpu":
-        found["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        found |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
         if importlib.util.find_spec("torchvision") is None:  # then the Makefile has put one aside
             paths = [HERE / "torchvision_on_cpu", Path(sys.prefix) / "torchvision", os.environ.get("PYTHONPATH")]
             found["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths if path)

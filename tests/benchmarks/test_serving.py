@@ -41,7 +41,7 @@ def test_rows_report_and_picture(tmp_path: Path) -> None:
         "eager": True,
     }
     here = {
-        "program": "serving", "device": "a CPU", "torch": "2.13.0", "commit": "a" * 40, "date": "today", "vllm": "vllm 0.32.0",
+        "program": "serving", "device": "a CPU", "torch": "2.13.0", "commit": "a" * 40, "date": "today", "device_type": "cpu", "vllm": "vllm 0.32.0",
         "workload": workload,
     }  # fmt: skip
     (tmp_path / "serving.json").write_text(json.dumps({"environment": here, "rows": rows}))
