@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memvp_kernels import reference
-from tests import cases
+from tests import cases, tolerance
 from tests.cases import Arguments
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -66,3 +67,20 @@ def _close(a: Arguments) -> Tensor:
         # A key and a map are rounded to half a unit each, sums in float32 hardly, a product with a basis and the score itself as well.
         close[first:end] = scores[:, dropped] - scores[:, dropped - 1] < 4 * torch.finfo(a["x"].dtype).eps * terms
     return close
+
+
+def check_unread_nan(run: Callable[..., Tensor], form: str, method: str) -> None:
+    """NaN in slots past the lengths, in images that nobody reads and in their positions changes no output and no gradient."""
+    a = cases.moved(cases.build(f"packed_index_lengths-{form}", torch.float32) | METHODS[method])  # of 7, 5 and 0 slots
+    names = [n for n in tolerance.FLOATING if a.get(n) is not None and n not in ("x", "key", "value", "gate")]
+    grad = torch.randn(a["x"].shape).to(a["x"])
+    clean, clean_grads = tolerance.gradients(run, a, names, grad)
+    for name in ("visual_key", "visual_value"):
+        a[name][1, 5:] = float("nan")
+        a[name][2] = float("nan")
+    for name in ("key_position", "value_position"):
+        a[name][6] = float("nan")  # a slot of image 0, which only a sequence without rows reads
+    out, grads = tolerance.gradients(run, a, names, grad)
+    torch.testing.assert_close(out, clean)
+    for n in names:
+        torch.testing.assert_close(grads[n], clean_grads[n], msg=lambda m, n=n: f"{n}: {m}")

@@ -97,19 +97,7 @@ def test_ties_stay_and_nothing_is_rescaled() -> None:
 @pytest.mark.parametrize("form", ["plain", "factored"])
 @pytest.mark.parametrize("method", ["dropped", "adem"])
 def test_nan_reaches_only_the_rows_that_read_it(form: str, method: str) -> None:
-    a = cases.build(f"packed_index_lengths-{form}", torch.float32) | relatives.METHODS[method]  # of 7, 5 and 0 slots
-    names = [n for n in tolerance.FLOATING if a.get(n) is not None and n not in ("x", "key", "value", "gate")]
-    grad = torch.randn_like(a["x"])
-    clean, clean_grads = tolerance.gradients(run, a, names, grad)
-    for name in ("visual_key", "visual_value"):
-        a[name][1, 5:] = float("nan")
-        a[name][2] = float("nan")
-    for name in ("key_position", "value_position"):
-        a[name][6] = float("nan")  # a slot of image 0, which only a sequence without rows reads
-    out, grads = tolerance.gradients(run, a, names, grad)
-    torch.testing.assert_close(out, clean)
-    for n in names:
-        torch.testing.assert_close(grads[n], clean_grads[n], msg=lambda m, n=n: f"{n}: {m}")
+    relatives.check_unread_nan(run, form, method)
 
 
 @pytest.mark.parametrize("form", ["plain", "factored"])

@@ -96,6 +96,11 @@ def test_each_part(name: str, method: str, dtype: torch.dtype) -> None:
     tolerance.check(run, relatives.build(name, method, dtype, DEVICE))
 
 
+@pytest.mark.parametrize(("form", "method"), [("plain", "dropped"), ("factored", "adem")])
+def test_nan_reaches_only_the_rows_that_read_it(form: str, method: str) -> None:
+    relatives.check_unread_nan(run, form, method)
+
+
 def test_with_cublas() -> None:
     with override_implementation("cublas"):
         tolerance.check(run, relatives.build("shared_by_all-plain", "adem", torch.bfloat16, DEVICE))
