@@ -51,13 +51,13 @@ class Measuring:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        share: float = 0.2,
+        share: float = 0.02,
         key_ratio: float = 1.0,
         **inputs: Any,
     ) -> Calibration:
         """Before training, set λ, and s of each layer, so that the memory starts at a wanted share of every FFN's output.
 
-        For models and features of other sizes than the paper's, whose λ = 0.01 and s = 0.1 may start at 0.1 % or at 95 %.
+        For models and features of other sizes than the paper's, where its λ = 0.01 and s = 0.1 may be a share of 0.0 %.
         Looks at one batch, without labels, and measures as :meth:`explain_memory` does. The new constants are those of
         ``memvp_config``, and so are saved and loaded with the adapter.
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import easy_vqa as program
 import pytest
 import torch
-from tiny_vqa import language_model, shapes, text, training
+from tiny_vqa import language_model, results, shapes, text, training
 from tiny_vqa.methods import InMemory
 
 WORDS = shapes.vocabulary()
@@ -110,3 +113,18 @@ def test_a_method_is_calibrated_and_trains(name: str, test_split: shapes.Shapes)
     )[0]
     assert sum(run.losses[-3:]) < sum(run.losses[:3])
     assert len(run.curve) == 1
+
+
+def test_the_pages_show_the_committed_race() -> None:
+    top = Path(__file__).resolve().parents[2]
+    examples = top / "examples"
+    committed: dict[str, Any] = json.loads((examples / "results" / "easy_vqa.json").read_text())
+    by_kind = results.by_kind(committed)
+    for page, wanted in ((examples, f"{results.markdown(committed)}\n\n{by_kind}"), (top, by_kind)):
+        text = (page / "README.md").read_text()
+        assert text.split("<!-- easy-vqa -->\n")[1].split("\n<!-- /easy-vqa -->")[0] == wanted
+    assert not committed["commit"].endswith("-dirty")
+    raced = committed["rows"][: len(program.METHODS)]
+    assert [row["name"] for row in raced] == list(program.METHODS)
+    assert all(row["steps"] == program.FULL.image_steps for row in raced)
+    assert all(len(row["seeds"]) == program.FULL.seeds for row in raced)
