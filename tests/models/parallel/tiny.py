@@ -130,13 +130,15 @@ def reference(
 ) -> Reference:
     """One process, the whole batch; the limit for a language model in ``dtype``, and ``seed`` before each run for dropout.
 
-    How large its error is depends on the order of its sums: the limit takes the worst of four orders of the FFNs' pairs,
-    over the memory's factors, which a split model reads.
+    How large its error is depends on the order of its sums: the limit takes the worst of four orders of the FFNs' pairs, over
+    the memory's factors and over Kv and Vv.
     """
     wide = _trained(memvp_model(base().to(torch.float64), config), inputs, seed)
-    exact = Reference(*wide, limit=1.0)
-    with mock.patch("memvp_kernels.models.inputs.materializing_pays", return_value=False):
-        runs = [_trained(memvp_model(shuffled(base(), order).to(dtype), config), inputs, seed) for order in range(4)]
+    exact, runs = Reference(*wide, limit=1.0), []
+    for materialize in (False, True):
+        with mock.patch("memvp_kernels.models.inputs.materializing_pays", return_value=materialize):
+            models = (memvp_model(shuffled(base(), order).to(dtype), config) for order in range(4))
+            runs += [_trained(model, inputs, seed) for model in models]
     return exact._replace(limit=2 * max(error for run in runs for error in exact.errors(*run).values()))
 
 
