@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 __all__ = ["DraftModel"]
 
 _OURS = ("visual_memory", "memory_index")
+_PREPARE = (
+    "_maybe_prepare_encoder_kwargs_for_generation",
+    "_prepare_encoder_decoder_kwargs_for_generation",
+)  # until 5.17
 
 
 class DraftModel:
@@ -22,18 +27,17 @@ class DraftModel:
         self._memory = memory
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        return functools.partial(self._prepare, name) if name in _PREPARE else getattr(self._model, name)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The draft's."""
         return self._model.generate(*args, **self._own(kwargs))
 
-    def _maybe_prepare_encoder_kwargs_for_generation(
-        self, inputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    def _prepare(
+        self, name: str, inputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         """An encoder-decoder's draft runs its own encoder first."""
-        prepare = self._model._maybe_prepare_encoder_kwargs_for_generation
-        prepared: dict[str, Any] = prepare(inputs, self._own(model_kwargs), *args, **kwargs)
+        prepared: dict[str, Any] = getattr(self._model, name)(inputs, self._own(model_kwargs), *args, **kwargs)
         return prepared
 
     def _own(self, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from memvp_kernels import MemVPModel
 from tests.models.clip import pixels, vision_model
 from tests.models.tiny import CONFIG, VISION, features, one_layer, tokens, with_memory, wrapped
+from tests.models.tools import fails_before
 
 IMAGES = features(4, 0, 10)
 WAYS = ("features", "list", "pixels", "core", "index", "text")
@@ -47,7 +48,10 @@ def model() -> MemVPModel:
     return memvp
 
 
-@pytest.mark.parametrize("family", ["llama", "t5-gated", "bart"])
+_T5 = fails_before(torch_="2.13")  # whose tracer can't copy the configuration for its cache
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("t5-gated", marks=_T5), "bart"])
 def test_a_step_compiles_whole(family: str) -> None:
     """With one image shorter and one missing; dropout draws what it draws uncompiled."""
     model = wrapped(family, dataclasses.replace(CONFIG, dropout=0.5))
@@ -68,6 +72,7 @@ def test_a_step_compiles_with_inductor() -> None:
     torch.testing.assert_close(_step(torch.compile(model, fullgraph=True), IMAGES), _step(model, IMAGES))
 
 
+@_T5
 def test_an_opaque_ffn_compiles_in_training() -> None:
     model = wrapped("t5").train()
     loss, _ = _step(torch.compile(model, fullgraph=True, backend="aot_eager"), IMAGES)
@@ -177,6 +182,7 @@ def test_export(model: MemVPModel, way: str, strict: bool) -> None:
             torch.testing.assert_close(program(**batch).logits, model(**batch).logits)
 
 
+@fails_before(transformers="5.23")
 def test_transformers_exporter() -> None:
     """Prefill and decode of the language model, the memory among their inputs, for any batch."""
     dynamo = pytest.importorskip("transformers.exporters.exporter_dynamo")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from memvp_kernels import MemVPModel
 from tests.models.tiny import CONFIG, ENCODER_DECODERS, KINDS, features, language_model, tokens, with_memory
+from tests.models.tools import fails_before
 
 _NEW = 12
 
@@ -52,11 +53,16 @@ DRAFTS = {
 }
 
 
+def _param(family: str, *more: str) -> Any:
+    """T5's cache can't be cropped while it is empty, in older versions."""
+    return pytest.param(family, *more, marks=[fails_before(transformers="5.23")] if family.startswith("t5") else [])
+
+
 @pytest.mark.parametrize(
     ("family", "draft"),
     [
-        *((family, draft) for family in KINDS for draft in ("ordinary", "with memory, narrow")),
-        *((family, draft) for family in ("llama", "t5") for draft in ("ordinary, narrow", "with memory")),
+        *(_param(family, draft) for family in KINDS for draft in ("ordinary", "with memory, narrow")),
+        *(_param(family, draft) for family in ("llama", "t5") for draft in ("ordinary, narrow", "with memory")),
     ],
 )
 def test_a_draft_changes_no_token(family: str, draft: str) -> None:
@@ -77,7 +83,7 @@ def _target_forwards(model: MemVPModel, **options: Any) -> int:
     return len(runs)
 
 
-@pytest.mark.parametrize("family", ["llama", "t5", "bart"])
+@pytest.mark.parametrize("family", [_param("llama"), _param("t5"), _param("bart")])
 def test_a_draft_with_memory_sees_the_image(family: str) -> None:
     """A draft that is the model's equal guesses right with the image, and wrong without it."""
     model, equal = _wrapped(_base(family)), _wrapped(_base(family))

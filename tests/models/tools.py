@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+import torch
 import transformers as tf
+from packaging.version import Version
 
 from tests.models.tiny import VOCABULARY
 
@@ -28,3 +31,9 @@ def without_dropout(base: Any) -> Any:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     return base
+
+
+def fails_before(*, transformers: str = "0", torch_: str = "0") -> pytest.MarkDecorator:
+    """Skips where an older transformers or PyTorch itself, without this package, can't do what is tested."""
+    old = Version(tf.__version__) < Version(transformers) or Version(torch.__version__) < Version(torch_)
+    return pytest.mark.skipif(old, reason=f"needs transformers {transformers} and PyTorch {torch_}")
