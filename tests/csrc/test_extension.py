@@ -52,7 +52,8 @@ def test_speaks_the_operators_language(built_extension: ModuleType) -> None:
     assert set(built_extension.gemm_codes) == {"hidden", "output", "dhidden"}
     fields = {field.name for field in dataclasses.fields(Problem)}
     assert set(built_extension.tensor_names) == fields - {
-        "seed", "segments", "activation", "visual_activation", "visual_scale", "dropout_p", "key_operand", "value_operand",
+        "seed", "segments", "activation", "visual_activation", "visual_scale", "dropout_p", "visual_map", "visual_drop", "key_operand",
+        "value_operand",
     }  # fmt: skip
 
 
