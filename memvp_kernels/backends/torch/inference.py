@@ -60,7 +60,7 @@ def _memory(p: Problem) -> Callable[[Tensor, Tensor], None]:
     # as batches of one where all rows read one image
     batch = (1, p.rows) if p.segments.shared else (p.segments.sequences, p.segments.length or 0)
     keys, values = p.visual_key.transpose(1, 2), p.visual_value
-    key_operand, value_operand = p.key_operand.T, p.value_operand
+    key_operand, value_operand = p.key_operand.mT, p.value_operand
     rank = None if p.visual_basis is None else p.visual_basis.shape[0]
 
     def visual(scores: Tensor) -> Tensor:
