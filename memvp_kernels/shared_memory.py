@@ -39,7 +39,7 @@ _Accumulators = tuple[Tensor | None, ...]  # in the order of ACCUMULATORS; None 
 
 
 def _layout(t: Tensor | None) -> tuple[Any, ...] | None:
-    return None if t is None else (t.shape, t.stride(), t.dtype, t.device)
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.is_cpu)
 
 
 class SharedMemory:
@@ -209,9 +209,9 @@ def _joined(basis: Tensor, position: Tensor) -> Tensor:
 
 def _is_inference(x: object) -> bool:
     """Whether nothing but PyTorch's kernels on a CPU has to see a call."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or x.device.type != "cpu":
+    if type(x) is not Tensor or not x.is_cpu or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    return can_bypass_dispatcher((x,), False) and autocast_dtype(x.device) is None
+    return can_bypass_dispatcher((x,), False)
 
 
 def fused_ffn_shared(

@@ -24,6 +24,12 @@ def test_case(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", cases.names())
+@pytest.mark.usefixtures("two_threads")
+def test_case_on_two_threads(name: str) -> None:
+    tolerance.check(run, cases.build(name, torch.float32, DEVICE))
+
+
+@pytest.mark.parametrize("name", cases.names())
 def test_case_in_float64(name: str) -> None:
     tolerance.check(run, cases.build(name, torch.float64, DEVICE))
 

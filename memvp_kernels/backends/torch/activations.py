@@ -26,6 +26,8 @@ def activate(name: str, z: Tensor) -> Tensor:
 
 def activate_(name: str, z: Tensor) -> Tensor:
     """In place, for pre-activations that nobody keeps."""
+    if name == IDENTITY:
+        return z
     if name == "relu":
         return torch.relu_(z)
     if name == "silu":

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memvp_kernels.backends.torch.activations import activate, activate_, activation_backward
 from memvp_kernels.backends.torch.inference import prepare
+from memvp_kernels.backends.torch.products import product
 from memvp_kernels.backends.torch.visual import VisualBranch, memory_backward
 from memvp_kernels.problem import BEHIND_PRE, SHARED, Problem
 
@@ -25,17 +26,14 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    if bias is None:
-        return torch.mm(a, b, out=out)
-    return torch.addmm(bias.to(a.dtype), a, b, out=out)
-
-
 def _pre_activations(p: Problem, kept: Tensor | None) -> list[Tensor]:
     """[gate's, key's] or [key's], each (N, F); written into `kept` (P, N, F) where it is given."""
     assert p.key is not None
     weights = [(p.key, p.key_bias)] if p.gate is None else [(p.gate, p.gate_bias), (p.key, p.key_bias)]
-    return [_product(p.x, w.T, b, None if kept is None else kept[i]) for i, (w, b) in enumerate(weights)]
+    return [
+        product(p.x, weight.T, None if bias is None else bias.to(p.x.dtype), out=None if kept is None else kept[i])
+        for i, (weight, bias) in enumerate(weights)
+    ]
 
 
 def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -52,7 +50,7 @@ def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[
         start = p.residual
         if p.value_bias is not None:
             start = p.value_bias.to(p.x.dtype) if start is None else start + p.value_bias.to(p.x.dtype)
-        y = hidden @ p.value if start is None else torch.addmm(start, hidden, p.value)
+        y = product(hidden, p.value, start).contiguous()
     else:
         y = p.x.new_zeros(p.x.shape) if p.residual is None else p.residual.clone(memory_format=torch.contiguous_format)
     if p.has_memory:

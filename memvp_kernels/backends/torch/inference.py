@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memvp_kernels.backends.torch.activations import activate, activate_
+from memvp_kernels.backends.torch.activations import activate_
+from memvp_kernels.backends.torch.products import add_product_, product
 from memvp_kernels.problem import Problem
 
 __all__ = ["prepare"]
@@ -42,14 +43,14 @@ def _ffn(
     name: str, x: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, key_bias: Tensor | None, gate_bias: Tensor | None,
     value_bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    hidden = activate_(name, _product(x, (key if gate is None else gate).T, key_bias if gate is None else gate_bias))
+    hidden = activate_(name, _linear(x, (key if gate is None else gate).T, key_bias if gate is None else gate_bias))
     if gate is not None:
-        hidden.mul_(_product(x, key.T, key_bias))
-    return _product(hidden, value, value_bias)
+        hidden.mul_(_linear(x, key.T, key_bias))
+    return _linear(hidden, value, value_bias).contiguous()
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(a, b) if bias is None else torch.addmm(bias.to(a.dtype), a, b)
+def _linear(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return product(a, b, None if bias is None else bias.to(a.dtype))
 
 
 def _memory(p: Problem) -> Callable[[Tensor, Tensor], None]:
@@ -63,17 +64,22 @@ def _memory(p: Problem) -> Callable[[Tensor, Tensor], None]:
     key_operand, value_operand = p.key_operand.mT, p.value_operand
     rank = None if p.visual_basis is None else p.visual_basis.shape[0]
 
+    # in 32 bits the last product takes s; in 16 it is to be in the activations before they are rounded
+    last = scale if dtype == wide else 1.0
+
     def visual(scores: Tensor) -> Tensor:
-        return activate(name, scores.to(wide)).mul_(scale).to(dtype)
+        active = activate_(name, scores.to(wide))
+        return active if last != 1 else active.mul_(scale).to(dtype)
 
     def add_plain(y: Tensor, x: Tensor) -> None:
         active = visual(torch.bmm(x.view(*batch, -1), keys))
-        y.view(*batch, -1).baddbmm_(active, values)
+        y.view(*batch, -1).baddbmm_(active, values, alpha=last)
 
     def add_factored(y: Tensor, x: Tensor) -> None:
         assert value_operand is not None
-        joined = torch.mm(x, key_operand).view(*batch, -1)
-        active = visual(torch.baddbmm(joined[..., rank:], joined[..., :rank], keys))
-        y.addmm_(torch.cat([torch.bmm(active, values), active], dim=-1).view(x.shape[0], -1), value_operand)
+        of_key = product(x, key_operand).reshape(*batch, -1)
+        active = visual(torch.baddbmm(of_key[..., rank:], of_key[..., :rank], keys))
+        of_value = torch.cat([torch.bmm(active, values), active], dim=-1)
+        add_product_(y, of_value.view(x.shape[0], -1), value_operand, last)
 
     return add_plain if rank is None else add_factored

@@ -17,6 +17,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from memvp_kernels.backends.torch.products import add_product_, product
 from memvp_kernels.problem import Segments
 
 __all__ = ["Blocked", "Grouped", "MemoryRows", "Padded", "Pair", "Shared", "memory_rows", "row_of"]
@@ -54,13 +55,13 @@ class MemoryRows(Protocol):
 
 class Shared:
     def product(self, a: Tensor, matrices: Tensor) -> Tensor:
-        return a @ matrices[0]
+        return product(a, matrices[0]).contiguous()
 
     def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:
-        out.addmm_(a, matrices[0])
+        add_product_(out, a, matrices[0])
 
     def plus_product(self, start: Tensor, a: Tensor, matrices: Tensor) -> Tensor:
-        return torch.addmm(start, a, matrices[0])
+        return product(a, matrices[0], start).contiguous()
 
     def outer(self, *pairs: Pair) -> Tensor:
         a, b = _stacked(pairs)

@@ -12,6 +12,7 @@ from torch import Tensor
 from memvp_kernels.backends.torch.activations import activate, activation_backward
 from memvp_kernels.backends.torch.dropout import keep_mask
 from memvp_kernels.backends.torch.memory_rows import MemoryRows, Pair, memory_rows, row_of
+from memvp_kernels.backends.torch.products import add_product_, product
 from memvp_kernels.problem import BEHIND_SCORES, BEHIND_VISUAL, Problem
 
 __all__ = ["VisualBranch", "memory_backward"]
@@ -109,8 +110,8 @@ class VisualBranch:
         if self.mapped or not p.factored:
             return self.rows.product(self.query, keys)
         if p.key_operand is not None:
-            return self._from_joined(p.x @ p.key_operand.T, keys)
-        return self._with_position(p.x, p.x @ self.basis.T, keys, self.key_position)
+            return self._from_joined(product(p.x, p.key_operand.T), keys)
+        return self._with_position(p.x, product(p.x, self.basis.T), keys, self.key_position)
 
     def _from_joined(self, joined: Tensor, cores: Tensor) -> Tensor:
         """(a Wᵀ) Aᵀ + a pᵀ (N, M) from a [W; p]ᵀ."""
@@ -120,7 +121,7 @@ class VisualBranch:
         """r_wide Aᵀ + d_wide pᵀ (N, M)."""
         if position is None:
             return self.mask_(self.rows.product(r_wide, cores))
-        out = d_wide @ position.T
+        out = product(d_wide, position.T).contiguous()
         self.rows.add_product(out, r_wide, cores)
         return self.mask_(out)
 
@@ -171,11 +172,13 @@ class VisualBranch:
             return
         of_value = self.rows.product(visual, self.value)
         if self.p.value_operand is not None:
-            y.addmm_(torch.cat([of_value, visual], dim=1), self.p.value_operand)
+            add_product_(y, torch.cat([of_value, visual], dim=1), self.p.value_operand)
         elif self.value_position is None:
-            y.addmm_(of_value, self.basis)
+            add_product_(y, of_value, self.basis)
         else:  # y, the larger, is rounded once
-            y += (visual @ self.value_position).addmm_(of_value, self.basis)
+            both = product(visual, self.value_position)
+            add_product_(both, of_value, self.basis)
+            y += both
 
     def memory_gradient(self, *pairs: Pair, out: Tensor | None = None) -> Tensor:
         """For each memory row the sum of left[n]ᵀ right[n] (R, M, ·) over the rows that read it; zero in slots that don't exist.

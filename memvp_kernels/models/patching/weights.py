@@ -32,9 +32,6 @@ _ACTIVATIONS = {
 }
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 class Dense(NamedTuple):
     """A linear layer that is nothing but its tensors: weight (out, in), bias (out,) or None.
 
@@ -108,10 +105,13 @@ def resolve(linear: Any) -> Dense | QuantizedLinear | Opaque:
     forwards and whatever else is not understood are opaque: reading their weight would drop what they add.
     """
     kind, own = type(linear), vars(linear)
-    split = read_split(linear) if "forward" in own and kind is nn.Linear else None
-    if "forward" in own and split is None:
-        return Opaque("has a forward of its own on the instance")
-    if any(own[name] for name in _HOOKS) or _module._has_any_global_hook():  # type: ignore[no-untyped-call]
+    split = None
+    if "forward" in own:
+        split = read_split(linear) if kind is nn.Linear else None
+        if split is None:
+            return Opaque("has a forward of its own on the instance")
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    if hooks or _module._has_any_global_hook():  # type: ignore[no-untyped-call]
         if type(linear.weight).__name__ == "DTensor":
             return Opaque("is spread over ranks by hooks (parallelize_module), which sum what the ranks compute")
         return Opaque("has hooks")
@@ -120,7 +120,7 @@ def resolve(linear: Any) -> Dense | QuantizedLinear | Opaque:
     if kind is nn.Linear:
         parameters = own["_parameters"]  # quicker than the module's own attributes
         weight, bias = (parameters[n] if n in parameters else getattr(linear, n) for n in ("weight", "bias"))
-        if _is_plain(weight) and _is_plain(bias):
+        if _is_plain(weight) and (bias is None or _is_plain(bias)):
             return Dense(weight, bias)
     found = read_quantized(linear)
     if found is not None:
@@ -220,7 +220,10 @@ def activation_name(function: object) -> str | None:
 def _forward_module(kind: type) -> str:
     """Where the forward below this package's mixins was written (a library may have replaced the class's)."""
     for base in kind.__mro__:
-        written_by = str(getattr(base.__dict__.get("forward"), "__module__", "memvp_kernels."))
+        own = base.__dict__.get("forward")
+        if own is None:
+            continue
+        written_by = str(getattr(own, "__module__", "memvp_kernels."))
         if not written_by.startswith("memvp_kernels."):
             return written_by
     return "nowhere"
