@@ -14,6 +14,7 @@ from tests import cases, tolerance
 from tests.cases import Arguments
 
 METHODS: dict[str, dict[str, Any]] = {
+    "memvp": {},
     "memvr": {"visual_activation": "identity"},
     "mapped": {"visual_map": "silu"},
     "dropped": {"visual_drop": 0.3},
@@ -24,7 +25,8 @@ METHODS: dict[str, dict[str, Any]] = {
 def build(name: str, method: str, dtype: torch.dtype, device: torch.device | None = None) -> Arguments:
     """The case under a method."""
     a = cases.build(name, dtype) | METHODS[method]
-    separate(a)
+    if "visual_drop" in a:
+        separate(a)
     return a if device is None else cases.moved(a, device)
 
 
@@ -72,7 +74,7 @@ def _close(a: Arguments) -> Tensor:
 def check_unread_nan(run: Callable[..., Tensor], form: str, method: str) -> None:
     """NaN in slots past the lengths, in images that nobody reads and in their positions changes no output and no gradient."""
     a = cases.moved(cases.build(f"packed_index_lengths-{form}", torch.float32) | METHODS[method])  # of 7, 5 and 0 slots
-    names = [n for n in tolerance.FLOATING if a.get(n) is not None and n not in ("x", "key", "value", "gate")]
+    names = [n for n in tolerance.floating(a) if n not in ("x", "key", "value", "gate")]
     grad = torch.randn(a["x"].shape).to(a["x"])
     clean, clean_grads = tolerance.gradients(run, a, names, grad)
     for name in ("visual_key", "visual_value"):

@@ -184,6 +184,33 @@ def gradients(
     return out, {n: torch.zeros_like(bound[n]) if g is None else g for n, g in zip(names, found, strict=True)}
 
 
+def floating(arguments: Mapping[str, Any]) -> list[str]:
+    """The floating-point arguments that are given."""
+    return [n for n in FLOATING if arguments.get(n) is not None]
+
+
+def some_gradient(x: Tensor) -> Tensor:
+    """Of an output like x, the same in every call."""
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(11), dtype=torch.float64).to(x.device, x.dtype)
+
+
+def results(
+    function: Any, arguments: Mapping[str, Any], names: list[str] | None = None, grad: Tensor | None = None
+) -> list[Tensor]:
+    """The output of `function(**arguments)` and the gradients of `names`; defaults as in :func:`check`."""
+    names = floating(arguments) if names is None else names
+    grad = some_gradient(arguments["x"]) if grad is None else grad
+    out, found = gradients(function, arguments, names, grad)
+    return [out.detach(), *found.values()]
+
+
+def assert_same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    """Equal to the bit."""
+    assert len(found) == len(wanted)
+    for i, (one, other) in enumerate(zip(found, wanted, strict=True)):
+        assert torch.equal(one, other), f"tensor {i}"
+
+
 def check(
     candidate: Any,
     arguments: Mapping[str, Any],
@@ -200,12 +227,9 @@ def check(
         keep: the dropout mask that the candidate uses.
         grad: gradient of the output; default: random from a fixed seed.
     """
-    names = [n for n in FLOATING if arguments.get(n) is not None] if names is None else names
+    names = floating(arguments) if names is None else names
     x = arguments["x"]
-    if grad is None:
-        grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(11), dtype=torch.float64).to(
-            x.device, x.dtype
-        )
+    grad = some_gradient(x) if grad is None else grad
     judged = dict(arguments, keep=keep) if keep is not None else dict(arguments)
     for extra in ("backend", "recompute"):
         judged.pop(extra, None)

@@ -9,18 +9,26 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from memvp_kernels import fused_ffn
-from tests import cases, tolerance
+from tests import cases, relatives, tolerance
 from tests.dispatch_mode import PassThrough
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
 @pytest.mark.parametrize(
-    "name", ["index-plain", "packed_index_lengths-factored", "gated_biased_residual-plain", "plain_ffn_biased-factored"]
+    ("name", "method", "activation"),
+    [
+        *(
+            (name, "memvp", activation)
+            for name in ("index-plain", "packed_index_lengths-factored", "gated_biased_residual-plain")
+            for activation in ("relu", "gelu", "gelu_tanh", "silu")
+        ),
+        ("plain_ffn_biased-factored", "memvp", "gelu"),
+        *((name, "adem", "silu") for name in ("index-plain", "packed_index_lengths-factored", "same_tensor-factored")),
+    ],
 )
-def test_gradcheck(name: str, activation: str) -> None:
+def test_gradcheck(name: str, method: str, activation: str) -> None:
     torch.manual_seed(3)  # keeps relu's kink further away than the step of the numerical derivative
-    a = cases.leaves(cases.build(name, torch.float64))
-    names = [n for n in tolerance.FLOATING if a.get(n) is not None]
+    a = cases.leaves(relatives.build(name, method, torch.float64))
+    names = tolerance.floating(a)
     assert torch.autograd.gradcheck(
         lambda *t: fused_ffn(**{**a, **dict(zip(names, t, strict=True))}, activation=activation),
         [a[n] for n in names],
@@ -31,21 +39,14 @@ def test_gradcheck(name: str, activation: str) -> None:
 @pytest.mark.parametrize("name", cases.FORMS)
 def test_direct_and_dispatched_calls_train_alike(name: str) -> None:
     """A call past the dispatcher takes an autograd function of its own; both give the same bits."""
-
-    given = cases.build(name, torch.float32)
-
-    def gradients() -> tuple[str, list[Tensor]]:
-        a = cases.leaves(given)
-        y = fused_ffn(**a)
-        assert y.grad_fn is not None
-        y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
-        return y.grad_fn.name(), [y.detach(), *(a[n].grad for n in tolerance.FLOATING if a.get(n) is not None)]
-
-    function, direct = gradients()
+    a = cases.build(name, torch.float32)
+    function = fused_ffn(**cases.leaves(a)).grad_fn
+    direct = tolerance.results(fused_ffn, a)
     with PassThrough():
-        registered_function, registered = gradients()
-    assert "FusedFFN" in function and "ffn_forward" in registered_function
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(direct, registered, strict=True))
+        registered_function = fused_ffn(**cases.leaves(a)).grad_fn
+        registered = tolerance.results(fused_ffn, a)
+    assert "FusedFFN" in function.name() and "ffn_forward" in registered_function.name()  # type: ignore[union-attr]
+    tolerance.assert_same(registered, direct)
 
 
 def test_second_derivatives_say_so() -> None:
@@ -92,19 +93,27 @@ def test_activation_checkpointing(recompute: bool, p: float) -> None:
     assert all(torch.equal(p, q) for p, q in zip(run(False), run(True), strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_is_the_cast_form(dtype: torch.dtype) -> None:
-    a = cases.leaves(cases.build("gated_biased_residual-plain", torch.float32))
-    names = [n for n in tolerance.FLOATING if a.get(n) is not None]
+@pytest.mark.parametrize(
+    ("name", "method", "dtype"),
+    [
+        ("gated_biased_residual-plain", "memvp", torch.bfloat16),
+        ("gated_biased_residual-plain", "memvp", torch.float16),
+        ("index-plain", "adem", torch.bfloat16),
+        ("index-factored", "adem", torch.bfloat16),
+    ],
+)
+def test_autocast_is_the_cast_form(name: str, method: str, dtype: torch.dtype) -> None:
+    a = cases.leaves(cases.build(name, torch.float32) | relatives.METHODS[method])
+    leaves = [a[n] for n in tolerance.floating(a)]
     with torch.autocast("cpu", dtype):
         out = fused_ffn(**a)
         cast = {n: v.to(dtype) if n in ("x", "key", "value", "gate", "residual") else v for n, v in a.items()}
-        grads = torch.autograd.grad(out.float().square().sum(), [a[n] for n in names])
+        grads = torch.autograd.grad(out.float().square().sum(), leaves)
     expected = fused_ffn(**cast)
     assert out.dtype == dtype
-    assert torch.equal(out, expected)
-    expected_grads = torch.autograd.grad(expected.float().square().sum(), [a[n] for n in names])
-    assert all(g.dtype == torch.float32 and torch.equal(g, e) for g, e in zip(grads, expected_grads, strict=True))
+    expected_grads = torch.autograd.grad(expected.float().square().sum(), leaves)
+    assert all(g.dtype == torch.float32 for g in grads)
+    tolerance.assert_same([out, *grads], [expected, *expected_grads])
 
 
 def test_autocast_leaves_float64_alone() -> None:
@@ -116,17 +125,15 @@ def test_autocast_leaves_float64_alone() -> None:
 def test_backward_under_autocast_is_the_forward_s_own() -> None:
     """What the forward was cast to decides, not where backward() is called."""
     a = cases.leaves(cases.build("gated_biased_residual-factored", torch.float32))
-    names = [n for n in tolerance.FLOATING if a.get(n) is not None]
 
     def gradients(forward: bool, backward: bool) -> tuple[Tensor, ...]:
         with torch.autocast("cpu", torch.bfloat16, enabled=forward):
             loss = fused_ffn(**a).float().square().sum()
         with torch.autocast("cpu", torch.float16, enabled=backward):
-            return torch.autograd.grad(loss, [a[n] for n in names])
+            return torch.autograd.grad(loss, [a[n] for n in tolerance.floating(a)])
 
     for forward in (False, True):
-        for found, expected in zip(gradients(forward, True), gradients(forward, False), strict=True):
-            assert torch.equal(found, expected)
+        tolerance.assert_same(gradients(forward, True), gradients(forward, False))
 
 
 def test_transforms_that_differentiate_say_so() -> None:
@@ -154,8 +161,4 @@ def test_transforms_that_differentiate_say_so() -> None:
 def test_same_inputs_same_bits() -> None:
     """Deterministic: the same inputs give the same bits, forward and backward."""
     a = cases.build("index-factored", torch.bfloat16)
-    names = [n for n in tolerance.FLOATING if a.get(n) is not None]
-    grad = torch.randn_like(a["x"])
-    first, second = (tolerance.gradients(fused_ffn, a, names, grad) for _ in range(2))
-    assert torch.equal(first[0], second[0])
-    assert all(torch.equal(first[1][n], second[1][n]) for n in names)
+    tolerance.assert_same(tolerance.results(fused_ffn, a), tolerance.results(fused_ffn, a))

@@ -78,12 +78,6 @@ def test_the_newer_setting_of_tf32_is_read() -> None:
     assert seconds["tf32"] < seconds["ieee"] / 2
 
 
-def test_more_work_never_costs_less() -> None:
-    for name in ("torch", "triton", "decode"):
-        times = [dispatch.predict(llama_7b(rows), name, HOPPER) for rows in (1, 16, 64, 512, 4096)]
-        assert times == sorted(times)
-
-
 def test_auto_on_a_cpu_is_pytorch() -> None:
     problem = problem_of(cases.build("one_each-plain", torch.float32))
     assert dispatch.choose(problem, "auto", training=False).__name__.endswith("eager")

@@ -12,7 +12,7 @@ from memvp_kernels import autograd, fused_ffn
 from memvp_kernels.autograd import draw_seed
 from memvp_kernels.backends.torch import dropout
 from memvp_kernels.philox import keep_mask, philox4x32
-from tests import cases, tolerance
+from tests import cases, relatives, tolerance
 from tests.cases import DEVICE
 
 pytestmark = pytest.mark.device
@@ -62,9 +62,18 @@ def fixed_seed(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("p", [0.25, 1.0])
-@pytest.mark.parametrize("name", ["index-plain", "index-factored", "packed_index_lengths-plain", "lengths-factored"])
-def test_replayed_exactly_in_the_backward(name: str, p: float, recompute: bool, fixed_seed: torch.Tensor) -> None:
-    a = cases.build(name, torch.float32, DEVICE) | {"dropout_p": p, "recompute": recompute}
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, "memvp") for name in ("index-factored", "packed_index_lengths-plain", "lengths-factored")),
+        *((name, "adem") for name in ("index-plain", "packed_index_lengths-factored")),
+    ],
+)
+def test_replayed_exactly_in_the_backward(
+    name: str, method: str, p: float, recompute: bool, fixed_seed: torch.Tensor
+) -> None:
+    """An order statistic comes first: it looks at scores, and dropout at activations."""
+    a = relatives.build(name, method, torch.float32, DEVICE) | {"dropout_p": p, "recompute": recompute}
     rows = a["x"].shape[:-1].numel()
     tolerance.check(run, a, keep=dropout.keep_mask(fixed_seed, rows, a["visual_key"].shape[-2], p))
 

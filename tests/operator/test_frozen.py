@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop
 from memvp_kernels import fused_ffn
 from memvp_kernels.backends.torch import eager
 from memvp_kernels.problem import normalize
-from tests import cases, tolerance
+from tests import cases, relatives, tolerance
 
 MEMORY = ("visual_key", "visual_value", "key_position", "value_position")
 
@@ -40,11 +40,12 @@ def kept_bytes(a: dict[str, Any], **options: Any) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.parametrize("method", ["memvp", "adem"])
 @pytest.mark.parametrize("form", ["plain", "factored"])
-def test_at_most_two_pre_activations_and_the_scores(form: str) -> None:
-    a = cases.build(f"one_each-{form}", torch.float32)
+def test_at_most_two_pre_activations_and_the_scores(form: str, method: str) -> None:
+    a = cases.build(f"one_each-{form}", torch.float32) | relatives.METHODS[method]
     tokens, pairs, slots = 15, 40, 7
-    everything = trainable(a, *[n for n in tolerance.FLOATING if a.get(n) is not None])
+    everything = trainable(a, *tolerance.floating(a))
     assert kept_bytes(everything) == 4 * tokens * (2 * pairs + slots)
     assert kept_bytes(everything, recompute=True) == 0
     ungated = dict(a, gate=None)
@@ -118,17 +119,15 @@ def test_factored_gradients_cost_no_wide_product_per_image() -> None:
 SWITCHES = ("x", "key", "value", "gate", "visual_key", "visual_value", "key_position")
 
 
+@pytest.mark.parametrize("method", ["memvp", "adem"])
 @pytest.mark.parametrize("form", ["plain", "factored"])
-def test_every_matrix_of_frozen_and_trainable(form: str) -> None:
-    a = cases.build(f"index-{form}", torch.float32)
-    grad = torch.randn_like(a["x"])
-    _, full = tolerance.gradients(fused_ffn, a, list(SWITCHES), grad)
+def test_every_matrix_of_frozen_and_trainable(form: str, method: str) -> None:
+    a = relatives.build(f"index-{form}", method, torch.float64)
+    _, *full = tolerance.results(fused_ffn, a, list(SWITCHES))
     for chosen in itertools.chain.from_iterable(itertools.combinations(SWITCHES, k) for k in (1, 2, 6)):
-        bound = trainable(a, *chosen)
-        out = fused_ffn(**bound)
-        found = torch.autograd.grad(out, [bound[n] for n in chosen], grad)
+        _, *found = tolerance.results(fused_ffn, a, list(chosen))
         for n, g in zip(chosen, found, strict=True):
-            torch.testing.assert_close(g, full[n], msg=lambda m, n=n, c=chosen: f"{n} of {c}: {m}")
+            torch.testing.assert_close(g, full[SWITCHES.index(n)], msg=lambda m, n=n, c=chosen: f"{n} of {c}: {m}")
 
 
 class _Masked(TorchDispatchMode):

@@ -17,6 +17,7 @@ from memvp_kernels.shared_memory import SharedMemory, fused_ffn_shared
 from tests import cases, tolerance
 from tests.cases import DEVICE
 from tests.dispatch_mode import PassThrough
+from tests.tolerance import assert_same
 
 pytestmark = pytest.mark.device
 BACKENDS = ("torch", "triton")
@@ -51,16 +52,7 @@ def through_shared_memory(*, x: Tensor, visual_key: Tensor, backend: str = "auto
 
 def results(a: dict[str, Any], call: Call = fused_ffn, **options: Any) -> list[Tensor]:
     """y and the gradient of every argument that has one."""
-    names = [n for n in tolerance.FLOATING if a.get(n) is not None]
-    y, grads = tolerance.gradients(
-        call, a | options, names, torch.linspace(-1, 1, a["x"].numel()).view_as(a["x"]).to(a["x"])
-    )
-    return [y.detach(), *grads.values()]
-
-
-def assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
-    assert len(found) == len(wanted)
-    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+    return tolerance.results(call, a | options)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -99,17 +91,13 @@ def test_an_expanded_index(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_lazy_sign_is_read(backend: str, name: str) -> None:
     """A tensor whose negative bit is set, in every floating-point argument and in the gradient."""
-    a = cases.build(name, torch.float32, DEVICE)
-    names = [n for n in tolerance.FLOATING if a.get(n) is not None]
-    grad = torch.randn_like(a["x"])
-    wanted = tolerance.gradients(fused_ffn, a | {"backend": backend}, names, grad)
+    a = cases.build(name, torch.float32, DEVICE) | {"backend": backend}
+    names, grad = tolerance.floating(a), torch.randn_like(a["x"])
 
     def lazy(**b: Any) -> Tensor:
         return fused_ffn(**{n: torch._neg_view(-t) if n in names else t for n, t in b.items()})
 
-    found = tolerance.gradients(lazy, a | {"backend": backend}, names, torch._neg_view(-grad))
-    assert torch.equal(found[0], wanted[0])
-    assert all(torch.equal(found[1][n], wanted[1][n]) for n in names)
+    assert_same(tolerance.results(lazy, a, grad=torch._neg_view(-grad)), tolerance.results(fused_ffn, a, grad=grad))
 
 
 def test_a_shared_core_with_a_lazy_sign() -> None:

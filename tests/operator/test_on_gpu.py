@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from memvp_kernels import autograd, fused_ffn, philox
 from tests import cases, tolerance
 from tests.cases import DEVICE
-from tests.gpu import assert_same, captured
+from tests.gpu import captured
+from tests.tolerance import assert_same
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ("torch", "triton")
@@ -86,28 +87,20 @@ def test_offsets_out_of_range_stay_inside_x(backend: str, form: str) -> None:
     assert_same(found, meant)
 
 
-def test_checked_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MEMVP_CHECK", "1")
-    a = cases.build("index-plain", torch.bfloat16, DEVICE)
-    with pytest.raises(ValueError, match=r"visual_index: wanted values in -1\.\.2, got 0\.\.9"):
-        fused_ffn(**{**a, "visual_index": integers(0, 9, 1, 2)})
-
-
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["index-plain", "packed_index_lengths-factored", "lengths-plain"])
-def test_the_torch_backend_never_synchronizes(name: str) -> None:
+def test_never_synchronizes(name: str, backend: str, request: pytest.FixtureRequest) -> None:
     a = cases.build(name, torch.bfloat16, DEVICE)
-    expected = step(a, backend="torch")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        found = step(a, backend="torch")
-        step(a, backend="torch", dropout_p=0.3)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    expected = step(a, backend=backend)
+    request.getfixturevalue("waiting_raises")
+    found = step(a, backend=backend)
+    step(a, backend=backend, dropout_p=0.3)
+    torch.cuda.set_sync_debug_mode("default")
     assert_same(found, expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_in_a_cuda_graph_with_dropout(backend: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A replay draws its own seed, and forward and backward of that replay agree on it."""
     drawn: list[Tensor] = []

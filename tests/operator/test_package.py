@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-import pytest
-import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import memvp_kernels
 from memvp_kernels import fused_ffn
-from tests import cases
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,47 +78,6 @@ def test_import_is_light() -> None:
         "import torch, sys; before = set(sys.modules); import memvp_kernels; print(*(set(sys.modules) - before))"
     ).split()
     assert not [m for m in loaded if m.split(".")[0] in ("triton", "transformers", "numpy")]
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_a_call_goes_through_each_step_once(training: bool) -> None:
-    """Checks, problem, dispatch and backend are entered and left once; counted are changes of file outside the backend."""
-    package = Path(memvp_kernels.__file__).parent
-    files: list[str] = []
-
-    def enter(frame: FrameType | None, event: str, _: Any) -> None:
-        if event == "return" and frame is not None:
-            frame = frame.f_back
-        while frame is not None and package not in Path(frame.f_code.co_filename).parents:
-            frame = frame.f_back if event == "return" else None
-        if frame is not None and event in ("call", "return"):
-            path = Path(frame.f_code.co_filename).relative_to(package)
-            files.append("backend" if path.parts[0] == "backends" else path.stem)
-
-    a = cases.build("one_each-factored", torch.float32) | {"dropout_p": 0.1, "backend": "torch"}
-    a["visual_key"].requires_grad_(training)
-    fused_ffn(**a)
-    sys.setprofile(enter)
-    try:
-        fused_ffn(**a)
-    finally:
-        sys.setprofile(None)
-    inside = [i for i, name in enumerate(files) if name == "backend"]
-    files[inside[0] : inside[-1] + 1] = ["backend"]
-    changed = [name for name, _ in itertools.groupby(files)]
-    assert changed == [
-        "ffn",
-        "checks",
-        "ffn",
-        "autograd",
-        "problem",
-        "autograd",
-        "dispatch",
-        "autograd",
-        "backend",
-        "autograd",
-        "ffn",
-    ]
 
 
 def test_diagnosis() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import Any
 
 import pytest
@@ -11,13 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from memvp_kernels import autograd, fused_ffn
-from memvp_kernels.autograd import KEEP_HIDDEN, KEEP_SCORES
-from memvp_kernels.backends.torch.dropout import keep_mask
-from memvp_kernels.torch_op import backward_op, forward_op, pack
+from memvp_kernels import fused_ffn
 from tests import cases, relatives, tolerance
 from tests.cases import DEVICE
-from tests.operator.test_frozen import kept_bytes, trainable
 
 run = functools.partial(fused_ffn, backend="torch")
 NAMES = [
@@ -45,17 +40,6 @@ def test_adem(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", SEVERAL)
 def test_each_part(name: str, method: str, dtype: torch.dtype) -> None:
     tolerance.check(run, relatives.build(name, method, dtype, DEVICE))
-
-
-@pytest.mark.device
-@pytest.mark.parametrize("name", SEVERAL)
-def test_recompute_gives_the_same_bits(name: str) -> None:
-    a = cases.build(name, torch.bfloat16, DEVICE) | relatives.METHODS["adem"]  # near ties included
-    names = [n for n in tolerance.FLOATING if a.get(n) is not None]
-    grad = torch.randn_like(a["x"])
-    kept, again = (tolerance.gradients(functools.partial(run, recompute=r), a, names, grad) for r in (False, True))
-    assert torch.equal(kept[0], again[0])
-    assert all(torch.equal(kept[1][n], again[1][n]) for n in names)
 
 
 def visual(scores: Tensor, drop: float, **options: Any) -> Tensor:
@@ -107,80 +91,6 @@ def test_nan_reaches_every_row_that_reads_it(form: str) -> None:
     a["visual_key"][1, 2] = float("nan")
     assert run(**a)[1].isnan().all()
     assert run(**a)[[0, 2]].isfinite().all()
-
-
-@pytest.mark.device
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("name", ["index-plain", "packed_index_lengths-factored"])
-def test_with_dropout(name: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order statistic comes first: it looks at scores, and dropout at activations."""
-    seed = torch.tensor([424242], device=DEVICE)
-    monkeypatch.setattr(autograd, "draw_seed", lambda device: seed)
-    a = relatives.build(name, "adem", torch.float32, DEVICE) | {"dropout_p": 0.25, "recompute": recompute}
-    tolerance.check(run, a, keep=keep_mask(seed, a["x"].shape[:-1].numel(), a["visual_key"].shape[-2], 0.25))
-
-
-@pytest.mark.parametrize("form", ["plain", "factored"])
-def test_nothing_more_is_kept_than_without(form: str) -> None:
-    a = cases.build(f"one_each-{form}", torch.float32) | relatives.METHODS["adem"]
-    tokens, pairs, slots = 15, 40, 7
-    everything = trainable(a, *[n for n in tolerance.FLOATING if a.get(n) is not None])
-    assert kept_bytes(everything) == 4 * tokens * (2 * pairs + slots)
-    assert kept_bytes(everything, recompute=True) == 0
-
-
-@pytest.mark.parametrize("form", ["plain", "factored"])
-def test_every_pair_of_frozen_and_trainable(form: str) -> None:
-    a = relatives.build(f"index-{form}", "adem", torch.float64)
-    switches = [n for n in ("x", *tolerance.FLOATING[3:6], "key_position", "value_position") if a.get(n) is not None]
-    grad = torch.randn_like(a["x"])
-    _, full = tolerance.gradients(run, a, switches, grad)
-    for chosen in itertools.chain.from_iterable(itertools.combinations(switches, k) for k in (1, 2)):
-        _, found = tolerance.gradients(run, a, list(chosen), grad)
-        for n, g in found.items():
-            torch.testing.assert_close(g, full[n], msg=lambda m, n=n, c=chosen: f"{n} of {c}: {m}")
-
-
-@pytest.mark.parametrize("name", ["index-plain", "packed_index_lengths-factored", "same_tensor-factored"])
-def test_gradcheck(name: str) -> None:
-    a = cases.leaves(relatives.build(name, "adem", torch.float64))
-    names = list({id(a[n]): n for n in tolerance.FLOATING if a.get(n) is not None}.values())
-    assert torch.autograd.gradcheck(
-        lambda *t: fused_ffn(**{**a, **dict(zip(names, t, strict=True))}), [a[n] for n in names], fast_mode=True
-    )
-
-
-def test_opcheck() -> None:
-    a = cases.leaves(cases.build("index-factored", torch.float32))
-    scalars = ("silu", "identity", "silu", 0.45, 0.5, 0.0)
-    given = (*pack(a), *scalars, KEEP_HIDDEN | KEEP_SCORES, True, "torch", None)
-    torch.library.opcheck(forward_op, given)
-    _, pre, scores = (t.detach() for t in forward_op(*given))
-    _, needs = pack({n: a.get(n) for n in tolerance.FLOATING if n != "residual"})
-    kept = {n: t.detach() if isinstance(t, Tensor) else t for n, t in a.items()} | {"pre": pre, "scores": scores}
-    torch.library.opcheck(backward_op, (torch.randn_like(a["x"]), *pack(kept), *scalars, needs, "torch", None))
-
-
-def test_compile_fullgraph() -> None:
-    a = relatives.build("index-factored", "adem", torch.float32)
-    names = [n for n in tolerance.FLOATING if a.get(n) is not None]
-    grad = torch.randn_like(a["x"])
-    torch._dynamo.reset()
-    found = tolerance.gradients(torch.compile(fused_ffn, fullgraph=True, backend="aot_eager"), a, names, grad)
-    torch.testing.assert_close(found, tolerance.gradients(fused_ffn, a, names, grad))
-
-
-@pytest.mark.parametrize("form", ["plain", "factored"])
-def test_autocast_is_the_cast_form(form: str) -> None:
-    a = cases.build(f"index-{form}", torch.float32) | relatives.METHODS["adem"]
-    names = [n for n in tolerance.FLOATING if a.get(n) is not None]
-    cast = {n: t.bfloat16() if n in ("x", "key", "value", "gate") else t for n, t in a.items()}
-    grad = torch.randn_like(cast["x"])
-    expected, expected_grads = tolerance.gradients(fused_ffn, cast, names, grad)
-    with torch.autocast("cpu", torch.bfloat16):
-        out, grads = tolerance.gradients(fused_ffn, a, names, grad)
-    assert torch.equal(out, expected)
-    assert all(torch.equal(grads[n], expected_grads[n].to(grads[n].dtype)) for n in names)
 
 
 def test_pytorch_counts_the_flops() -> None:

@@ -7,9 +7,12 @@ import functools
 import pytest
 import torch
 
-from memvp_kernels import fused_ffn
-from tests import cases, tolerance
+from memvp_kernels import autograd, fused_ffn
+from memvp_kernels.backends.torch import memory_rows
+from memvp_kernels.backends.torch.memory_rows import Blocked
+from tests import cases, relatives, tolerance
 from tests.cases import DEVICE
+from tests.operator import test_inputs
 
 # On a GPU "auto" would take another backend for some of these.
 run = functools.partial(fused_ffn, backend="torch")
@@ -34,15 +37,17 @@ def test_case_in_float64(name: str) -> None:
     tolerance.check(run, cases.build(name, torch.float64, DEVICE))
 
 
-@pytest.mark.parametrize("name", ["index-plain", "index-factored", "packed_index_lengths-factored", "text_only_biased"])
-def test_recompute_gives_the_same_bits(name: str) -> None:
-    a = cases.build(name, torch.bfloat16, DEVICE)
-    floating = [n for n in tolerance.FLOATING if a.get(n) is not None]
-    grad = torch.randn_like(a["x"])
-    kept, kept_grads = tolerance.gradients(run, a, floating, grad)
-    again, again_grads = tolerance.gradients(functools.partial(run, recompute=True), a, floating, grad)
-    assert torch.equal(kept, again)
-    assert all(torch.equal(kept_grads[n], again_grads[n]) for n in floating)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, "memvp") for name in ("index-factored", "packed_index_lengths-plain", "text_only_biased")),
+        *((name, "adem") for name in ("index-plain", "packed_index_lengths-factored", "same_tensor-factored")),
+    ],
+)
+def test_recompute_gives_the_same_bits(name: str, method: str) -> None:
+    a = cases.build(name, torch.bfloat16, DEVICE) | relatives.METHODS[method]  # near ties included
+    kept, again = (tolerance.results(functools.partial(run, recompute=r), a) for r in (False, True))
+    tolerance.assert_same(again, kept)
 
 
 @pytest.mark.parametrize("form", ["plain", "factored"])
@@ -80,3 +85,40 @@ def test_factored_is_the_multiplied_out_memory() -> None:
     whole = {n: a[n] @ a["visual_basis"] for n in ("visual_key", "visual_value")}
     expected = run(**{**a, **whole, "visual_basis": None})
     torch.testing.assert_close(run(**a), expected)
+
+
+@pytest.fixture
+def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where no index is read: rows go by blocks."""
+    monkeypatch.setattr(memory_rows, "Grouped", lambda segments, memories: Blocked(segments, memories, DEVICE))
+
+
+_BY_INDEX = [name for name in cases.names() if name.startswith(("index", "packed"))] + ["nobody_has_memory"]
+
+
+@pytest.mark.usefixtures("in_blocks")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", _BY_INDEX)
+def test_case_in_blocks(name: str, dtype: torch.dtype) -> None:
+    tolerance.check(run, cases.build(name, dtype, DEVICE))
+
+
+@pytest.mark.usefixtures("in_blocks")
+@pytest.mark.parametrize("spoiled", ["key_position", "visual_key", "visual_value"])
+@pytest.mark.parametrize("name", ["index-plain", "packed_index_lengths-factored"])
+def test_nan_in_blocks(name: str, spoiled: str) -> None:
+    test_inputs.test_nan_reaches_only_the_rows_that_read_it("torch", name, spoiled)
+    relatives.check_unread_nan(run, name.rsplit("-")[1], "memvp")
+    if name in cases.IDLE:
+        test_inputs.test_a_row_without_memory_gives_what_is_shared_no_gradient("torch", name, frozen_memory=False)
+
+
+@pytest.mark.usefixtures("in_blocks")
+@pytest.mark.parametrize("form", ["plain", "factored"])
+def test_out_of_range_in_blocks_is_no_memory(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU nobody looks at the values before."""
+    monkeypatch.setattr(autograd, "check_values", lambda tensors: None)
+    a = cases.build(f"index-{form}", torch.float32, DEVICE)
+    wild, meant = (torch.tensor(index, device=DEVICE) for index in ([2, 3, -7, 2**31 - 1], [2, -1, -1, -1]))
+    found, wanted = (tolerance.results(run, dict(a, visual_index=index)) for index in (wild, meant))
+    tolerance.assert_same(found, wanted)

@@ -14,42 +14,52 @@ from torch.utils.flop_counter import FlopCounterMode
 from memvp_kernels import fused_ffn
 from memvp_kernels.autograd import KEEP_HIDDEN, KEEP_SCORES
 from memvp_kernels.torch_op import backward_op, forward_op, pack
-from tests import cases, tolerance
+from tests import cases, relatives, tolerance
 
-SCALARS = ("silu", "silu", None, 0.0, 0.5)
+#: Of MemVP and of ADEM-VL, dropout's probability last.
+SCALARS: dict[str, tuple[Any, ...]] = {
+    "memvp": ("silu", "silu", None, 0.0, 0.5, 0.0),
+    "adem": ("silu", "identity", "silu", 0.45, 0.5, 0.0),
+}
 KEEP = KEEP_HIDDEN | KEEP_SCORES
+OPS = [*((name, "memvp") for name in cases.FORMS), ("index-factored", "adem")]
 
 
-@pytest.mark.parametrize("name", cases.FORMS)
-def test_opcheck_forward(name: str) -> None:
+@pytest.mark.parametrize(("name", "method"), OPS)
+def test_opcheck_forward(name: str, method: str) -> None:
     a = cases.leaves(cases.build(name, torch.float32))
-    torch.library.opcheck(forward_op, (*pack(a), *SCALARS, 0.0, KEEP, True, "torch", None))
+    torch.library.opcheck(forward_op, (*pack(a), *SCALARS[method], KEEP, True, "torch", None))
 
 
 def test_opcheck_forward_with_dropout_and_nothing_kept() -> None:
     a = cases.leaves(cases.build("index-factored", torch.float32)) | {"seed": torch.tensor([5])}
-    torch.library.opcheck(forward_op, (*pack(a), *SCALARS, 0.3, 0, True, "torch", None))
+    torch.library.opcheck(forward_op, (*pack(a), *SCALARS["memvp"][:-1], 0.3, 0, True, "torch", None))
 
 
-@pytest.mark.parametrize("name", cases.FORMS)
-def test_opcheck_backward(name: str) -> None:
+@pytest.mark.parametrize(("name", "method"), OPS)
+def test_opcheck_backward(name: str, method: str) -> None:
     a = cases.build(name, torch.float32)
-    _, pre, scores = forward_op(*pack(a), *SCALARS, 0.0, KEEP, True, "torch", None)
+    _, pre, scores = forward_op(*pack(a), *SCALARS[method], KEEP, True, "torch", None)
     kept = {"residual": None, "pre": pre if pre.numel() else None, "scores": scores if scores.numel() else None}
     _, needs = pack({n: a.get(n) for n in tolerance.FLOATING if n != "residual"})
-    arguments = (torch.randn_like(a["x"]), *pack(a | kept), *SCALARS, 0.0, needs, "torch", None)
+    arguments = (torch.randn_like(a["x"]), *pack(a | kept), *SCALARS[method], needs, "torch", None)
     torch.library.opcheck(backward_op, arguments)
 
 
-@pytest.mark.parametrize("name", ["one_each-plain", "index-factored", "alone_residual-plain", "text_only_biased"])
-def test_compile_fullgraph(name: str) -> None:
-    a = cases.build(name, torch.float32)
-    names = [n for n in tolerance.FLOATING if a.get(n) is not None]
-    grad = torch.randn_like(a["x"])
-    expected = tolerance.gradients(fused_ffn, a, names, grad)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("one_each-plain", "memvp"),
+        ("index-factored", "adem"),
+        ("alone_residual-plain", "memvp"),
+        ("text_only_biased", "memvp"),
+    ],
+)
+def test_compile_fullgraph(name: str, method: str) -> None:
+    a = relatives.build(name, method, torch.float32)
     torch._dynamo.reset()
-    got = tolerance.gradients(torch.compile(fused_ffn, fullgraph=True, backend="aot_eager"), a, names, grad)
-    torch.testing.assert_close(got, expected)
+    found = tolerance.results(torch.compile(fused_ffn, fullgraph=True, backend="aot_eager"), a)
+    torch.testing.assert_close(found, tolerance.results(fused_ffn, a))
 
 
 def test_compile_traces_what_older_versions_can(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,8 +80,7 @@ def test_compile_once_for_every_length() -> None:
     for length in (5, 6, 9, 13):
         a = cases.memory(cases.ffn(torch.float32, T=length), R=3)
         names = ["x", "visual_key", "key_position"]
-        found, expected = (tolerance.gradients(f, a, names, torch.ones_like(a["x"])) for f in (compiled, fused_ffn))
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(tolerance.results(compiled, a, names), tolerance.results(fused_ffn, a, names))
         frames.add(counter.frame_count)
     assert len(frames) == 1
 
@@ -84,36 +93,30 @@ def test_inductor() -> None:
         return torch.relu(fused_ffn(**{**b, "x": b["x"] * 2}) + 1)
 
     names = ["x", "visual_key", "visual_basis"]
-    grad = torch.randn_like(a["x"])
-    compiled = torch.compile(block, fullgraph=True)
-    found, expected = (tolerance.gradients(f, a, names, grad) for f in (compiled, block))
-    torch.testing.assert_close(found, expected)
+    found = tolerance.results(torch.compile(block, fullgraph=True), a, names)
+    torch.testing.assert_close(found, tolerance.results(block, a, names))
 
 
 def test_compile_with_dropout() -> None:
     """The seed is drawn in the graph, from the same generator, and the backward replays its mask."""
     torch._dynamo.reset()
     a = cases.build("one_each-factored", torch.float32) | {"dropout_p": 0.5}
-    names = ["x", "visual_key"]
-    results = []
+    runs = []
     for f in (torch.compile(fused_ffn, fullgraph=True, backend="aot_eager"), fused_ffn):
         torch.manual_seed(11)
-        results.append([tolerance.gradients(f, a, names, torch.ones_like(a["x"])) for _ in range(2)])
-    torch.testing.assert_close(results[0], results[1])
-    assert not torch.equal(results[0][0][0], results[0][1][0])
+        runs.append([tolerance.results(f, a, ["x", "visual_key"]) for _ in range(2)])
+    torch.testing.assert_close(runs[0], runs[1])
+    assert not torch.equal(runs[0][0][0], runs[0][1][0])
 
 
 def test_compile_under_autocast() -> None:
     torch._dynamo.reset()
     a = cases.build("gated_biased_residual-plain", torch.float32)
-    names = ["x", "visual_key", "residual"]
-    grad = torch.randn_like(a["x"])
-    results = []
-    for f in (torch.compile(fused_ffn, fullgraph=True, backend="aot_eager"), fused_ffn):
-        with torch.autocast("cpu", torch.bfloat16):
-            results.append(tolerance.gradients(f, a, names, grad))
-    assert results[0][0].dtype == torch.bfloat16
-    torch.testing.assert_close(results[0], results[1])
+    compiled = torch.compile(fused_ffn, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, wanted = (tolerance.results(f, a, ["x", "visual_key", "residual"]) for f in (compiled, fused_ffn))
+    assert found[0].dtype == torch.bfloat16
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("name", cases.FORMS)

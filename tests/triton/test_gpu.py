@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from memvp_kernels import autograd, fused_ffn, philox, reference
+from memvp_kernels import fused_ffn
 from tests import cases, tolerance
 from tests.cases import DEVICE
-from tests.gpu import assert_same, captured
+from tests.gpu import captured
+from tests.tolerance import assert_same
 
 pytestmark = pytest.mark.gpu
 run = functools.partial(fused_ffn, backend="triton")
@@ -37,13 +37,6 @@ def step(a: dict[str, Any], grad: Tensor, **options: Any) -> list[Tensor]:
     leaves = {n: a[n].detach().requires_grad_() for n in names}
     y = run(**{**a, **leaves}, **options)
     return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), grad)]
-
-
-@pytest.fixture
-def no_waiting() -> Iterator[Callable[[], None]]:
-    """From its call to the end of the test, whatever synchronises raises."""
-    yield lambda: torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -90,38 +83,6 @@ def test_a_training_step_in_a_cuda_graph(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_each_replay_drops_others(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The seed is drawn on the device: a captured step draws a fresh one at every replay, and its backward the same mask."""
-    drawn: list[Tensor] = []
-
-    def draw(device: torch.device) -> Tensor:
-        drawn.append(autograd.draw_seed(device))
-        return drawn[-1]
-
-    monkeypatch.setattr("memvp_kernels.autograd.draw_seed", draw)
-    a = example(form)
-    grad = torch.randn_like(a["x"])
-    graph, found = captured(lambda: step(a, grad, dropout_p=0.4))
-    seed = drawn[-1]
-    seeds, results = [], []
-    for _ in range(2):
-        graph.replay()
-        seeds.append(seed.clone())
-        results.append([t.clone() for t in found])
-    assert not torch.equal(seeds[0], seeds[1])
-    assert not torch.equal(results[0][0], results[1][0])
-    for known, result in zip(seeds, results, strict=True):
-        monkeypatch.setattr("memvp_kernels.autograd.draw_seed", lambda device, known=known: known)
-        assert_same(result, step(a, grad, dropout_p=0.4))
-        keep = philox.keep_mask(known, a["x"].shape[0] * a["x"].shape[1], a["visual_key"].shape[1], 0.4)
-        tolerance.assert_within_twice(
-            result[0],
-            reference.ffn(**a, dropout_p=0.4, keep=keep),
-            [order(**a, dropout_p=0.4, keep=keep) for order in (tolerance.plain, *map(tolerance.reordered, (1, 2, 3)))],
-        )
-
-
-@pytest.mark.parametrize("form", FORMS)
 def test_on_two_streams_at_once(form: str) -> None:
     problems = [example(form, T=length) for length in (40, 200)]
     grads = [torch.randn_like(a["x"]) for a in problems]
@@ -147,21 +108,6 @@ def test_follows_what_the_stream_holds_before_it() -> None:
     for _ in range(10):
         torch.cuda._sleep(1_000_000)
         assert_same(step(dict(a, x=a["x"] + 1), grad), expected)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("packed", [False, True], ids=["uniform", "packed"])
-def test_never_synchronises(form: str, packed: bool, no_waiting: Callable[[], None]) -> None:
-    a = example(form)
-    if packed:
-        a.update(x=a["x"].flatten(0, 1), cu_seqlens=torch.arange(0, 241, 40, dtype=torch.int32, device=DEVICE))
-    grad = torch.randn_like(a["x"])
-    expected = step(a, grad, dropout_p=0.0)
-    no_waiting()
-    found = step(a, grad, dropout_p=0.0)
-    step(a, grad, dropout_p=0.3)
-    torch.cuda.set_sync_debug_mode("default")
-    assert_same(found, expected)
 
 
 def test_same_bits_every_time() -> None:
