@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import itertools
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from memvp_kernels.backends import triton as backend
 from memvp_kernels.backends.triton import gemm
 from memvp_kernels.backends.triton.heuristics import cost_model
 from memvp_kernels.backends.triton.heuristics.shape import Shape
-from memvp_kernels.hardware import RATES, chip_of
+from memvp_kernels.hardware import chip_of
 from memvp_kernels.problem import Problem
 from tests.triton.conftest import INTERPRETED
 from tests.triton.test_backward_needs import dy, problem
@@ -33,29 +32,9 @@ def shape(rows: int, *, dense: bool = True, **changes: Any) -> Shape:
     return Shape(**{**given, **changes})  # type: ignore[arg-type]
 
 
-def cost(of: Shape, step: str, name: str) -> float:
-    return cost_model.step_cycles(HOPPER, of, step, name)
-
-
 def test_cublas_runs_at_the_measured_rate() -> None:
     cycles = cost_model.product_cycles(HOPPER, torch.bfloat16, "ieee", 8192, 8192, 8192)
     assert 2 * 8192**3 / (cycles / HOPPER.clock / 1e9) == pytest.approx(790e12, rel=0.01)
-
-
-def test_no_product_is_faster_than_its_arithmetic_and_its_bytes() -> None:
-    for rows, columns, depth in itertools.product((16, 512, 8192), (456, 4096, 11008), (320, 4096, 11008)):
-        cycles = cost_model.product_cycles(HOPPER, torch.bfloat16, "ieee", rows, columns, depth)
-        flops = 2 * rows * columns * depth
-        assert cycles >= flops / (HOPPER.tensor * HOPPER.multiprocessors * RATES.cublas)
-        assert cycles >= 2 * (rows * depth + depth * columns + rows * columns) / HOPPER.memory
-
-
-@pytest.mark.parametrize("dense", [True, False])
-def test_each_step_takes_the_cheaper_implementation(dense: bool) -> None:
-    for rows in (16, 64, 512, 1024, 4096, 8192):
-        of = shape(rows, dense=dense)
-        for step, name in zip(cost_model.STEPS, cost_model.choice(HOPPER, of), strict=True):
-            assert cost(of, step, name) == min(cost(of, step, other) for other in cost_model.NAMES)
 
 
 def by_cublas(of: Shape) -> set[str]:
@@ -76,18 +55,6 @@ def test_what_decides() -> None:
 def test_ieee_float32_is_left_to_cublas() -> None:
     for rows in (512, 4096):
         assert by_cublas(shape(rows, dtype=torch.float32)) == set(cost_model.STEPS)
-
-
-def test_hopper_without_tma_has_more_reason_for_cublas() -> None:
-    for step in cost_model.STEPS:
-        assert cost(shape(8192, descriptors=False), step, "fused") > cost(shape(8192), step, "fused")
-    assert by_cublas(shape(8192, descriptors=False)) == set(cost_model.STEPS)
-
-
-def test_more_rows_never_cost_less() -> None:
-    for step, name, dense in itertools.product(cost_model.STEPS, cost_model.NAMES, (True, False)):
-        times = [cost(shape(rows, dense=dense), step, name) for rows in (16, 64, 512, 1024, 4096, 8192)]
-        assert times == sorted(times), (step, name)
 
 
 class _Products(TorchDispatchMode):

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from memvp_kernels import philox, reference
-from memvp_kernels.backends.triton.device import activations, dropout, segments
+from memvp_kernels import reference
+from memvp_kernels.backends.triton.device import activations, segments
 from memvp_kernels.backends.triton.device.operands import POINTER, TMA, TMA_TRANSPOSED
 from memvp_kernels.backends.triton.kernels.materialise import materialise_memory, shared_operand
 from memvp_kernels.backends.triton.runtime import launch, tma
@@ -78,76 +78,6 @@ def test_activation_and_derivative(name: str) -> None:
             own = [t[i][here] for t in theirs]
             tolerance.assert_within_twice(mine[here], exact[i][here], own, f"{what} in [{low}, {high})")
     assert out[-1].isnan()
-
-
-# As in the kernels that call these functions, nothing of a batch's sizes is compiled in.
-@triton.jit(do_not_specialize=["threshold", "row", "slot"])
-def keep_kernel(seed, threshold, out, row, slot, ROWS: tl.constexpr, SLOTS: tl.constexpr):
-    keep = dropout.keep_mask(seed, threshold, row, slot, ROWS, SLOTS)
-    tl.store(out + tl.arange(0, ROWS)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :], keep.to(tl.int8))
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2**31 + 7, 2**62 - 1])
-@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
-def test_keep_mask_is_the_one_of_every_backend(seed: int, p: float) -> None:
-    seeds = torch.tensor([seed], device=DEVICE)
-    mask = torch.empty(32, 64, dtype=torch.int8, device=DEVICE)
-    keep_kernel[(1,)](seeds, philox.keep_threshold(p), mask, 70_001, 12, 32, 64)
-    expected = philox.keep_mask(seeds, 70_001 + 32, 12 + 64, p)[70_001:, 12:]
-    assert torch.equal(mask.bool(), expected)
-
-
-@triton.jit(do_not_specialize=["S", "T", "N"])
-def meeting_kernel(out, cu_seqlens, S, T, N, BLOCK: tl.constexpr):
-    layout = (cu_seqlens, None, None, N, T, S, S)
-    tile, sequence = segments.tile_sequence(tl.program_id(0), layout, BLOCK)
-    first, end = segments.sequence_bounds(sequence, layout)
-    o = out + tl.program_id(0) * 4
-    tl.store(o, tile)
-    tl.store(o + 1, sequence)
-    tl.store(o + 2, first)
-    tl.store(o + 3, end)
-
-
-@triton.jit(do_not_specialize=["S", "T"])
-def sequence_kernel(out, cu_seqlens, S, T):
-    layout = (cu_seqlens, None, None, 0, T, S, S)
-    tl.store(out + tl.program_id(0), segments.sequence_of_row(tl.program_id(0), layout))
-
-
-# Sequence edges: uniform ones, packed ones with empty sequences, rows before the first and after the last.
-_EDGES = [
-    [0, 16, 32, 48],
-    [0, 5, 10, 15, 20],
-    [0, 1, 2, 3, 4, 5, 6, 7],
-    [0, 40],
-    [3, 3, 8, 41, 41, 42],
-    [0, 0, 0, 17],
-    [2, 9, 9, 9, 25, 58],
-]
-
-
-@pytest.mark.parametrize("edges", _EDGES, ids=str)
-@pytest.mark.parametrize("block", [1, 4, 16, 64])
-def test_every_row_meets_its_sequence_in_one_tile(edges: list[int], block: int) -> None:
-    S, T = len(edges) - 1, edges[1] - edges[0]
-    uniform = edges == [i * T for i in range(S + 1)]
-    cu = None if uniform else torch.tensor(edges, dtype=torch.int32, device=DEVICE)
-    N = edges[-1] if uniform else edges[-1] + 3
-    meetings = triton.cdiv(N, block) + S
-    found = torch.full((meetings, 4), -9, dtype=torch.int32, device=DEVICE)
-    meeting_kernel[(meetings,)](found, cu, S, T, N, block)
-    met: list[tuple[int, int]] = []
-    for tile, sequence, first, end in found.tolist():
-        assert (first, end) == (edges[sequence], edges[sequence + 1])
-        met += [(n, sequence) for n in range(max(tile * block, first), min((tile + 1) * block, end))]
-    expected = [(n, s) for s in range(S) for n in range(edges[s], edges[s + 1])]
-    assert sorted(met) == expected
-
-    of_row = torch.full((N,), -9, dtype=torch.int32, device=DEVICE)
-    sequence_kernel[(N,)](of_row, cu, S, T)
-    known = dict(expected)
-    assert of_row.tolist() == [known.get(n, -1 if n < edges[0] else S) for n in range(N)]
 
 
 @triton.jit(do_not_specialize=["sequence", "S", "R"])

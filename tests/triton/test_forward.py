@@ -1,4 +1,4 @@
-"""The forward kernels on tiles smaller than the problem: straddled sequences, tails in every direction, what is kept, what stays apart."""
+"""What the forward kernels keep, and operands wherever they lie; that they are right, test_backward.py checks with every gradient."""
 
 from __future__ import annotations
 
@@ -12,35 +12,18 @@ from torch import Tensor
 from memvp_kernels import fused_ffn, reference
 from memvp_kernels.backends import triton as backend
 from memvp_kernels.backends.triton.device.operands import TMA, TMA_PAIR
-from memvp_kernels.backends.triton.heuristics import tiles
-from memvp_kernels.backends.triton.heuristics.tiles import Tile
 from memvp_kernels.backends.triton.kernels import hidden
 from memvp_kernels.backends.triton.runtime import tma
 from memvp_kernels.problem import Problem, Segments
-from tests import cases, tolerance
+from tests import tolerance
 from tests.cases import DEVICE
+from tests.triton.test_backward import example, integers, small_tiles
+from tests.triton.test_backward_needs import problem_of
+
+__all__ = ["small_tiles"]  # a fixture for every test here
 
 run = functools.partial(fused_ffn, backend="triton")
 pytestmark = pytest.mark.device
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many tiles from few numbers: 32 rows, 32 columns, steps of 16."""
-    monkeypatch.setattr(tiles, "hidden_tile", lambda _, shape: Tile(32, 32 // shape.branches, 16, 4, 2, group=2))
-    monkeypatch.setattr(tiles, "output_tile", lambda *_: Tile(32, 32, 16, 4, 2, group=2))
-    monkeypatch.setattr(tiles, "core_tile", lambda *_, **__: Tile(32, 16, 16, 4, 2))
-
-
-def example(
-    dtype: torch.dtype, *, lengths: list[int], M: int, form: str, d: int = 40, F: int = 72, packed: bool = False
-) -> dict[str, Any]:
-    """Sequences of these lengths, each with its own memory; `form` is plain or factored."""
-    a = cases.ffn(dtype, S=len(lengths), T=lengths[0], d=d, F=F)
-    a = cases.memory(a, R=len(lengths), M=M, r=24 if form == "factored" else None)
-    if packed:
-        a = cases.packed(a, lengths)
-    return cases.moved(a)
 
 
 def check(a: dict[str, Any]) -> Tensor:
@@ -48,55 +31,6 @@ def check(a: dict[str, Any]) -> Tensor:
         out = run(**a)
         tolerance.assert_within_twice(out, reference.ffn(**a), tolerance.plain(**a))
     return out
-
-
-@pytest.mark.parametrize("form", ["plain", "factored"])
-@pytest.mark.parametrize("M", [1, 17])
-@pytest.mark.parametrize("packed", [False, True], ids=["uniform", "packed"])
-def test_tiles_that_straddle_sequences(form: str, M: int, packed: bool, operands: str) -> None:
-    lengths = [11, 1, 0, 5, 27] if packed else [11] * 4
-    check(example(torch.bfloat16, lengths=lengths, M=M, form=form, packed=packed))
-
-
-@pytest.mark.parametrize("form", ["plain", "factored"])
-@pytest.mark.parametrize("packed", [False, True], ids=["uniform", "packed"])
-def test_the_papers_320_slots(form: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "hidden_tile", lambda *_: Tile(32, 64, 64, 4, 2))
-    monkeypatch.setattr(tiles, "output_tile", lambda *_: Tile(32, 64, 128, 4, 2))
-    monkeypatch.setattr(tiles, "core_tile", lambda *_, **__: Tile(32, 32, 128, 4, 2))
-    check(example(torch.bfloat16, lengths=[11, 1, 0, 33] if packed else [13] * 3, M=320, form=form, packed=packed))
-
-
-@pytest.mark.parametrize("form", ["plain", "factored"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_tiles_inside_one_sequence(form: str, dtype: torch.dtype, operands: str) -> None:
-    check(example(dtype, lengths=[64, 64], M=40, form=form))
-
-
-@pytest.mark.parametrize("form", ["plain", "factored"])
-def test_odd_sizes(form: str) -> None:
-    check(example(torch.bfloat16, lengths=[37] * 3, M=19, form=form, d=45, F=71))
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("form", ["plain", "factored"])
-def test_the_image_of_one_sequence_stays_out_of_the_others(form: str, operands: str) -> None:
-    """A NaN in one memory row reaches the rows that read it and no other: neither through a shared tile nor past the lengths."""
-    a = example(torch.float32, lengths=[11, 9, 0, 5], M=9, form=form, F=16, packed=True)
-    a["visual_lengths"] = torch.tensor([9, 3, 9, 0], dtype=torch.int32, device=DEVICE)
-    clean = run(**a)
-    for name in ("visual_key", "visual_value"):
-        dirty = a[name].clone()
-        for row, slots in enumerate(a["visual_lengths"].tolist()):
-            dirty[row, slots:] = float("nan")
-        assert torch.equal(run(**dict(a, **{name: dirty})), clean), f"{name} past the lengths"
-        dirty = a[name].clone()
-        dirty[1, 2] = float("inf")
-        dirty[1, 1] = float("nan")
-        out = run(**dict(a, **{name: dirty}))
-        assert out[11:20].isnan().all()
-        assert torch.equal(out[:11], clean[:11])
-        assert torch.equal(out[20:], clean[20:])
 
 
 @pytest.mark.parametrize("layout", ["gate_first", "key_first", "one_tensor", "transposed", "key_transposed"])
@@ -143,41 +77,14 @@ def test_a_pair_that_the_driver_refuses_becomes_two_operands(monkeypatch: pytest
     assert tried == [TMA_PAIR.value, TMA.value, TMA.value]
 
 
-def problem_of(a: dict[str, Any], *, index: list[int], lengths: list[int]) -> Problem:
-    """A checked call as the backend gets it: rows flattened, integers in int32."""
-    S, T, d = a["x"].shape
-    segments = Segments(
-        rows=S * T,
-        sequences=S,
-        length=T,
-        index=torch.tensor(index, dtype=torch.int32, device=DEVICE),
-        lengths=torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
-    )
-    names = (
-        "key",
-        "value",
-        "gate",
-        "key_bias",
-        "gate_bias",
-        "value_bias",
-        "visual_key",
-        "visual_value",
-        "visual_basis",
-    )
-    given = {n: a.get(n) for n in (*names, "key_position", "value_position", "residual")}
-    return Problem(
-        x=a["x"].reshape(S * T, d), **given, seed=None, segments=segments, activation="silu", visual_activation="gelu",
-        visual_scale=0.5, dropout_p=0.0,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("form", ["plain", "factored"])
 def test_what_is_kept_for_the_backward(form: str) -> None:
     """Pre-activations with their biases, and scores that are zero wherever there is no memory."""
     a = example(torch.float32, lengths=[11] * 4, M=17, form=form)
     a["key_bias"], a["gate_bias"] = torch.randn(72, device=DEVICE), torch.randn(72, device=DEVICE)
     index, lengths = [2, -1, 2, 0], [17, 5, 4, 0]
-    problem = problem_of(a, index=index, lengths=lengths)
+    given = {"visual_index": integers(*index), "visual_lengths": integers(*lengths)}
+    problem = problem_of(a | given)
     y, pre, scores = backend.forward(problem, save_hidden=True, save_scores=True)
     assert pre is not None
     assert scores is not None
@@ -222,7 +129,7 @@ def test_rows_outside_every_sequence_have_no_memory() -> None:
     segments = Segments(rows=33, sequences=2, length=None, cu_seqlens=cu)
     for form in ("plain", "factored"):
         b = a if form == "plain" else example(torch.float32, lengths=[20, 13], M=17, form=form, packed=True)
-        one = problem_of(dict(b, x=b["x"][None]), index=[0], lengths=[17, 17])
+        one = problem_of(dict(b, x=b["x"][None], cu_seqlens=None, visual_index=integers(0)))
         problem = Problem(**{**vars(one), "segments": segments})
         y, _, scores = backend.forward(problem, save_hidden=False, save_scores=True)
         assert scores is not None

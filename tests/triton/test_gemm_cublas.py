@@ -22,7 +22,6 @@ from memvp_kernels.backends.triton.gemm import (
     shape_of,
 )
 from memvp_kernels.backends.triton.heuristics import cost_model, tiles
-from memvp_kernels.backends.triton.kernels import activation as passes
 from memvp_kernels.backends.triton.kernels.output import output_forward
 from memvp_kernels.hardware import chip_of
 from tests import cases, tolerance
@@ -91,28 +90,6 @@ def test_each_implementation_takes_up_what_the_other_kept(form: str) -> None:
         assert found is not None
         torch.testing.assert_close(found, wanted)
     judge(backend.backward(p, dy(p), expected[1], expected[2], trainable(p)), a, dy(p))
-
-
-@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
-@pytest.mark.parametrize("branches", [1, 2])
-def test_the_passes_work_in_place(activation: str, branches: int) -> None:
-    pre = torch.randn(branches, 13, 101, device=DEVICE).bfloat16()
-    dhidden = torch.randn(13, 101, device=DEVICE).bfloat16()
-    apart = torch.empty_like(pre)
-    passes.activation_backward(dhidden, pre, apart, activation)
-    hidden = passes.activation_forward(pre, activation)
-
-    together = torch.empty_like(pre)
-    together[-1] = dhidden
-    passes.activation_backward(together[-1], pre, together, activation)
-    assert torch.equal(together, apart)
-    over = pre.clone()
-    passes.activation_backward(dhidden, over, over, activation)
-    assert torch.equal(over, apart)
-    over = pre.clone()
-    assert passes.activation_forward(over, activation, into=over[0]).data_ptr() == over.data_ptr()
-    assert torch.equal(over[0], hidden)
-    assert torch.equal(over[1:], pre[1:])
 
 
 def test_nothing_but_what_is_asked_for_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:

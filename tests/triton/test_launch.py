@@ -12,8 +12,7 @@ from torch import Tensor
 from memvp_kernels.backends import triton as backend
 from memvp_kernels.backends.triton import gemm
 from memvp_kernels.backends.triton.heuristics import cost_model, tiles
-from memvp_kernels.backends.triton.runtime import launch, tma
-from memvp_kernels.hardware import chip_of
+from memvp_kernels.backends.triton.runtime import tma
 from memvp_kernels.problem import Problem
 from tests.triton.test_backward_needs import FORMS, dy, problem, trainable
 
@@ -64,13 +63,3 @@ def test_a_second_call_searches_nothing(form: str, work: collections.Counter[str
         assert not work
     for name, tensor in found.items():
         assert torch.equal(tensor, expected[name]), name
-
-
-def test_lengths_in_one_bucket_share_a_search(work: collections.Counter[str]) -> None:
-    """Each length of text is a shape of its own; what is searched for are the powers of two."""
-    chip = chip_of(90)
-    x = problem().segments
-    for rows in range(65, 129):
-        given = torch.empty(rows, 40, dtype=torch.bfloat16)
-        tiles.hidden_tile(chip, launch.shape_of(given, 72, 17, x, gated=True, descriptors=True))
-    assert work["candidates"] == 1

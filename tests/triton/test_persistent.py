@@ -10,7 +10,6 @@ import torch
 
 from memvp_kernels import fused_ffn
 from memvp_kernels.backends.triton.heuristics import tiles
-from memvp_kernels.backends.triton.heuristics.shape import Shape
 from memvp_kernels.backends.triton.heuristics.tiles import Tile
 from memvp_kernels.backends.triton.kernels import hidden
 from memvp_kernels.backends.triton.runtime import launch
@@ -85,11 +84,3 @@ def test_which_tiles_are_persistent() -> None:
     assert not tiles.is_persistent(chip_of(80), Tile(128, 128, 32, 8, 4), bf16, 128, 1000)
     assert not tiles.is_persistent(HOPPER, Tile(64, 32, 128, 4, 4), bf16, 32, 1000)
     assert smallest.columns == 32
-
-
-def test_a_persistent_kernel_is_never_priced_higher() -> None:
-    for rows, width in ((512, 4096), (8192, 1024), (8192, 4096)):
-        shape = Shape(torch.bfloat16, "ieee", rows, width, 11008, 456, 1, rows, gated=True, descriptors=True)
-        tile = tiles.hidden_tile(HOPPER, shape)
-        stays, leaves = (tiles.hidden_cycles(HOPPER, tile, shape, persistent=p) for p in (True, False))
-        assert 0.9 * leaves < stays < leaves

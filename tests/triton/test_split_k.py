@@ -12,7 +12,7 @@ from memvp_kernels.backends.triton.heuristics import backward_tiles, tiles
 from memvp_kernels.backends.triton.heuristics.shape import Shape
 from memvp_kernels.backends.triton.heuristics.tiles import Tile
 from memvp_kernels.backends.triton.kernels.split_k import empty_splits, reduce_splits
-from memvp_kernels.hardware import RATES, chip_of
+from memvp_kernels.hardware import chip_of
 from tests import tolerance
 from tests.triton.test_backward import DEVICE, example
 
@@ -78,25 +78,3 @@ def test_only_thin_waves_are_split() -> None:
         whole = -(-rows // tile.block_n) * -(-2048 // tile.columns)
         assert tile.splits == 1 or whole < 132
         assert 5632 // tile.block_k // tile.splits >= 4
-
-
-def test_split_k_pays_for_its_second_launch() -> None:
-    """Never chosen where the model has a whole loop at the same price or less."""
-    chip = chip_of(90)
-    for rows in (16, 64, 256, 512, 1024):
-        cost = functools.partial(tiles.output_cycles, chip, shape=shape(rows, 2048, 5632, 320), straddling=False)
-        least = min(cost(t) for t in tiles.candidates(chip, torch.bfloat16, "ieee", descriptors=True))
-        tile = chosen(rows)
-        assert cost(tile) <= least if tile.splits == 1 else cost(tile) < least
-    assert tiles.reduce_cycles(chip, 512 * 2048, 1) == 0
-    assert tiles.reduce_cycles(chip, 512 * 2048, 2) > chip.cycles(RATES.launch_pdl)
-
-
-def test_one_memory_for_all_is_priced_once() -> None:
-    """What all rows share is one sequence to the kernels, however the number of sequences is rounded."""
-    chip = chip_of(90)
-    for rows in (16, 64, 128):
-        of = shape(rows, 4096, 11008, 456)
-        every = tiles.candidates(chip, torch.bfloat16, "ieee", descriptors=True)
-        least = min(tiles.output_cycles(chip, t, of, straddling=False) for t in every)
-        assert tiles.output_cycles(chip, tiles.output_tile(chip, of), of, straddling=False) <= least

@@ -79,17 +79,6 @@ def test_everything_it_returns_fits(architecture: int, dtype: torch.dtype, preci
         assert core.block_n * (2 * core.columns + core.block_k) // (32 * core.warps) <= 160
 
 
-def test_what_no_vector_can_load_takes_small_tiles() -> None:
-    """An address for each element beside the accumulator: larger tiles spill, on every chip."""
-    for architecture in ARCHITECTURES:
-        chip = chip_of(architecture)
-        for rows, (dtype, precision) in itertools.product((16, 512, 8192), KINDS):
-            tile = output(chip, rows, dtype, precision, False)
-            assert tile.block_n * tile.columns // (32 * tile.warps) <= 32
-            assert (tile.block_n + tile.columns) * tile.block_k // (32 * tile.warps) <= 32
-        assert tiles.core_tile(chip, torch.bfloat16, "ieee", rows=8192, rank=137).columns <= 64
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rows_and_sequences_count_only_by_bucket(architecture: int) -> None:
     """A model that sees every length compiles few kernels, and neighbours in a bucket share theirs."""
@@ -127,20 +116,6 @@ def test_an_unknown_chip_counts_as_the_one_before() -> None:
     assert chip_of(94).architecture == 90
     assert chip_of(75).architecture == 80
     assert chip_of(90, 78).multiprocessors == 78
-
-
-def test_predictions_respect_the_roofline() -> None:
-    """Never faster than the tensor cores or the memory allow, and slower for more work."""
-    chip = chip_of(90)
-    previous = 0.0
-    for rows in (16, 128, 512, 2048, 8192):
-        of = shape(torch.bfloat16, "ieee", rows, True, gated=True)
-        cycles = tiles.hidden_cycles(chip, tiles.hidden_tile(chip, of), of)
-        flops = 2 * rows * 4096 * (2 * 11008 + 320)
-        assert cycles >= flops / (chip.tensor * chip.multiprocessors)
-        assert cycles >= 2 * 2 * 11008 * 4096 / chip.memory
-        assert cycles >= previous
-        previous = cycles
 
 
 def test_rows_are_split_where_a_sum_has_too_few_tiles() -> None:
