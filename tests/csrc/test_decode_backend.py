@@ -85,18 +85,19 @@ def launched(problem: Problem) -> Params:
     return params
 
 
-@pytest.mark.usefixtures("gpu")
-def test_sizes_and_scalars() -> None:
-    arguments = cases.build("index-factored", torch.bfloat16)
-    problem = on_gpu(problem_of(**arguments, activation="gelu_tanh", visual_activation="relu", visual_scale=0.25))
-    fields = launched(problem).fields
-    assert (fields["tokens"], fields["width"], fields["pairs"]) == (20, 24, 40)
-    assert (fields["memories"], fields["slots"], fields["rank"]) == (3, 7, 9)
-    assert (fields["sequences"], fields["length"], fields["shared_memory"]) == (4, 5, False)
-    assert (fields["activation"], fields["visual_activation"], fields["visual_scale"]) == (2, 0, 0.25)
-    assert (fields["multiprocessors"], fields["shared_bytes"], fields["device"]) == (132, 228 << 10, 0)
-    assert (fields["cu_seqlens"], fields["visual_lengths"]) == (0, 0)
-    assert fields["visual_index"] == problem.segments.index.data_ptr()
+def test_what_a_launch_is_given_beside_the_problem(gpu: Machine) -> None:
+    """The machine, output, workspace and stream; that the problem arrives whole, test_decode_end_to_end.py sees in the results."""
+    y, pre, scores = decode.forward(a_problem())
+    (params,) = Params.instances
+    output, workspace = gpu.allocated
+    assert y is output
+    assert (pre, scores) == (None, None)
+    assert (output.shape, output.dtype) == ((15, 24), torch.bfloat16)
+    assert (workspace.shape, workspace.dtype) == ((12345,), torch.uint8)
+    assert [params.fields[n] for n in ("multiprocessors", "shared_bytes", "device")] == [132, 228 << 10, 0]
+    assert params.launches == [
+        {"y": output.data_ptr(), "y_stride": 24, "workspace": workspace.data_ptr(), "stream": 77}
+    ]
 
 
 @pytest.mark.usefixtures("gpu")
@@ -108,20 +109,6 @@ def test_an_index_with_strides_is_copied_for_the_launch() -> None:
     copy = decode._latest.indices[1]
     assert address == copy.data_ptr() != every_second.data_ptr()
     assert copy.tensor.tolist() == [2, -1, 2, 0]
-
-
-def test_forward_gives_output_workspace_and_stream(gpu: Machine) -> None:
-    problem = a_problem()
-    y, pre, scores = decode.forward(problem)
-    (params,) = Params.instances
-    output, workspace = gpu.allocated
-    assert y is output
-    assert (pre, scores) == (None, None)
-    assert (output.shape, output.dtype) == ((15, 24), torch.bfloat16)
-    assert (workspace.shape, workspace.dtype) == ((12345,), torch.uint8)
-    assert params.launches == [
-        {"y": output.data_ptr(), "y_stride": 24, "workspace": workspace.data_ptr(), "stream": 77}
-    ]
 
 
 @pytest.mark.usefixtures("gpu")

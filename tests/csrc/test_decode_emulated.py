@@ -35,38 +35,6 @@ def test_matches_float64(library: DecodeLibrary, name: str, form: str) -> None:
     case.check()
 
 
-def test_the_cases_reach_every_path(library: DecodeLibrary) -> None:
-    fast = {name: library.is_fast(small(name)) for name in SMALL}
-    assert fast == {name: not name.startswith(("odd", "misaligned", "half_materialised_odd")) for name in SMALL}
-    plans = {name: library.plan(small(name).params) for name in SMALL}
-    assert any(plan["value_splits"] > 1 and plan["value_row_blocks"] > 1 for plan in plans.values()), "no case splits k"
-    assert any(plan["hidden_row_blocks"] > 3 for plan in plans.values()), "no case has more blocks than multiprocessors"
-    narrow = {name for name in SMALL if fast[name] and "wide" not in name and "materialised" in name} | {
-        "images_wrap",
-        "images_without_positions",
-    }
-    assert {name for name, plan in plans.items() if plan["scores_row_blocks"] > 0} == narrow
-    for part in ("hidden", "value", "scores", "values"):  # every pipeline wraps, some with several slices in a stage
-        steps = {
-            name: -(-plan[f"{part}_slices_per_split"] // max(plan[f"{part}_slices_per_stage"], 1))
-            for name, plan in plans.items()
-        }
-        assert max(steps.values()) > 4, f"{part}: {steps}"
-    assert any(plan["hidden_slices_per_stage"] > 1 for plan in plans.values())
-    together = {name: library.plan(small(name, form="cooperative").params) for name in SMALL}
-    assert {name for name, plan in together.items() if plan["cooperative_blocks"] > 0} == {
-        name for name in SMALL if fast[name] and small(name).params.tokens <= 16 and "contiguous" not in name
-    }
-    for part in ("first", "second", "third"):  # blocks with several work items in a phase, and with none
-        items = [
-            plan[f"{part}_blocks"] - plan["cooperative_blocks"]
-            for plan in together.values()
-            if plan["cooperative_blocks"] > 0
-        ]
-        assert max(items) > 0, part
-    assert any(plan["core_blocks"] > 0 for plan in together.values())
-
-
 @pytest.mark.parametrize(
     "sizes",
     decode_cases.SWEEP,
