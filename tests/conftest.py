@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -27,3 +29,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def apart() -> Iterator[Any]:
+    """Two processes that have not met: what they run sees to that, as under torchrun."""
+    from tests.models.parallel.processes import Group
+
+    group = Group(2, meet=False)
+    yield group
+    group.stop()

@@ -19,9 +19,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from tests.examples.tiny_scienceqa import tokenizer
-
-__all__ = ["BLOCK", "PAGES", "ROOT", "blocks", "write_models"]
+from tests.examples.tiny_scienceqa import clip_config, llama_config, tokenizer
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,26 +39,9 @@ def write_models(folder: Path) -> None:
     words.pad_token = words.unk_token
     words.model_input_names = ["input_ids", "attention_mask"]
     words.save_pretrained(folder / "your-llama")
-    shape = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
+    shape = llama_config(words, pad_token_id=words.pad_token_id)
     LlamaForCausalLM(shape).save_pretrained(folder / "your-llama")
-    clip = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-    )
+    clip = clip_config()
     name = "openai/clip-vit-large-patch14"
     CLIPVisionModel(clip).save_pretrained(folder / name)
     size = {"height": 8, "width": 8}

@@ -7,7 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,6 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / f"{recipe}.py").write_text(program(recipe))
     saved_base(tmp_path / "your-llama")
     return tmp_path
-
-
-@pytest.fixture(scope="module")
-def bare() -> Iterator[Group]:
-    """Two ranks that have not met: the programs see to that."""
-    group = Group(2, meet=False)
-    yield group
-    group.stop()
 
 
 def means(model: Any, optimizer: Any) -> dict[str, Tensor]:
@@ -144,8 +136,8 @@ def _check_saved(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("recipe", ["ddp", "fsdp2", "tp"])
-def test_two_processes(bare: Group, folder: Path, alone: Alone, recipe: str) -> None:
-    answers = bare.run(_run, recipe, str(folder), free_port())
+def test_two_processes(apart: Group, folder: Path, alone: Alone, recipe: str) -> None:
+    answers = apart.run(_run, recipe, str(folder), free_port())
     for found in answers:
         alone.check(found)
         assert all(torch.equal(found[name], first) for name, first in answers[0].items()), "ranks would drift apart"

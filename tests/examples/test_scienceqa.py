@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.examples.tiny_scienceqa import write_data, write_models
 from tests.models.clip import adem_vl_state, official_state, save_official
-from tests.models.parallel.processes import Group, free_port
+from tests.models.parallel.processes import Group, free_port, meet
 
 
 @pytest.fixture(scope="module")
@@ -134,19 +132,8 @@ def test_bfloat16_models_train_a_float32_adapter(parts: list[str], tmp_path: Pat
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[Group]:
-    """Two processes that accelerate introduces to each other."""
-    group = Group(2, meet=False)
-    yield group
-    group.stop()
-
-
 def _main(port: int, arguments: list[str]) -> int:
-    from accelerate.state import AcceleratorState
-
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    meet(port)
     return scienceqa.main(arguments)
 
 
@@ -157,7 +144,7 @@ def moments(out: Path) -> dict[int, torch.Tensor]:
 
 
 def test_two_processes_train_like_one(
-    two: Group, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    apart: Group, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three steps of eight rows; dropout is off, whose draws depend on the process. Losses and every parameter's gradients.
 
@@ -174,7 +161,7 @@ def test_two_processes_train_like_one(
     exact_losses, exact = alone("exact", 8, "--dtype", "float64")
     splits = [alone(f"by {rows}", rows) for rows in (8, 4, 2)]
     together = ["train", *parts, "--out", str(tmp_path / "two"), "--rows", "4", *options]
-    assert two.run(_main, free_port(), together) == [0, 0]
+    assert apart.run(_main, free_port(), together) == [0, 0]
     found = moments(tmp_path / "two")
     assert found.keys() == exact.keys()
     for index, wanted in exact.items():
@@ -188,11 +175,9 @@ def test_two_processes_train_like_one(
 
 def _refused(folder: str, port: int) -> str:
     from accelerate import PartialState
-    from accelerate.state import AcceleratorState
     from science_questions import setup
 
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    meet(port)
     state = PartialState(cpu=True)
     setup.agree_on_settings(state, Path(folder), captions=True)
     try:
@@ -202,7 +187,7 @@ def _refused(folder: str, port: int) -> str:
     return "accepted"
 
 
-def test_other_settings_are_refused_by_every_process(two: Group, tmp_path: Path) -> None:
+def test_other_settings_are_refused_by_every_process(apart: Group, tmp_path: Path) -> None:
     """A process that went on alone would wait for the first one's gradients."""
-    answers = two.run(_refused, str(tmp_path), free_port())
+    answers = apart.run(_refused, str(tmp_path), free_port())
     assert all("take another folder" in answer for answer in answers), answers

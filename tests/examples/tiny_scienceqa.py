@@ -67,33 +67,32 @@ def tokenizer(*, special: tuple[str, ...] = ("<unk>", "<s>", "</s>")) -> PreTrai
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
+def llama_config(words: PreTrainedTokenizerFast, **more: Any) -> LlamaConfig:
+    """Of two layers, with the tokenizer's tokens."""
+    return LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        **more,
+    )
+
+
+def clip_config() -> CLIPVisionConfig:
+    """Four patches of an 8 × 8 image."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return CLIPVisionConfig(image_size=8, patch_size=4, **sizes)
+
+
 def write_models(folder: Path) -> tuple[Path, Path]:
     """Folders of a language model with its tokenizer, and of a CLIP vision model."""
     torch.manual_seed(0)
     words = tokenizer()
-    language_model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(words),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=128,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-        )
-    )
-    clip = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=8,
-            patch_size=4,
-        )
-    )
     words.save_pretrained(folder / "lm")
-    language_model.save_pretrained(folder / "lm")
-    clip.save_pretrained(folder / "clip")
+    LlamaForCausalLM(llama_config(words)).save_pretrained(folder / "lm")
+    CLIPVisionModel(clip_config()).save_pretrained(folder / "clip")
     return folder / "lm", folder / "clip"

@@ -16,20 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from memvp_kernels import MemVPModel
 from tests.models.clip import pixels, vision_model
-from tests.models.tiny import CONFIG, VISION, features, one_layer, tokens, with_memory, wrapped
+from tests.models.tiny import CONFIG, IMAGES, VISION, features, inputs, one_layer, tokens, with_memory, wrapped
 from tests.models.tools import fails_before
 
-IMAGES = features(4, 0, 10)
 WAYS = ("features", "list", "pixels", "core", "index", "text")
-
-
-def _inputs() -> dict[str, Any]:
-    return {"input_ids": tokens(3), "labels": tokens(3)}
 
 
 def _step(model: Any, images: Any) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
-    loss = model(image_features=images, **_inputs()).loss
+    loss = model(image_features=images, **inputs()).loss
     loss.backward()
     gradients = {n.removeprefix("_orig_mod."): p.grad for n, p in model.named_parameters() if p.grad is not None}
     return loss.detach(), gradients
@@ -84,10 +79,10 @@ def test_the_language_model_compiles_as_generate_does_it() -> None:
     model = with_memory(one_layer())
     index = torch.tensor([0, 2, 1])
     with torch.no_grad():
-        wanted = model(image_features=IMAGES, visual_index=index, **_inputs()).logits
+        wanted = model(image_features=IMAGES, visual_index=index, **inputs()).logits
         memory = model.memory(core=model.encode_images(IMAGES))
         compiled = torch.compile(model.language_model, fullgraph=True, backend="aot_eager")
-        got = compiled(**_inputs(), visual_memory=memory, memory_index=index).logits
+        got = compiled(**inputs(), visual_memory=memory, memory_index=index).logits
     torch.testing.assert_close(got, wanted)
 
 
@@ -119,8 +114,8 @@ def test_one_graph_whichever_images_are_missing(model: MemVPModel, how: str, req
             counter.frame_count = 0
             for shown in list(itertools.product([True, False], repeat=3))[:-1]:
                 batch = {name: [image if there else None for image, there in zip(images, shown, strict=True)]}
-                got = compiled(**batch, **_inputs()).logits
-                torch.testing.assert_close(got, model.forward(**batch, **_inputs()).logits)
+                got = compiled(**batch, **inputs()).logits
+                torch.testing.assert_close(got, model.forward(**batch, **inputs()).logits)
             assert counter.frame_count == graphs, name
 
 

@@ -31,12 +31,20 @@ def test_defaults_are_the_papers() -> None:
     }
 
 
-@pytest.mark.parametrize(("layers", "scale"), [(None, 0.2), ([3, 1], (0.2, 0.3))])
-def test_json_round_trip(layers: list[int] | None, scale: float | tuple[float, ...], tmp_path: Path) -> None:
-    config = MemVPConfig(vision_dim=7, feature_scale=0.3, memory_scale=scale, shared_positions=False, layers=layers)
+@pytest.mark.parametrize(
+    "config",
+    [
+        MemVPConfig(vision_dim=7, feature_scale=0.3, memory_scale=0.2, shared_positions=False),
+        MemVPConfig(memory_scale=(0.2, 0.3), layers=[3, 1]),  # type: ignore[arg-type]
+        MemVPConfig.adem_vl(pooled_grids=(9, 4), image_prefix=(5, 6)),
+    ],
+)
+def test_json_round_trip(config: MemVPConfig, tmp_path: Path) -> None:
     config.save(tmp_path / "c.json")
     assert MemVPConfig.load(tmp_path / "c.json") == config
-    assert json.loads((tmp_path / "c.json").read_text())["layers"] == (None if layers is None else [1, 3])
+    written = json.loads((tmp_path / "c.json").read_text())
+    assert written["layers"] == (None if config.layers is None else [1, 3])
+    assert written["pooled_grids"] == list(config.pooled_grids)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from memvp_kernels import MemVPModel
 from tests.models.tiny import ENCODER_DECODERS, KINDS, VOCABULARY, features, tokens, wrapped
+from tests.models.tools import train_without_dropout
 
 ATTENTION = ("self_attn", "SelfAttention")
 NEW = 3
@@ -112,13 +113,7 @@ def test_training_beside_generating(family: str, checkpointing: bool) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     ids = tokens(2)
     if checkpointing:
-        model.activation_checkpointing_enable()
-        for module in model.modules():  # transformers checkpoints in training mode; dropout stays off
-            module.training = not isinstance(module, nn.Dropout)
-        for module in model.modules():
-            for name in ("dropout", "activation_dropout", "attention_dropout"):
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0)
+        train_without_dropout(model).activation_checkpointing_enable()
 
     def step(seed: int) -> list[Tensor]:
         loss = model(input_ids=ids, labels=ids, image_features=features(4, 7, seed=seed)).loss

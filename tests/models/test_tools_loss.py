@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 
+from memvp_kernels.models.trainer import MemVPTrainer
 from tests.models.tiny import ENCODER_DECODERS, KINDS, features, language_model, tokens, with_memory
-from tests.models.tools import without_dropout
+from tests.models.tools import arguments, collate, without_dropout
 
 TRAINERS = ["Trainer", "MemVPTrainer"]
 ROWS, LENGTH = 4, 6
@@ -30,27 +32,12 @@ def _rows() -> list[dict[str, Any]]:
     ]
 
 
-def _collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    batch: dict[str, Any] = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
-    return batch | {"image_features": [row["image_features"] for row in rows]}
-
-
 def _trainer(kind: str, model: Any, folder: Path, **options: Any) -> Any:
-    import transformers
-
-    from memvp_kernels.models.trainer import MemVPTrainer
-
-    settings = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-    }
-    arguments = transformers.TrainingArguments(**settings | options)
     cls = MemVPTrainer if kind == "MemVPTrainer" else transformers.Trainer
     rows: Any = _rows()
-    return cls(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, data_collator=_collate)
+    return cls(
+        model=model, args=arguments(folder, **options), train_dataset=rows, eval_dataset=rows, data_collator=collate
+    )
 
 
 def _smoothed(model: Any, batch: dict[str, Any], epsilon: float) -> Tensor:
@@ -70,7 +57,7 @@ def _smoothed(model: Any, batch: dict[str, Any], epsilon: float) -> Tensor:
 def test_evaluation(family: str, kind: str, tmp_path: Path) -> None:
     """The first label is not masked, which a causal model does not predict."""
     model = with_memory(language_model(family))
-    wanted = model(**_collate(_rows())).loss.item()
+    wanted = model(**collate(_rows())).loss.item()
     got = _trainer(kind, model, tmp_path).evaluate()["eval_loss"]
     assert got == pytest.approx(wanted, rel=1e-5)
 
@@ -79,15 +66,12 @@ def test_evaluation(family: str, kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", KINDS)
 def test_label_smoothing(family: str, kind: str, tmp_path: Path) -> None:
     model = with_memory(language_model(family))
-    batch = _collate(_rows())
+    batch = collate(_rows())
     trainer = _trainer(kind, model, tmp_path, label_smoothing_factor=0.2)
 
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
-        return _collate(rows) | {"decoder_input_ids": ids}
-
     if kind == "Trainer" and family in ENCODER_DECODERS:  # which withholds the labels and asks for these instead
-        trainer.data_collator = collate
+        ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        trainer.data_collator = lambda rows: collate(rows) | {"decoder_input_ids": ids}
     assert trainer.evaluate()["eval_loss"] == pytest.approx(_smoothed(model, batch, 0.2).item(), rel=1e-5)
 
 
@@ -96,7 +80,7 @@ def test_label_smoothing_over_lora(tmp_path: Path) -> None:
     base = peft.get_peft_model(language_model(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     model = with_memory(base)
     got = _trainer("Trainer", model, tmp_path, label_smoothing_factor=0.2).evaluate()["eval_loss"]
-    assert got == pytest.approx(_smoothed(model, _collate(_rows()), 0.2).item(), rel=1e-5)
+    assert got == pytest.approx(_smoothed(model, collate(_rows()), 0.2).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "smoothing"), [("Trainer", 0.0), ("MemVPTrainer", 0.0), ("MemVPTrainer", 0.2)])
@@ -114,7 +98,7 @@ def test_accumulated_steps_are_one_batch(family: str, kind: str, smoothing: floa
         runs.append((trainer.state.log_history[0]["loss"], model.adapter_state_dict()))
     (loss, whole), (accumulated, parts) = runs
     fresh = with_memory(copy.deepcopy(base))
-    wanted = _smoothed(fresh, _collate(_rows()), smoothing) if smoothing else fresh(**_collate(_rows())).loss
+    wanted = _smoothed(fresh, collate(_rows()), smoothing) if smoothing else fresh(**collate(_rows())).loss
     assert loss == pytest.approx(wanted.item(), rel=1e-5)
     assert accumulated == pytest.approx(loss, rel=1e-5)
     for name, tensor in whole.items():
@@ -125,7 +109,7 @@ def test_accumulated_steps_are_one_batch(family: str, kind: str, smoothing: floa
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_a_loss_per_item_as_a_tuple(family: str) -> None:
-    model, batch = with_memory(language_model(family)), _collate(_rows())
+    model, batch = with_memory(language_model(family)), collate(_rows())
     mean, count = model(**batch).loss, (batch["labels"] != -100).sum()
     loss, logits = model(**batch, return_dict=False, num_items_in_batch=torch.tensor(22))[:2]
     torch.testing.assert_close(loss, mean * count / 22)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,8 +11,9 @@ import torch
 
 from memvp_kernels import MemVPModel
 from tests.models.clip import vision_model
-from tests.models.parallel.processes import Group, free_port
+from tests.models.parallel.processes import Group, free_port, meet
 from tests.models.tiny import CONFIG, VISION, language_model, with_memory
+from tests.models.tools import arguments
 
 SAMPLES, FIRST = 8, 3  # sample i is token FIRST + i; its image is of the number i
 
@@ -76,44 +76,30 @@ def _seen(batch: dict[str, Any]) -> list[tuple[int, list[float]]]:
 def _train(port: int, kind: str, form: str, accelerator: dict[str, Any], accumulate: int = 1) -> Any:
     """What this rank's model was given, or the error."""
     import transformers
-    from accelerate.state import AcceleratorState, GradientState
 
     from memvp_kernels.models.trainer import MemVPTrainer
 
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    meet(port)
     torch.manual_seed(0)
     model = with_memory(language_model().train(), CONFIG, vision_model=vision_model(VISION))
     seen: list[Any] = []
     model.register_forward_pre_hook(lambda _, args, batch: seen.extend(_seen(batch)), with_kwargs=True)
-    arguments = transformers.TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
+    args = arguments(
+        tempfile.mkdtemp(),
         per_device_train_batch_size=2,
         max_steps=2 if accumulate == 1 else 1,
         gradient_accumulation_steps=accumulate,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         accelerator_config=accelerator,
     )
     cls = MemVPTrainer if kind == "MemVPTrainer" else transformers.Trainer
-    trainer = cls(model=model, args=arguments, train_dataset=_Stream(), data_collator=_collate(form))
+    trainer = cls(model=model, args=args, train_dataset=_Stream(), data_collator=_collate(form))
     try:
         trainer.train()
     except ValueError as error:
         return str(error)
     return seen
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Group]:
-    group = Group(2, meet=False)
-    yield group
-    group.stop()
 
 
 def _check(form: str, answers: list[Any]) -> None:
@@ -127,26 +113,26 @@ def _check(form: str, answers: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_our_trainer(two: Group, form: str) -> None:
-    _check(form, two.run(_train, free_port(), "MemVPTrainer", form, {}))
+def test_our_trainer(apart: Group, form: str) -> None:
+    _check(form, apart.run(_train, free_port(), "MemVPTrainer", form, {}))
 
 
 @pytest.mark.parametrize(
     ("kind", "form"),  # accelerate itself refuses a None
     [("MemVPTrainer", "list"), *(("Trainer", form) for form in FORMS if form != "list with None")],
 )
-def test_one_process_that_reads_for_all(two: Group, form: str, kind: str) -> None:
+def test_one_process_that_reads_for_all(apart: Group, form: str, kind: str) -> None:
     """accelerate's default for streams: tensors with one row per sample survive, lists and an index are refused."""
-    answers = two.run(_train, free_port(), kind, form, {"dispatch_batches": True})
+    answers = apart.run(_train, free_port(), kind, form, {"dispatch_batches": True})
     if form in TENSORS:
         _check(form, answers)
     else:
         assert all("dispatch" in answer for answer in answers), answers
 
 
-def test_an_epoch_shorter_than_an_update(two: Group) -> None:
+def test_an_epoch_shorter_than_an_update(apart: Group) -> None:
     """Trainer has read past its end before the first forward, and the loader is no longer active."""
-    answers = two.run(_train, free_port(), "Trainer", "list", {}, 3)
+    answers = apart.run(_train, free_port(), "Trainer", "list", {}, 3)
     assert all("dispatch" in answer for answer in answers), answers
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ import transformers as tf
 from memvp_kernels import MemVPModel
 from memvp_kernels.models.patching.vision_adapters import attach_adapters
 from tests.models.clip import pixels, vision_model
-from tests.models.parallel.processes import Group, free_port
+from tests.models.parallel.processes import Group, free_port, meet
 from tests.models.tiny import KINDS, VISION, features, language_model, tokens, with_memory
-from tests.models.tools import fails_before, tokenizer, without_dropout
+from tests.models.tools import arguments, fails_before, losses, tokenizer, without_dropout
 
 
 def _images(form: str) -> dict[str, Any]:
@@ -40,15 +39,11 @@ def test_pipeline(family: str, form: str) -> None:
     assert [row[0] for row in said] == [row[0] for row in alone]
 
 
-class _Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+def _rows() -> Any:
     """Questions, answers and an image each."""
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        ids = tokens(1, 4 + i % 2, seed=i)[0].tolist()
-        return {"input_ids": ids, "labels": ids[::-1], "image_features": features(2 + i, seed=i)[0]}
+    ids = [tokens(1, 4 + i % 2, seed=i)[0].tolist() for i in range(4)]
+    images = [features(2 + i, seed=i)[0] for i in range(4)]
+    return [{"input_ids": x, "labels": x[::-1], "image_features": z} for x, z in zip(ids, images, strict=True)]
 
 
 class _Collator:
@@ -63,8 +58,7 @@ class _Collator:
 
 
 def _arguments(folder: Path, **options: Any) -> Any:
-    common = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
-    return tf.Seq2SeqTrainingArguments(str(folder), **common | options)
+    return arguments(folder, tf.Seq2SeqTrainingArguments, **options)
 
 
 @pytest.mark.parametrize("family", ["llama", "t5", "t5-gated", "mt5", "bart"])
@@ -81,14 +75,14 @@ def test_seq2seq_trainer_predicts_by_generating(family: str, tmp_path: Path) -> 
     trainer = tf.Seq2SeqTrainer(
         model=model,
         args=_arguments(tmp_path, **options),
-        train_dataset=_Rows(),
+        train_dataset=_rows(),
         data_collator=_Collator(model),
         processing_class=tokenizer(),
     )
     trainer.train()
     assert model.generation_config.max_new_tokens == 3
-    predicted = trainer.predict(_Rows())  # type: ignore[arg-type]
-    batch = _Collator(model)([_Rows()[i] for i in range(4)])
+    predicted = trainer.predict(_rows())
+    batch = _Collator(model)(_rows())
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "image_features")}
     got = torch.from_numpy(predicted.predictions)
     wanted = model.eval().generate(**inputs)
@@ -103,7 +97,7 @@ def test_special_tokens_are_aligned(tmp_path: Path) -> None:
     trainer = tf.Trainer(
         model=model,
         args=_arguments(tmp_path, max_steps=1),
-        train_dataset=_Rows(),
+        train_dataset=_rows(),
         data_collator=_Collator(model),
         processing_class=words,
     )
@@ -116,23 +110,19 @@ def test_special_tokens_are_aligned(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma"])  # transformers' hook reaches no encoder-decoder's embeddings
 def test_noisy_embeddings(family: str, tmp_path: Path) -> None:
     """NEFTune's noise is there in training alone, and its hook is gone afterwards."""
-    losses = {}
+    found = {}
     for alpha in (None, 5.0):
         model = with_memory(without_dropout(language_model(family)))
         options: dict[str, Any] = {"neftune_noise_alpha": alpha, "max_steps": 1, "logging_steps": 1}
         trainer = tf.Trainer(
-            model=model, args=_arguments(tmp_path, **options), train_dataset=_Rows(), data_collator=_Collator(model)
+            model=model, args=_arguments(tmp_path, **options), train_dataset=_rows(), data_collator=_Collator(model)
         )
-        before = trainer.evaluate(_Rows())["eval_loss"]  # type: ignore[arg-type]
+        before = trainer.evaluate(_rows())["eval_loss"]
         trainer.train()
-        losses[alpha] = (before, _losses(trainer)[0])
+        found[alpha] = (before, losses(trainer)[0])
         assert not model.get_input_embeddings()._forward_hooks
-    assert losses[None][0] == losses[5.0][0]
-    assert losses[None][1] != losses[5.0][1]
-
-
-def _losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert found[None][0] == found[5.0][0]
+    assert found[None][1] != found[5.0][1]
 
 
 def _trained(base: Any, folder: Path | str, rank: int = 0, ranks: int = 1, kind: str = "MemVPTrainer") -> Any:
@@ -145,9 +135,9 @@ def _trained(base: Any, folder: Path | str, rank: int = 0, ranks: int = 1, kind:
     if kind == "MemVPTrainer":
         options |= {"save_strategy": "steps", "save_steps": 3, "save_only_model": True}
     arguments = _arguments(Path(folder), per_device_train_batch_size=4 // ranks, **options)
-    trainer = cls(model=model, args=arguments, train_dataset=_Rows(), data_collator=_Collator(model))
+    trainer = cls(model=model, args=arguments, train_dataset=_rows(), data_collator=_Collator(model))
     trainer.train()
-    return _losses(trainer), model.adapter_state_dict()
+    return losses(trainer), model.adapter_state_dict()
 
 
 def _assert_alike(got: Any, wanted: Any) -> None:
@@ -171,29 +161,20 @@ def test_trainer_over_an_offloaded_base(family: str, kind: str, tmp_path: Path) 
 
 
 def _sharded(port: int, folder: str, kind: str) -> Any:
-    from accelerate.state import AcceleratorState
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    meet(port)
     base = tf.LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2))
     assert type(next(base.model.layers[0].mlp.parameters())).__name__ == "DTensor"
     return _trained(base, f"{folder}/{kind}", int(os.environ["RANK"]), 2, kind)
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[Group]:
-    group = Group(2, meet=False)
-    yield group
-    group.stop()
-
-
 @fails_before(transformers="5.23")
 @pytest.mark.parametrize("kind", ["Trainer", "MemVPTrainer"])
-def test_trainer_over_a_base_that_was_loaded_sharded(two: Group, kind: str, tmp_path: Path) -> None:
+def test_trainer_over_a_base_that_was_loaded_sharded(apart: Group, kind: str, tmp_path: Path) -> None:
     """transformers shards while it loads, and Trainer then averages what it finds unsharded: LoRA, and the memory."""
     language_model().save_pretrained(tmp_path)
-    first, second = two.run(_sharded, free_port(), str(tmp_path), kind)
+    first, second = apart.run(_sharded, free_port(), str(tmp_path), kind)
     for name, tensor in first[1].items():
         assert torch.equal(tensor, second[1][name]), f"{name} differs between ranks"
     _assert_alike(first, _trained(tf.LlamaForCausalLM.from_pretrained(tmp_path), tmp_path / "one", kind=kind))

@@ -13,18 +13,14 @@ from torch import Tensor
 
 from memvp_kernels import MemVPModel
 from tests.models.tiny import CONFIG, VISION, VOCABULARY, language_model, with_memory
-from tests.models.tools import tokenizer
+from tests.models.tools import arguments, losses, tokenizer
 
 for _needed in ("trl", "datasets"):
     pytest.importorskip(_needed, reason=f"{_needed} is not installed (pip install trl)")
 
 STEPS, ROWS = 10, 4
 COMMON: dict[str, Any] = {
-    "use_cpu": True,
     "bf16": False,
-    "report_to": [],
-    "disable_tqdm": True,
-    "save_strategy": "no",
     "logging_steps": 1,
     "per_device_train_batch_size": 2,
     "max_steps": STEPS,
@@ -75,11 +71,6 @@ def _dataset(rows: list[dict[str, Any]]) -> Any:
     return datasets.Dataset.from_list(rows)
 
 
-def _losses(trainer: Any) -> list[float]:
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 def _step_by_hand(model: MemVPModel, loss: Tensor) -> None:
     loss.backward()
     with torch.no_grad():
@@ -100,13 +91,13 @@ def test_sft(family: str, tmp_path: Path) -> None:
     import trl
 
     model, by_hand = with_memory(language_model(family)), with_memory(language_model(family))
-    arguments = trl.SFTConfig(str(tmp_path), max_length=None, gradient_checkpointing=family == "gemma2", **COMMON)
+    args = arguments(tmp_path, trl.SFTConfig, max_length=None, gradient_checkpointing=family == "gemma2", **COMMON)
     options = {"processing_class": tokenizer(), "data_collator": _collate_sft}
-    trainer = trl.SFTTrainer(model=model, args=arguments, train_dataset=_dataset(_rows("input_ids")), **options)
+    trainer = trl.SFTTrainer(model=model, args=args, train_dataset=_dataset(_rows("input_ids")), **options)
     seen = _seen(model)
-    losses = _losses(trainer)
-    assert len(losses) == STEPS
-    for batch, loss in zip(seen, losses, strict=True):
+    trainer.train()
+    assert len(losses(trainer)) == STEPS
+    for batch, loss in zip(seen, losses(trainer), strict=True):
         batch = {name: batch[name] for name in ("input_ids", "attention_mask", "labels", "image_features")}
         wanted = by_hand(**batch).loss
         assert loss == pytest.approx(wanted.item(), rel=1e-4)
@@ -131,8 +122,9 @@ def test_dpo(reference: str, tmp_path: Path) -> None:
     model, by_hand = with_memory(language_model(), config), with_memory(language_model())
     start, beta = with_memory(language_model()), 0.3
     at_start = reference == "the model at the start"
-    arguments = trl.DPOConfig(
-        str(tmp_path),
+    args = arguments(
+        tmp_path,
+        trl.DPOConfig,
         max_length=None,
         beta=beta,
         gradient_checkpointing=False,
@@ -142,7 +134,7 @@ def test_dpo(reference: str, tmp_path: Path) -> None:
     trainer = trl.DPOTrainer(
         model=model,
         ref_model=None if at_start else model.language_model,
-        args=arguments,
+        args=args,
         train_dataset=_dataset(_preferences()),
         processing_class=tokenizer(),
         data_collator=_collate_dpo,
@@ -153,9 +145,9 @@ def test_dpo(reference: str, tmp_path: Path) -> None:
         batches.append(dict(inputs)),
         compute(model, inputs, *a, **k),
     )[1]
-    losses = _losses(trainer)
-    assert len(losses) == len(batches) == STEPS
-    for batch, loss in zip(batches, losses, strict=True):
+    trainer.train()
+    assert len(losses(trainer)) == len(batches) == STEPS
+    for batch, loss in zip(batches, losses(trainer), strict=True):
         with torch.no_grad():
             text = {name: value for name, value in batch.items() if name != "image_features"}
             chosen, rejected = _answer_log_probs(

@@ -10,41 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from memvp_kernels import MemVPModel
+from memvp_kernels.models.trainer import MemVPTrainer
 from tests.models.tiny import CONFIG, features, language_model, tokens, with_memory
+from tests.models.tools import arguments, collate, losses, row
 
 
-class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """Token ids and an image each; every third row has none."""
-
-    def __len__(self) -> int:
-        return 12
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        ids = tokens(1, 5, seed=i)[0]
-        return {"input_ids": ids, "labels": ids, "image_features": features(0 if i % 3 == 2 else 4, seed=i)[0]}
-
-
-def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    batch: dict[str, Any] = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
-    return batch | {"image_features": [row["image_features"] for row in rows]}
-
-
-def arguments(folder: Path, **options: Any) -> dict[str, Any]:
-    """What every Trainer here is built with."""
-    from transformers import TrainingArguments
-
-    settings = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        num_train_epochs=4,
-        learning_rate=0.05,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        **options,
-    )
-    return {"args": settings, "train_dataset": Rows(), "eval_dataset": Rows(), "data_collator": collate}
+def _options(folder: Path, **options: Any) -> dict[str, Any]:
+    """What every Trainer here is built with; every third row has no image."""
+    rows = [row(tokens(1, 5, seed=i)[0], features(0 if i % 3 == 2 else 4, seed=i)[0]) for i in range(12)]
+    settings = {"per_device_train_batch_size": 4, "num_train_epochs": 4, "learning_rate": 0.05, "logging_steps": 1}
+    args = arguments(folder, **{"save_strategy": "steps"} | settings | options)
+    return {"args": args, "train_dataset": rows, "eval_dataset": rows, "data_collator": collate}
 
 
 def _tied() -> MemVPModel:
@@ -52,20 +28,18 @@ def _tied() -> MemVPModel:
 
 
 def _run(model: MemVPModel, folder: Path, resume: Path | None = None, **options: Any) -> dict[str, Any]:
-    from memvp_kernels.models.trainer import MemVPTrainer
-
-    trainer = MemVPTrainer(model=model, **arguments(folder, save_steps=5, **options))
+    trainer = MemVPTrainer(model=model, **_options(folder, save_steps=5, **options))
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
 
 
 def test_resuming_is_not_stopping(tmp_path: Path) -> None:
     whole = _tied()
-    losses = _run(whole, tmp_path / "whole")
+    uninterrupted = _run(whole, tmp_path / "whole")
     checkpoint = tmp_path / "whole" / "checkpoint-5"
     resumed = _tied()
     again = _run(resumed, tmp_path / "resumed", checkpoint)
-    assert sorted(losses) == list(range(1, 13)) and {step: losses[step] for step in range(6, 13)} == {
+    assert sorted(uninterrupted) == list(range(1, 13)) and {step: uninterrupted[step] for step in range(6, 13)} == {
         step: loss for step, loss in again.items() if step > 5
     }
     for (name, a), b in zip(whole.adapter_state_dict().items(), resumed.adapter_state_dict().values(), strict=True):
@@ -117,16 +91,14 @@ def test_the_plain_trainer_trains(checkpointing: bool, tmp_path: Path) -> None:
     """The same steps as MemVPTrainer's, which differs in what it saves."""
     from transformers import Trainer
 
-    from memvp_kernels.models.trainer import MemVPTrainer
-
     runs = []
     for kind in (Trainer, MemVPTrainer):
         model = with_memory(language_model("llama", seed=1), CONFIG)
         frozen = {name: tensor.clone() for name, tensor in model.language_model.state_dict().items()}
-        options = arguments(tmp_path, save_strategy="no", gradient_checkpointing=checkpointing)
+        options = _options(tmp_path, save_strategy="no", gradient_checkpointing=checkpointing)
         trainer = kind(model=model, **options)
         trainer.train()
-        runs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        runs.append(losses(trainer))
         assert trainer.evaluate()["eval_loss"] < runs[-1][0]
         for name, tensor in model.language_model.state_dict().items():
             assert torch.equal(tensor, frozen[name]), f"{name} moved"

@@ -18,18 +18,24 @@ from torch import Tensor
 
 from memvp_kernels.models.patching import feed_forward
 from memvp_kernels.shared_memory import fused_ffn_shared
-from tests.models.tiny import CONFIG, KINDS, features, language_model, oracle, shuffled, tokens, with_memory, wrapped
-
-IMAGES = features(4, 0, 10)
-
-
-def _inputs() -> dict[str, Any]:
-    return {"input_ids": tokens(3), "labels": tokens(3)}
+from tests.models.tiny import (
+    CONFIG,
+    IMAGES,
+    KINDS,
+    features,
+    inputs,
+    language_model,
+    oracle,
+    shuffled,
+    tokens,
+    with_memory,
+    wrapped,
+)
 
 
 def _step(model: Any, **images: Any) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
-    loss = model(**(images or {"image_features": IMAGES}), **_inputs()).loss
+    loss = model(**(images or {"image_features": IMAGES}), **inputs()).loss
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -89,10 +95,10 @@ def test_autocast(family: str, opaque: bool) -> None:
                 linears = [m for m in ffn._modules.values() if isinstance(m, torch.nn.Linear)]
                 linears[0].register_forward_hook(lambda *args: None)
         plain = language_model(family, seed)
-        _, exact_gradients = oracle(plain, model, IMAGES, **_inputs())
+        _, exact_gradients = oracle(plain, model, IMAGES, **inputs())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             _, gradients = _step(model)
-            _, their_gradients = oracle(plain, model, IMAGES, dtype=torch.float32, factored=True, **_inputs())
+            _, their_gradients = oracle(plain, model, IMAGES, dtype=torch.float32, factored=True, **inputs())
         parts = {id(p): n for n, p in model.named_parameters()}
         order = [model.key_position, model.value_position, *model.projector.parameters()]
         mine = [gradients[parts[id(p)]] for p in order]
@@ -114,7 +120,7 @@ def test_accelerate() -> None:
     accelerator = accelerate.Accelerator(cpu=True)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    loss = prepared(image_features=IMAGES, **_inputs()).loss
+    loss = prepared(image_features=IMAGES, **inputs()).loss
     accelerator.backward(loss)
     optimizer.step()
     wanted = _step(plain)

@@ -17,7 +17,7 @@ VOCABULARY, WIDTH, VISION = 40, 32, 12
 CONFIG = MemVPConfig(vision_dim=VISION, projector_dim=6, num_slots=10, feature_scale=0.5, memory_scale=0.7, dropout=0.0)
 
 
-def _decoder(config: Any, model: Any, **extra: Any) -> nn.Module:
+def decoder(config: Any, model: Any, **extra: Any) -> nn.Module:
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": WIDTH,
@@ -73,14 +73,14 @@ def _bart(**extra: Any) -> nn.Module:
 
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "llama": lambda: _decoder(tf.LlamaConfig, tf.LlamaForCausalLM),
-    "llama-biased": lambda: _decoder(tf.LlamaConfig, tf.LlamaForCausalLM, mlp_bias=True),
-    "mistral": lambda: _decoder(tf.MistralConfig, tf.MistralForCausalLM),
-    "qwen2": lambda: _decoder(tf.Qwen2Config, tf.Qwen2ForCausalLM),
-    "qwen3": lambda: _decoder(tf.Qwen3Config, tf.Qwen3ForCausalLM),
-    "gemma": lambda: _decoder(tf.GemmaConfig, tf.GemmaForCausalLM),
-    "gemma2": lambda: _decoder(tf.Gemma2Config, tf.Gemma2ForCausalLM),
-    "gemma3": lambda: _decoder(tf.Gemma3TextConfig, tf.Gemma3ForCausalLM),
+    "llama": lambda: decoder(tf.LlamaConfig, tf.LlamaForCausalLM),
+    "llama-biased": lambda: decoder(tf.LlamaConfig, tf.LlamaForCausalLM, mlp_bias=True),
+    "mistral": lambda: decoder(tf.MistralConfig, tf.MistralForCausalLM),
+    "qwen2": lambda: decoder(tf.Qwen2Config, tf.Qwen2ForCausalLM),
+    "qwen3": lambda: decoder(tf.Qwen3Config, tf.Qwen3ForCausalLM),
+    "gemma": lambda: decoder(tf.GemmaConfig, tf.GemmaForCausalLM),
+    "gemma2": lambda: decoder(tf.Gemma2Config, tf.Gemma2ForCausalLM),
+    "gemma3": lambda: decoder(tf.Gemma3TextConfig, tf.Gemma3ForCausalLM),
     "t5": lambda: _t5(tf.T5Config, tf.T5ForConditionalGeneration, feed_forward_proj="relu"),
     "t5-gated": lambda: _t5(tf.T5Config, tf.T5ForConditionalGeneration, feed_forward_proj="gated-gelu"),
     "mt5": lambda: _t5(tf.MT5Config, tf.MT5ForConditionalGeneration),
@@ -106,7 +106,7 @@ def language_model(family: str = "llama", seed: int = 0) -> Any:
 def one_layer() -> Any:
     """The quickest model to trace."""
     torch.manual_seed(0)
-    return _decoder(tf.LlamaConfig, tf.LlamaForCausalLM, num_hidden_layers=1).eval()
+    return decoder(tf.LlamaConfig, tf.LlamaForCausalLM, num_hidden_layers=1).eval()
 
 
 def wrapped(family: str = "llama", config: MemVPConfig = CONFIG, seed: int = 0, **options: Any) -> MemVPModel:
@@ -147,10 +147,19 @@ def tokens(samples: int = 3, length: int = 5, seed: int = 2) -> Tensor:
     return torch.randint(3, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
 
 
+def inputs(samples: int = 3) -> dict[str, Tensor]:
+    """Ids that are their own labels."""
+    return {"input_ids": tokens(samples), "labels": tokens(samples)}
+
+
 def features(*counts: int, seed: int = 3) -> list[Tensor | None]:
     """One entry per sample: that many visual tokens, or None for 0."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(n, VISION, generator=generator) if n else None for n in counts]
+
+
+#: Of three samples: a short image, none, one that fills every slot.
+IMAGES = features(4, 0, 10)
 
 
 def oracle(

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from memvp_kernels import MemVPModel
 from memvp_kernels.models.patching import vision_adapters as vision
-from memvp_kernels.models.patching.patch import Patch
 from tests.models.clip import pixels, vision_model
 from tests.models.tiny import CONFIG, KINDS, VISION, features, language_model, tokens, with_memory, wrapped
 
@@ -46,14 +45,6 @@ def test_the_file_holds_the_adapter_alone(tmp_path: Path) -> None:
     state = load_file(tmp_path / "memvp_model.safetensors")
     assert set(state) == _TENSORS
     assert sum(t.numel() for t in state.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def test_saving_leaves_the_model_trainable(tmp_path: Path) -> None:
-    model = wrapped()
-    model.save_pretrained(tmp_path)
-    again = MemVPModel.from_pretrained(language_model(), tmp_path)
-    again(input_ids=tokens(3), labels=tokens(3)).loss.backward()
-    assert again.key_position.grad is not None
 
 
 def test_vision_adapters_come_along(tmp_path: Path) -> None:
@@ -139,7 +130,9 @@ def test_a_refused_adapter_leaves_the_vision_model_as_it_was(tmp_path: Path) -> 
     other, base = vision_model(VISION), language_model()
     next(other.parameters()).requires_grad_(False)
     before, language_before = _described(other), _described(base)
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(
+        ValueError, match=r"does not fit.*key_position is \(10, 32\), the model's is \(11, 32\); value_position"
+    ):
         MemVPModel.from_pretrained(base, tmp_path, other)
     assert _described(other) == before
     assert _described(base) == language_before
@@ -177,19 +170,6 @@ def test_options_pass_through(tmp_path: Path) -> None:
     wrapped().save_pretrained(tmp_path)
     again = MemVPModel.from_pretrained(language_model(), tmp_path, backend="torch", recompute=True)
     assert (again.backend, again.recompute) == ("torch", True)
-
-
-def test_an_adapter_for_another_size_is_refused_whole(tmp_path: Path) -> None:
-    wrapped("llama").save_pretrained(tmp_path)
-    (tmp_path / "memvp_config.json").write_text(
-        (tmp_path / "memvp_config.json").read_text().replace('"num_slots": 10', '"num_slots": 11')
-    )
-    base = language_model("llama")
-    with pytest.raises(
-        ValueError, match=r"does not fit.*key_position is \(10, 32\), the model's is \(11, 32\); value_position"
-    ):
-        MemVPModel.from_pretrained(base, tmp_path)
-    assert not any(isinstance(m, Patch) for m in base.modules()) and next(base.parameters()).requires_grad
 
 
 def test_missing_and_unexpected_names_are_all_named() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from memvp_kernels import MemVPConfig, MemVPModel
 from memvp_kernels.models.memory.visual_memory import Memory
 from memvp_kernels.shared_memory import SharedMemory
-from tests.models.tiny import features, tokens, wrapped
+from tests.models.tiny import decoder, features, tokens, wrapped
 
 WIDTH, SLOTS, RANK, IMAGES = 64, 20, 16, 3
 _PASSES = ("aten::add", "aten::add_", "aten::fill_", "aten::copy_", "aten::sum")
@@ -22,16 +22,8 @@ _PASSES = ("aten::add", "aten::add_", "aten::fill_", "aten::copy_", "aten::sum")
 
 def _base(layers: int, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
-    return tf.LlamaForCausalLM(
-        tf.LlamaConfig(
-            vocab_size=40,
-            hidden_size=WIDTH,
-            intermediate_size=96,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    ).to(dtype)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": layers, "head_dim": WIDTH // 4}
+    return decoder(tf.LlamaConfig, tf.LlamaForCausalLM, **sizes).to(dtype)
 
 
 def _is_memory(shape: tuple[int, ...]) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memvp_kernels import MemVPConfig, MemVPModel
@@ -15,7 +14,7 @@ from memvp_kernels.models.memory.projector import Projector
 from memvp_kernels.models.memory.visual_memory import VisualMemory
 from memvp_kernels.models.patching import vision_adapters as vision
 from tests.models.clip import pixels, vision_model
-from tests.models.tiny import CONFIG, VISION, WIDTH, features, language_model, tokens, with_memory, wrapped
+from tests.models.tiny import CONFIG, IMAGES, VISION, WIDTH, features, language_model, tokens, with_memory, wrapped
 
 
 def _logits(model: MemVPModel, images: Any, ids: Tensor | None = None, **options: Any) -> Tensor:
@@ -34,15 +33,6 @@ def test_factors_are_the_projector(inner: int, rank: int) -> None:
     assert not rows[2].any() and not rows[:, inner + 1 :].any() and not basis[inner + 1 :].any()
 
 
-def test_projector_is_linear_silu_linear_with_biases() -> None:
-    model = MemVPModel(language_model(), MemVPConfig(vision_dim=VISION))
-    x = torch.randn(2, 5, VISION)
-    f = model.projector
-    wanted = F.linear(F.silu(F.linear(x, f.fc1.weight, f.fc1.bias)), f.fc2.weight, f.fc2.bias)
-    assert torch.equal(f(x), wanted)
-    assert f.fc1.weight.shape == (128, VISION) and f.fc2.weight.shape == (WIDTH, 128)
-
-
 def test_the_start_is_the_official_one() -> None:
     model = MemVPModel(language_model(), MemVPConfig(vision_dim=VISION, num_slots=400))
     assert model.key_position.shape == model.value_position.shape == (400, WIDTH)
@@ -55,38 +45,6 @@ def test_the_papers_parameter_count() -> None:
     memory = VisualMemory(MemVPConfig(), width=4096, layers=32)
     counted = sum(p.numel() for p in memory.parameters())
     assert counted == 3_879_040 - 24 * 2 * 12 * 1024 - 2 * 4096
-
-
-def test_free_slots_and_feature_slots() -> None:
-    """K = f + p^k and V = f + p^v; rows past the image's tokens are the positions alone."""
-    model = wrapped()
-    core = model.encode_images(features(4, 0))
-    memory = model.memory(core=core)
-    f = memory.core @ memory.basis
-    image = features(4, 0)[0]
-    torch.testing.assert_close(f[0, :4], CONFIG.feature_scale * model.projector(image))
-    assert not f[0, 4:].any() and not f[1].any()
-    assert memory.positions(0)[0] is model.key_position and memory.positions(1)[1] is model.value_position
-
-
-def test_scales_are_lambda_and_s() -> None:
-    """Doubling λ is doubling fc2; doubling s is doubling what the memory adds to the last layer."""
-    base = wrapped(config=dataclasses.replace(CONFIG, feature_scale=1.0))
-    doubled = wrapped(config=dataclasses.replace(CONFIG, feature_scale=0.5))
-    with torch.no_grad():
-        for parameter in doubled.projector.fc2.parameters():
-            parameter.mul_(2)
-    images = features(4, 0, 10)
-    torch.testing.assert_close(_logits(base, images), _logits(doubled, images))
-
-    hidden = []
-    for s in (0.0, 0.3, 0.6):
-        model = wrapped(config=dataclasses.replace(CONFIG, memory_scale=s, layers=(1,)))
-        seen: list[Tensor] = []
-        with model.observing(lambda layer, x, y, seen=seen: seen.append(y)):
-            _logits(model, images)
-        hidden += seen
-    torch.testing.assert_close(hidden[2] - hidden[0], 2 * (hidden[1] - hidden[0]))
 
 
 def test_dropout_drops_visual_activations_in_training_only() -> None:
@@ -194,65 +152,60 @@ def test_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "error", "message"),
+    ("given", "error", "message"),
     [
-        (torch.zeros(3, 4, VISION + 1), ValueError, r"image_features: wanted width vision_dim = 12, got \(3, 4, 13\)"),
-        (torch.zeros(3, 11, VISION), ValueError, "image_features: 11 visual tokens do not fit 10 slots"),
-        (torch.zeros(4, VISION), ValueError, r"image_features: wanted \(B, n, 12\), got \(4, 12\)"),
-        (torch.zeros(2, 4, VISION), ValueError, "image_features: 2 images for 3 samples.*visual_index"),
-        (torch.zeros(3, 4, VISION, dtype=torch.int64), TypeError, "wanted floating-point features.*pixel_values"),
-        ([None, None], ValueError, "2 images for 3 samples"),
-        ([None, torch.zeros(4, 5), None], ValueError, r"image_features\[1\]: wanted width vision_dim = 12"),
+        *(
+            ({"image_features": images}, error, f"image_features{message}")
+            for images, error, message in (
+                (torch.zeros(3, 4, VISION + 1), ValueError, r": wanted width vision_dim = 12, got \(3, 4, 13\)"),
+                (torch.zeros(3, 11, VISION), ValueError, ": 11 visual tokens do not fit 10 slots"),
+                (torch.zeros(4, VISION), ValueError, r": wanted \(B, n, 12\), got \(4, 12\)"),
+                (torch.zeros(2, 4, VISION), ValueError, ": 2 images for 3 samples.*visual_index"),
+                (torch.zeros(3, 4, VISION, dtype=torch.int64), TypeError, ".*floating-point features.*pixel_values"),
+                ([None, None], ValueError, ": 2 images for 3 samples"),
+                ([None, torch.zeros(4, 5), None], ValueError, r"\[1\]: wanted width vision_dim = 12"),
+                ([None, torch.zeros(1, 4, VISION), None], ValueError, r"\[1\]: wanted \(n, 12\), got \(1, 4, 12\)"),
+                ([[torch.zeros(6, VISION)] * 2, None, None], ValueError, r"\[0\]: 12 visual tokens do not fit 10"),
+                ([[torch.zeros(6, VISION), 3], None, None], TypeError, r"\[0\]: wanted a tensor, a list of tensors"),
+                ([[torch.zeros(VISION)], None, None], ValueError, r"\[0\]\[0\]: wanted \(n, 12\), got \(12,\)"),
+                ("image.png", TypeError, ": wanted a tensor, a list with one entry per sample or None, got str"),
+            )
+        ),
         (
-            [None, torch.zeros(1, 4, VISION), None],
+            {"image_features": IMAGES, "visual_core": torch.zeros(3, 10, 8)},
             ValueError,
-            r"image_features\[1\]: wanted \(n, 12\), got \(1, 4, 12\)",
+            "image_features and visual_core were given",
         ),
-        (
-            [[torch.zeros(6, VISION)] * 2, None, None],
-            ValueError,
-            r"image_features\[0\]: 12 visual tokens do not fit 10",
+        *(
+            ({"visual_core": core}, error, f"visual_core: {message}")
+            for core, error, message in (
+                (torch.zeros(3, 10, 9), ValueError, r"wanted \(B, 10, 8\) from encode_images, got \(3, 10, 9\)"),
+                (torch.zeros(1, 10, 8), ValueError, "1 images for 3 samples"),
+                ([[0.0]], TypeError, r"wanted \(B, 10, 8\) from encode_images, got list"),
+                (torch.zeros(3, 10, 8, dtype=torch.int64), TypeError, r"wanted .* got torch\.int64"),
+            )
         ),
-        (
-            [[torch.zeros(6, VISION), 3], None, None],
-            TypeError,
-            r"image_features\[0\]: wanted a tensor, a list of tensors",
+        *(
+            ({"image_features": features(4), "visual_index": index}, error, f"visual_index: wanted {message}")
+            for index, error, message in (
+                (torch.tensor([0, 0]), ValueError, r"\(3,\) int32 or int64.* got \(2,\); -1 stands for"),
+                ([0, 0, 0], TypeError, r"\(3,\) int32 or int64.* got list; torch.as_tensor"),
+                (torch.zeros(3), TypeError, r".* got torch\.float32; cast it"),
+                (torch.tensor([0, 0, 2**32]), ValueError, "values in"),
+                (torch.tensor([0, 0, 1]), ValueError, "values in"),
+            )
         ),
-        ([[torch.zeros(VISION)], None, None], ValueError, r"image_features\[0\]\[0\]: wanted \(n, 12\), got \(12,\)"),
-        ("image.png", TypeError, "image_features: wanted a tensor, a list with one entry per sample or None, got str"),
+        ({"pixel_values": torch.zeros(3, 3, 8, 8)}, ValueError, "pixel_values: wanted a MemVPModel with vision_model="),
     ],
 )
-def test_images_that_do_not_fit(images: Any, error: type[Exception], message: str) -> None:
+def test_images_that_do_not_fit(given: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        _logits(wrapped(), images)
+        wrapped()(input_ids=tokens(3), **given)
 
 
 def test_arguments_that_do_not_fit() -> None:
-    model = wrapped()
-    with pytest.raises(ValueError, match="image_features and visual_core were given"):
-        _logits(model, features(4, 0, 10), visual_core=torch.zeros(3, 10, 8))
-    with pytest.raises(ValueError, match=r"visual_core: wanted \(B, 10, 8\) from encode_images, got \(3, 10, 9\)"):
-        _logits(model, None, visual_core=torch.zeros(3, 10, 9))
-    with pytest.raises(ValueError, match="visual_core: 1 images for 3 samples"):
-        _logits(model, None, visual_core=torch.zeros(1, 10, 8))
-    with pytest.raises(TypeError, match=r"visual_core: wanted \(B, 10, 8\) from encode_images, got list"):
-        _logits(model, None, visual_core=[[0.0]])
-    with pytest.raises(TypeError, match=r"visual_core: wanted .* got torch\.int64"):
-        _logits(model, None, visual_core=torch.zeros(3, 10, 8, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"visual_index: wanted \(3,\) int32 or int64.* got \(2,\); -1 stands for"):
-        _logits(model, features(4), visual_index=torch.tensor([0, 0]))
-    with pytest.raises(TypeError, match=r"visual_index: wanted \(3,\) int32 or int64.* got list; torch.as_tensor"):
-        _logits(model, features(4), visual_index=[0, 0, 0])
-    with pytest.raises(TypeError, match=r"visual_index: wanted .* got torch\.float32; cast it"):
-        _logits(model, features(4), visual_index=torch.zeros(3))
-    with pytest.raises(ValueError, match="visual_index: wanted values in"):
-        _logits(model, features(4), visual_index=torch.tensor([0, 0, 2**32]))
-    with pytest.raises(ValueError, match="visual_index: wanted values in"):
-        _logits(model, features(4), visual_index=torch.tensor([0, 0, 1]))
-    with pytest.raises(ValueError, match="pixel_values: wanted a MemVPModel with vision_model="):
-        model(input_ids=tokens(3), pixel_values=torch.zeros(3, 3, 8, 8))
     with pytest.raises(ValueError, match="wanted image_features or pixel_values, got neither"):
-        model.encode_images()
+        wrapped().encode_images()
     with pytest.raises(TypeError, match="config: wanted a MemVPConfig, got dict"):
         MemVPModel(language_model(), {})  # type: ignore[arg-type]
 

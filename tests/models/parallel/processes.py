@@ -18,8 +18,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TIMEOUT", "Group", "free_port"]
-
 TIMEOUT = 15.0  # seconds, of one collective
 _PATIENCE = 120.0  # seconds, of one test's function
 
@@ -104,6 +102,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return int(probe.getsockname()[1])
+
+
+def meet(port: int) -> None:
+    """In a process of a group that accelerate is to introduce to each other, as if nothing had run in it before."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def _serve(pipe: Connection, rank: int, world: int, meeting: str | None) -> None:

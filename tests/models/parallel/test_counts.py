@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from tests.models.parallel.counts import Preset, held, messages
 from tests.models.parallel.processes import Group
-from tests.models.parallel.tiny import CONFIG, batch, language_model, memvp_model, saved_base
+from tests.models.parallel.test_data_parallel import laid_out
+from tests.models.parallel.tiny import CONFIG, batch, language_model, memvp_model, saved_base, split_base
 from tests.models.parallel.traffic import Traffic
 from tests.models.tools import fails_before
 
@@ -99,15 +100,7 @@ def test_bytes_that_ddp_sends(two: Group) -> None:
 
 
 def _fsdp2() -> tuple[Bytes, set[str]]:
-    from torch.distributed.fsdp import fully_shard
-    from torch.nn.parallel import DistributedDataParallel
-
-    model = memvp_model()
-    for layer in model.language_model.model.layers:
-        fully_shard(layer)
-    fully_shard(model.language_model)
-    model.memory = DistributedDataParallel(model.memory)  # type: ignore[assignment]
-    return _step(model)
+    return _step(laid_out("fsdp2-recipe")[0])
 
 
 def test_bytes_that_fsdp2_sends(two: Group) -> None:
@@ -115,12 +108,7 @@ def test_bytes_that_fsdp2_sends(two: Group) -> None:
 
 
 def _tensor_parallel(folder: str) -> tuple[Bytes, int, set[str], Bytes]:
-    from transformers import LlamaForCausalLM
-    from transformers.distributed import DistributedConfig
-
-    base = LlamaForCausalLM.from_pretrained(
-        folder, distributed_config=DistributedConfig(tp_size=dist.get_world_size()), attn_implementation="eager"
-    )
+    base = split_base(folder)
     stored = sum(p.to_local().nbytes if hasattr(p, "to_local") else p.nbytes for p in base.parameters())
     model = memvp_model(base)
     found, unknown = _step(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from typing import Any
 
@@ -30,28 +31,20 @@ LAYOUTS = ("ddp", "ddp-static", "ddp-memory", "fsdp2-root", "fsdp2-own", "fsdp2-
 TEXT_ONLY = {"images": (), "some": (1, 2), "rank 1 has none": (2, 3), "none at all": (0, 1, 2, 3)}
 
 
-def laid_out(layout: str, **options: Any) -> tuple[Any, nn.Module]:
-    """The MemVPModel, and what is called in its stead."""
-    from torch.distributed.fsdp import fully_shard
+def laid_out(layout: str, model: Any = None, policy: Any = None, **options: Any) -> tuple[Any, nn.Module]:
+    """The MemVPModel (default: `memvp_model(**options)`), and what is called in its stead; policy: FSDP2's for numbers."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    model: Any = memvp_model(**options)
-    if layout == "ddp":
-        return model, DistributedDataParallel(model)
-    if layout == "ddp-static":
-        return model, DistributedDataParallel(model, static_graph=True)
-    if layout == "ddp-memory":
-        model.memory = DistributedDataParallel(model.memory)
-        return model, model
-    for layer in model.language_model.model.layers:
-        fully_shard(layer)
-    if layout == "fsdp2-root":
-        fully_shard(model)
-    elif layout == "fsdp2-own":
-        fully_shard(model.memory)
-        fully_shard(model)
-    else:
-        fully_shard(model.language_model)
+    model = memvp_model(**options) if model is None else model
+    if layout.startswith("ddp") and layout != "ddp-memory":
+        return model, DistributedDataParallel(model, static_graph=layout == "ddp-static")
+    if layout.startswith("fsdp2"):
+        parts = [*model.language_model.model.layers]
+        parts += {"fsdp2-root": [model], "fsdp2-own": [model.memory, model]}.get(layout, [model.language_model])
+        for module in parts:
+            fully_shard(module, mp_policy=policy or MixedPrecisionPolicy())
+    if layout in ("ddp-memory", "fsdp2-recipe"):
         model.memory = DistributedDataParallel(model.memory)
     return model, model
 
@@ -61,6 +54,12 @@ def part(inputs: dict[str, Any]) -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
     count = len(inputs["input_ids"]) // world
     return {name: values[rank * count : (rank + 1) * count] for name, values in inputs.items()}
+
+
+def assert_within(answers: list[dict[str, float]]) -> None:
+    """Every rank's errors, in parts of what they may be."""
+    for errors in answers:
+        assert max(errors.values()) < 1, errors
 
 
 def full_tensors(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -99,18 +98,12 @@ def _errors(layout: str, inputs: dict[str, Any], wanted: Reference, checkpointin
 )
 def test_gradients_are_those_of_one_process(two: Group, layout: str, text_only: str, checkpointing: bool) -> None:
     """A rank without any image neither hangs nor fails: its zero cores pass every layer like any other."""
-    inputs = batch(without=TEXT_ONLY[text_only])
-    for errors in two.run(_errors, layout, inputs, _reference(text_only), checkpointing):
-        assert max(errors.values()) < 1, errors
+    assert_within(two.run(_errors, layout, batch(without=TEXT_ONLY[text_only]), _reference(text_only), checkpointing))
 
 
-_REFERENCES: dict[str, Reference] = {}
-
-
+@functools.cache
 def _reference(text_only: str) -> Reference:
-    if text_only not in _REFERENCES:
-        _REFERENCES[text_only] = reference(batch(without=TEXT_ONLY[text_only]))
-    return _REFERENCES[text_only]
+    return reference(batch(without=TEXT_ONLY[text_only]))
 
 
 def _leftovers(layout: str) -> tuple[int, int]:
@@ -152,49 +145,36 @@ def _accumulated() -> dict[str, float]:
 
 
 def test_accumulation_without_synchronising(two: Group) -> None:
-    for errors in two.run(_accumulated):
-        assert max(errors.values()) < 1, errors
+    assert_within(two.run(_accumulated))
 
 
-def _half_precision(layout: str) -> dict[str, float]:
-    """A bfloat16 base under a float32 memory, as it is trained."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.nn.parallel import DistributedDataParallel
+def _half_precision(layout: str, by_policy: bool) -> dict[str, float]:
+    """A bfloat16 base under a float32 memory, as it is trained; under a policy, the root's inputs are cast as well, the images among them."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
     half = torch.bfloat16
     wanted = reference(batch(), dtype=half)
-    by_policy = layout.endswith("policy")
-    model: Any = memvp_model(language_model() if by_policy else language_model().to(half))
-    policy = MixedPrecisionPolicy(param_dtype=half) if by_policy else MixedPrecisionPolicy()
-    for layer in model.language_model.model.layers:
-        fully_shard(layer, mp_policy=policy)
-    if layout.startswith("root"):  # under a policy, the root's inputs are cast as well, the images among them
-        fully_shard(model, mp_policy=policy)
-    else:
-        fully_shard(model.language_model, mp_policy=policy)
-        model.memory = DistributedDataParallel(model.memory)
+    policy = MixedPrecisionPolicy(param_dtype=half) if by_policy else None
+    model, _ = laid_out(layout, policy=policy, base=language_model() if by_policy else language_model().to(half))
     loss = model(**part(batch())).loss
     loss.backward()
     return wanted.errors(averaged(loss), full_tensors(adapter_gradients(model)))
 
 
-@pytest.mark.parametrize("layout", ["recipe", "root", "policy", "root policy"])
-def test_a_half_precision_base_under_a_float32_memory(two: Group, layout: str) -> None:
-    for errors in two.run(_half_precision, layout):
-        assert max(errors.values()) < 1, errors
+@pytest.mark.parametrize("by_policy", [False, True])
+@pytest.mark.parametrize("layout", ["fsdp2-recipe", "fsdp2-root"])
+def test_a_half_precision_base_under_a_float32_memory(two: Group, layout: str, by_policy: bool) -> None:
+    assert_within(two.run(_half_precision, layout, by_policy))
 
 
 def _sharded_first(config: MemVPConfig) -> tuple[dict[str, float], bool, bool]:
     """Wrapped after sharding; then generation, which runs the layers by itself; then the language model back."""
     from torch.distributed.fsdp import fully_shard
-    from torch.nn.parallel import DistributedDataParallel
 
     base = language_model()
-    for layer in base.model.layers:
-        fully_shard(layer)
-    fully_shard(base)
-    model: Any = memvp_model(base, config)
-    model.memory = DistributedDataParallel(model.memory)
+    for module in (*base.model.layers, base):
+        fully_shard(module)
+    model, _ = laid_out("ddp-memory", memvp_model(base, config))
     whole_batch = batch(tokens=4 + config.class_token)  # its feature is one more
     loss = model(**part(whole_batch)).loss
     loss.backward()
@@ -211,10 +191,9 @@ def _sharded_first(config: MemVPConfig) -> tuple[dict[str, float], bool, bool]:
 
 @pytest.mark.parametrize("config", [CONFIG, ADEM_VL], ids=["MemVP", "ADEM-VL"])
 def test_a_base_that_was_sharded_before(two: Group, config: MemVPConfig) -> None:
-    for errors, tokens, unloaded in two.run(_sharded_first, config):
-        assert max(errors.values()) < 1, errors
-        assert tokens
-        assert unloaded
+    answers = two.run(_sharded_first, config)
+    assert_within([errors for errors, _, _ in answers])
+    assert all(tokens and unloaded for _, tokens, unloaded in answers)
 
 
 def _root_generates(layout: str) -> tuple[bool, float, dict[str, float]]:
@@ -238,10 +217,9 @@ def _root_generates(layout: str) -> tuple[bool, float, dict[str, float]]:
 @pytest.mark.parametrize("layout", ["fsdp2-root", "fsdp2-own", "fsdp2-recipe"])
 def test_generation_and_encoding_by_a_sharded_model(two: Group, layout: str) -> None:
     """A rank that is done first goes on with the others, as transformers sees to: they could not gather a layer without it."""
-    for tokens, core, errors in two.run(_root_generates, layout):
-        assert tokens
-        assert core == 0.0
-        assert max(errors.values()) < 1, errors
+    answers = two.run(_root_generates, layout)
+    assert_within([errors for _, _, errors in answers])
+    assert all(tokens and core == 0.0 for tokens, core, _ in answers)
 
 
 def _with_vision(pixels: list[Any], shard: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -258,14 +236,26 @@ def _with_vision(pixels: list[Any], shard: bool) -> tuple[torch.Tensor, dict[str
     model: Any = memvp_model(language_model().double(), vision_model=clip.double())
     inputs = {name: v for name, v in batch().items() if name != "image_features"} | {"pixel_values": pixels}
     if shard:
-        for layer in (*model.language_model.model.layers, *clip.encoder.layers):
+        for layer in clip.encoder.layers:
             fully_shard(layer)
-        fully_shard(model)
-        inputs = part(inputs)
-    loss = model(**inputs).loss
+        laid_out("fsdp2-root", model)
+    return _float64_step(model, inputs, shard)
+
+
+def _float64_step(model: Any, inputs: dict[str, Any], shared: bool, entry: Any = None) -> Any:
+    """Loss and gradients; of a batch that ranks share, averaged and whole."""
+    loss = (entry or model)(**(part(inputs) if shared else inputs)).loss
     loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return (averaged(loss), full_tensors(found)) if shard else (loss.detach(), found)
+    return (averaged(loss), full_tensors(found)) if shared else (loss.detach(), found)
+
+
+def _assert_float64(answers: list[Any], wanted: Any) -> None:
+    for loss, found in answers:
+        torch.testing.assert_close(loss, wanted[0])
+        assert found.keys() == wanted[1].keys()
+        for name, gradient in wanted[1].items():
+            torch.testing.assert_close(found[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("missing", [(), (2, 3), (0, 1, 2, 3)], ids=["images", "rank 1 has none", "none at all"])
@@ -274,13 +264,9 @@ def test_a_sharded_vision_model(two: Group, missing: tuple[int, ...]) -> None:
     from tests.models.clip import pixels
 
     images = [None if i in missing else image for i, image in enumerate(pixels(4).double())]
-    wanted_loss, wanted = _with_vision(images, False)
-    assert any("adapter_mlp" in name for name in wanted)
-    for loss, found in two.run(_with_vision, images, True):
-        torch.testing.assert_close(loss, wanted_loss)
-        assert found.keys() == wanted.keys()
-        for name, gradient in wanted.items():
-            torch.testing.assert_close(found[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+    wanted = _with_vision(images, False)
+    assert any("adapter_mlp" in name for name in wanted[1])
+    _assert_float64(two.run(_with_vision, images, True), wanted)
 
 
 def _of_family(family: str, layout: str | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -292,29 +278,18 @@ def _of_family(family: str, layout: str | None) -> tuple[torch.Tensor, dict[str,
     from tests.models import tiny
 
     model: Any = tiny.with_memory(tiny.language_model(family).double())
-    entry = model
     inputs = {"input_ids": tiny.tokens(4), "labels": tiny.tokens(4, 3), "image_features": tiny.features(4, 7, 0, 0)}
-    if layout == "ddp":
-        entry = DistributedDataParallel(model)
-    elif layout == "fsdp2":
-        for _, layer, _ in find_layers(model.language_model):
-            fully_shard(layer)
-        fully_shard(model)
-    loss = entry(**(inputs if layout is None else part(inputs))).loss
-    loss.backward()
-    found = adapter_gradients(model)
-    return (loss.detach(), found) if layout is None else (averaged(loss), full_tensors(found))
+    if layout == "fsdp2":
+        for module in (*(layer for _, layer, _ in find_layers(model.language_model)), model):
+            fully_shard(module)
+    entry = DistributedDataParallel(model) if layout == "ddp" else model
+    return _float64_step(model, inputs, layout is not None, entry)
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_encoder_decoders(two: Group, family: str, layout: str) -> None:
-    wanted_loss, wanted = _of_family(family, None)
-    for loss, found in two.run(_of_family, family, layout):
-        torch.testing.assert_close(loss, wanted_loss)
-        assert found.keys() == wanted.keys()
-        for name, gradient in wanted.items():
-            torch.testing.assert_close(found[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+    _assert_float64(two.run(_of_family, family, layout), _of_family(family, None))
 
 
 def _cores() -> float:

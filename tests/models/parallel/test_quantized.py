@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from memvp_kernels.models.parallel.quantized import QuantizedLinear, read_quanti
 from memvp_kernels.models.patching import feed_forward
 from memvp_kernels.models.patching.weights import Opaque, QuantizedMatrices
 from tests.models.parallel.processes import Group
+from tests.models.parallel.test_data_parallel import assert_within, averaged, laid_out, part
 from tests.models.parallel.tiny import (
     CONFIG,
     adapter_gradients,
@@ -61,10 +63,10 @@ def _bnb8(base: Any) -> Any:
 
 def _replaced(base: Any, make: Callable[[nn.Linear], nn.Module]) -> Any:
     for layer in base.model.layers:
-        for part in (layer.self_attn, layer.mlp):
-            for name, child in list(part.named_children()):
+        for block in (layer.self_attn, layer.mlp):
+            for name, child in list(block.named_children()):
                 if isinstance(child, nn.Linear):
-                    setattr(part, name, make(child))
+                    setattr(block, name, make(child))
     return base.requires_grad_(False)
 
 
@@ -122,24 +124,13 @@ def test_dequantized_matrices_train_like_the_modules(name: str, monkeypatch: pyt
     model = memvp_model(BASES[name]())
     weights = [ffn.ffn_matrices() for _, ffn in model.memory_ffns()]
     assert all(isinstance(found, QuantizedMatrices) for found in weights), weights
-    runs: list[bool] = []
-    monkeypatch.setattr(feed_forward, "_dequantized", _counting(feed_forward._dequantized, runs))
+    dequantized = mock.Mock(wraps=feed_forward._dequantized)
+    monkeypatch.setattr(feed_forward, "_dequantized", dequantized)
     changes = {"mlp_bias": True} if "biases" in name else {}
     wanted = reference(batch(length=LONG, without=(1,)), base=lambda: _unpacked(BASES[name](), **changes))
-    by_modules = _run(model, monkeypatch, few=10**6)
-    assert not runs
-    dequantized = _run(model, monkeypatch, few=0)
-    assert runs == [True, True]
-    for errors in (wanted.errors(*by_modules), wanted.errors(*dequantized)):
-        assert max(errors.values()) < 1, errors
-
-
-def _counting(function: Any, runs: list[bool]) -> Any:
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        runs.append(True)
-        return function(*args, **kwargs)
-
-    return counted
+    for few, runs in ((10**6, 0), (0, 2)):
+        assert_within([wanted.errors(*_run(model, monkeypatch, few=few))])
+        assert dequantized.call_count == runs
 
 
 @pytest.mark.parametrize("name", list(BASES))
@@ -286,8 +277,7 @@ def test_dropout_draws_one_mask_for_forward_and_backward(monkeypatch: pytest.Mon
     model = memvp_model(BASES["torchao int8"](), config)
     for few in (10**6, 0):
         torch.manual_seed(7)
-        errors = wanted.errors(*_run(model, monkeypatch, few=few))
-        assert max(errors.values()) < 1, errors
+        assert_within([wanted.errors(*_run(model, monkeypatch, few=few))])
     assert max(wanted.errors(*_run(model, monkeypatch, few=0)).values()) > 10, "another seed drops the same"
 
 
@@ -307,16 +297,9 @@ def test_lora_beside_the_memory_on_a_4_bit_base(monkeypatch: pytest.MonkeyPatch)
 
 
 def _sharded_nf4(storage: torch.dtype) -> dict[str, float]:
-    from torch.distributed.fsdp import fully_shard
-    from torch.nn.parallel import DistributedDataParallel
-
     feed_forward._FEW_TOKENS = 0
     wanted = reference(batch(length=LONG), base=lambda: _unpacked(_nf4(language_model(), storage=storage)))
-    model: Any = memvp_model(_nf4(language_model(), storage=storage))
-    for layer in model.language_model.model.layers:
-        fully_shard(layer)
-    fully_shard(model.language_model)
-    model.memory = DistributedDataParallel(model.memory)
+    model, _ = laid_out("fsdp2-recipe", base=_nf4(language_model(), storage=storage))
     loss = model(**batch(length=LONG)).loss
     loss.backward()
     return wanted.errors(loss.detach(), adapter_gradients(model))
@@ -326,32 +309,23 @@ def _sharded_nf4(storage: torch.dtype) -> dict[str, float]:
 def test_a_sharded_4_bit_base(two: Group, storage: torch.dtype) -> None:
     """FSDP2 gathers into a plain parameter without a quantization state: it is read from the module."""
     pytest.importorskip("bitsandbytes", reason=EXTRA)
-    for errors in two.run(_sharded_nf4, storage):
-        assert max(errors.values()) < 1, errors
+    assert_within(two.run(_sharded_nf4, storage))
 
 
-def _data_parallel(name: str, entire: bool) -> dict[str, float]:
-    from torch.nn.parallel import DistributedDataParallel
-
-    from tests.models.parallel.test_data_parallel import averaged, part
-
+def _data_parallel(name: str, layout: str) -> dict[str, float]:
     inputs = batch(length=LONG, without=(2, 3))
     wanted = reference(inputs, base=lambda: _unpacked(BASES[name]()))
-    model: Any = memvp_model(BASES[name]())
-    if entire:
-        entry = DistributedDataParallel(model)
-    else:
-        entry, model.memory = model, DistributedDataParallel(model.memory)
+    model, entry = laid_out(layout, base=BASES[name]())
     loss = entry(**part(inputs)).loss
     loss.backward()
     return wanted.errors(averaged(loss), adapter_gradients(model))
 
 
 @pytest.mark.parametrize(
-    ("name", "entire"), [("bitsandbytes nf4", True), ("bitsandbytes nf4", False), ("torchao int8", False)]
+    ("name", "layout"),
+    [("bitsandbytes nf4", "ddp"), ("bitsandbytes nf4", "ddp-memory"), ("torchao int8", "ddp-memory")],
 )
-def test_ddp_over_a_quantized_base(two: Group, name: str, entire: bool) -> None:
+def test_ddp_over_a_quantized_base(two: Group, name: str, layout: str) -> None:
     """torchao's tensors do not take DDP's first broadcast: there the memory alone is wrapped, as the recipe does anyway."""
     pytest.importorskip(name.split()[0], reason=EXTRA)
-    for errors in two.run(_data_parallel, name, entire):
-        assert max(errors.values()) < 1, errors
+    assert_within(two.run(_data_parallel, name, layout))

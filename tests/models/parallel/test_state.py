@@ -15,7 +15,7 @@ from memvp_kernels import MemVPModel
 from memvp_kernels.models.io.state import AdapterState
 from tests.models.parallel.processes import Group
 from tests.models.parallel.test_data_parallel import laid_out, part
-from tests.models.parallel.tiny import batch, language_model, memvp_model, saved_base
+from tests.models.parallel.tiny import batch, language_model, memvp_model, saved_base, split_base
 from tests.models.tiny import shuffled
 
 LAYOUTS = ("ddp", "ddp-memory", "fsdp2-root", "fsdp2-own", "fsdp2-recipe", "tp", "alone")
@@ -27,9 +27,7 @@ def _made(layout: str, base: str) -> tuple[Any, Any]:
         model = memvp_model()
         return model, model
     if layout == "tp":
-        from tests.models.parallel.test_tensor_parallel import parallel_model
-
-        model = parallel_model(base)
+        model = memvp_model(split_base(base))
         return model, model
     return laid_out(layout)
 
@@ -57,7 +55,7 @@ def _save(layout: str, folder: str, base: str) -> None:
     dcp.save({"adapter": AdapterState(entry, optimizer)}, checkpoint_id=f"{folder}/distributed")
 
 
-def _resume(layout: str, folder: str, base: str, forget: bool) -> tuple[float, dict[str, Tensor]]:
+def _resume(layout: str, folder: str, base: str) -> tuple[float, dict[str, Tensor]]:
     """How far the two kinds of checkpoint are from each other, and where two more steps lead from there."""
     import torch.distributed.checkpoint as dcp
 
@@ -66,8 +64,7 @@ def _resume(layout: str, folder: str, base: str, forget: bool) -> tuple[float, d
     plain = model.adapter_state_dict()
     again, entry = _made(layout, base)
     optimizer = _optimizer(again)
-    state = AdapterState(entry) if forget else AdapterState(entry, optimizer)
-    dcp.load({"adapter": state}, checkpoint_id=f"{folder}/distributed")
+    dcp.load({"adapter": AdapterState(entry, optimizer)}, checkpoint_id=f"{folder}/distributed")
     apart = max((t - plain[name]).abs().max().item() for name, t in again.adapter_state_dict().items())
     _train(layout, again, entry, optimizer, 2)
     return apart, again.adapter_state_dict()
@@ -134,19 +131,10 @@ def uninterrupted() -> Uninterrupted:
 def test_training_goes_on_in_another_layout(
     two: Group, saved: dict[str, str], base: str, uninterrupted: Uninterrupted, out_of: str, into: str
 ) -> None:
-    for apart, resumed in two.run(_resume, into, saved[out_of], base, False):
+    for apart, resumed in two.run(_resume, into, saved[out_of], base):
         assert apart == 0.0, "the two kinds of checkpoint differ"
         for name, strayed in uninterrupted.strayed(resumed).items():
             assert strayed <= uninterrupted.limits[name], name
-
-
-def test_an_optimizer_that_forgets_strays(
-    two: Group, saved: dict[str, str], base: str, uninterrupted: Uninterrupted
-) -> None:
-    """What the bound above would not let pass."""
-    _, resumed = two.run(_resume, "ddp-memory", saved["ddp-memory"], base, True)[0]
-    for name, strayed in uninterrupted.strayed(resumed).items():
-        assert strayed > 10 * uninterrupted.limits[name], name
 
 
 def test_the_checkpoints_hold_the_adapter_alone(saved: dict[str, str]) -> None:

@@ -10,30 +10,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from memvp_kernels.models.trainer import MemVPTrainer
 from tests import tolerance
-from tests.models.parallel.processes import Group, free_port
+from tests.models.parallel.processes import Group, free_port, meet
+from tests.models.parallel.test_data_parallel import laid_out
 from tests.models.parallel.tiny import batch, language_model, memvp_model
 from tests.models.tiny import shuffled
-from tests.models.tools import fails_before
+from tests.models.tools import arguments, fails_before, losses, row
 
 STEPS = 5
 
 
-class _Samples(Dataset[dict[str, Any]]):
+def _samples() -> list[dict[str, Any]]:
     """Questions about images."""
-
-    def __init__(self) -> None:
-        inputs = batch(samples=20)
-        rows = zip(inputs["input_ids"], inputs["image_features"], strict=True)
-        self.rows = [{"input_ids": ids, "labels": ids, "image_features": features} for ids, features in rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
+    inputs = batch(samples=20)
+    return list(map(row, inputs["input_ids"], inputs["image_features"]))
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +47,7 @@ def _train(
     order: int | None = None,
     exact: bool = False,
 ) -> tuple[list[float], dict[str, Tensor]]:
-    from accelerate.state import AcceleratorState
-    from transformers import TrainingArguments
-
-    from memvp_kernels.models.trainer import MemVPTrainer
-
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    meet(port)
     base = language_model() if order is None else shuffled(language_model(), order)
     if exact:
         base = base.to(torch.float64)
@@ -70,27 +56,25 @@ def _train(
 
         torch.manual_seed(4)
         base = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"], r=2, lora_dropout=0.0))
-    arguments = TrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=4 // int(os.environ["WORLD_SIZE"]) // (1 if order is None else 2),
-        gradient_accumulation_steps=1 if order is None else 2,
+    parts = 1 if order is None else 2
+    args = arguments(
+        folder,
+        per_device_train_batch_size=4 // int(os.environ["WORLD_SIZE"]) // parts,
+        gradient_accumulation_steps=parts,
         max_steps=steps,
         learning_rate=0.01,
         lr_scheduler_type="constant",
         logging_steps=1,
+        save_strategy="steps",
         save_steps=3,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
         seed=1,
         gradient_checkpointing=checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
     )
-    trainer = MemVPTrainer(model=memvp_model(base), args=arguments, train_dataset=_Samples())
+    trainer = MemVPTrainer(model=memvp_model(base), args=args, train_dataset=_samples())
     trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-3" if resume else None)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     trained = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    return losses, trained
+    return losses(trainer), trained
 
 
 def _run(bare: dict[int, Group], ranks: int, folder: Path, *options: Any) -> tuple[list[float], dict[str, Tensor]]:
@@ -132,22 +116,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(bare: dict[int, Group], tmp_path
 def _save_sharded(port: int, folder: str) -> dict[str, Tensor]:
     """A sharded model, saved by all ranks from what they hold, and by the first alone from what FSDP has gathered for it."""
     import torch.distributed as dist
-    from accelerate.state import AcceleratorState
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.fsdp import fully_shard
-    from transformers import TrainingArguments
 
-    from memvp_kernels.models.trainer import MemVPTrainer
-
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    arguments = TrainingArguments(output_dir=folder, use_cpu=True, report_to=[], disable_tqdm=True, ddp_timeout=15)
+    meet(port)
+    args = arguments(folder, save_strategy="steps", ddp_timeout=15)
     assert dist.get_world_size() == 2
-    model: Any = memvp_model()
-    for layer in model.language_model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    trainer = MemVPTrainer(model=model, args=arguments, train_dataset=_Samples())
+    model, _ = laid_out("fsdp2-root")
+    trainer = MemVPTrainer(model=model, args=args, train_dataset=_samples())
     trainer.save_model(f"{folder}/all")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)

@@ -12,20 +12,6 @@ from torch import Tensor
 from memvp_kernels.models import MemVPConfig, MemVPModel
 from tests.models.tiny import shuffled
 
-__all__ = [
-    "ADEM_VL",
-    "CONFIG",
-    "Reference",
-    "adapter_gradients",
-    "batch",
-    "difference",
-    "language_model",
-    "memvp_model",
-    "reference",
-    "saved_base",
-    "shape",
-]
-
 CONFIG = MemVPConfig(vision_dim=16, projector_dim=7, num_slots=6, dropout=0.0, feature_scale=1.0, memory_scale=0.5)
 ADEM_VL = MemVPConfig.adem_vl(
     vision_dim=16,
@@ -92,6 +78,17 @@ def saved_base(folder: Any, **changes: Any) -> str:
     """The language model's weights on disk, for ranks that load their part."""
     language_model(**changes).save_pretrained(folder)
     return str(folder)
+
+
+def split_base(folder: str, **how: Any) -> Any:
+    """The saved language model, split over all ranks as it is loaded, or (`how`) as transformers is told otherwise."""
+    from transformers import LlamaForCausalLM
+
+    if not how:
+        from transformers.distributed import DistributedConfig
+
+        how = {"distributed_config": DistributedConfig(tp_size=torch.distributed.get_world_size())}
+    return LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager", **how)
 
 
 def adapter_gradients(model: Any) -> dict[str, Tensor]:

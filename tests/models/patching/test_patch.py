@@ -17,11 +17,18 @@ from torch import nn
 
 from memvp_kernels import MemVPModel
 from memvp_kernels.models.patching.patch import Patch
-from tests.models.tiny import CONFIG, FAMILIES, KINDS, features, language_model, tokens, with_memory, wrapped
-
-
-def _inputs() -> dict[str, Any]:
-    return {"input_ids": tokens(3), "labels": tokens(3)}
+from tests.models.tiny import (
+    CONFIG,
+    FAMILIES,
+    IMAGES,
+    KINDS,
+    features,
+    inputs,
+    language_model,
+    tokens,
+    with_memory,
+    wrapped,
+)
 
 
 def _fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -37,17 +44,17 @@ def _fingerprint(model: nn.Module) -> dict[str, Any]:
 def test_unload_restores_exactly(family: str) -> None:
     base = language_model(family)
     next(base.parameters()).requires_grad_(False)  # the flags come back as they were, not all True
-    before, wanted = _fingerprint(base), base(**_inputs()).logits
+    before, wanted = _fingerprint(base), base(**inputs()).logits
     model = with_memory(base)
     with torch.no_grad():
-        assert not torch.equal(model(image_features=features(4, 0, 10), **_inputs()).logits, wanted)
+        assert not torch.equal(model(image_features=IMAGES, **inputs()).logits, wanted)
     assert not any(p.requires_grad for p in base.parameters())
     assert model.unload() is base
     assert _fingerprint(base) == before
-    assert torch.equal(base(**_inputs()).logits, wanted)
+    assert torch.equal(base(**inputs()).logits, wanted)
     assert model.unload() is base, "a second unload does nothing"
     with pytest.raises(RuntimeError, match="was unloaded"):
-        model(**_inputs())
+        model(**inputs())
     assert _fingerprint(with_memory(base).unload()) == before, "it can be wrapped again"
 
 
@@ -66,10 +73,10 @@ def test_names_of_parameters_and_classes_stay(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "t5", "bart"])
 def test_a_second_model_never_notices(family: str) -> None:
     other = language_model(family)
-    before, wanted = _fingerprint(other), other(**_inputs()).logits
-    wrapped(family)(image_features=features(4, 0, 10), **_inputs())
+    before, wanted = _fingerprint(other), other(**inputs()).logits
+    wrapped(family)(image_features=IMAGES, **inputs())
     assert _fingerprint(other) == before
-    assert torch.equal(other(**_inputs()).logits, wanted)
+    assert torch.equal(other(**inputs()).logits, wanted)
     assert not any(isinstance(m, Patch) for m in language_model(family).modules())
 
 
@@ -78,13 +85,13 @@ def test_the_base_alone_is_still_the_base(family: str) -> None:
     """Calling language_model itself runs it without memory, also after a run with memory and after one that failed."""
     base = language_model(family)
     with torch.no_grad():
-        wanted = base(**_inputs()).logits
+        wanted = base(**inputs()).logits
         model = with_memory(base)
-        model(image_features=features(4, 0, 10), **_inputs())
-        assert torch.equal(model.language_model(**_inputs()).logits, wanted)
+        model(image_features=IMAGES, **inputs())
+        assert torch.equal(model.language_model(**inputs()).logits, wanted)
         with pytest.raises(ValueError, match="visual_index"):
-            model(image_features=features(4), visual_index=torch.tensor([0, 0, 7]), **_inputs())
-        assert torch.equal(model.language_model(**_inputs()).logits, wanted)
+            model(image_features=features(4), visual_index=torch.tensor([0, 0, 7]), **inputs())
+        assert torch.equal(model.language_model(**inputs()).logits, wanted)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -97,37 +104,37 @@ def test_starts_in_the_bases_mode(training: bool) -> None:
 def test_deepcopy_is_independent(family: str) -> None:
     model = wrapped(family)
     other = copy.deepcopy(model)
-    images = features(4, 0, 10)
+    images = IMAGES
     with torch.no_grad():
-        wanted = model(image_features=images, **_inputs()).logits
-        assert torch.equal(other(image_features=images, **_inputs()).logits, wanted)
+        wanted = model(image_features=images, **inputs()).logits
+        assert torch.equal(other(image_features=images, **inputs()).logits, wanted)
         for parameter in other.parameters():
             parameter.mul_(1.5)
-        assert not torch.equal(other(image_features=images, **_inputs()).logits, wanted)
-        assert torch.equal(model(image_features=images, **_inputs()).logits, wanted)
+        assert not torch.equal(other(image_features=images, **inputs()).logits, wanted)
+        assert torch.equal(model(image_features=images, **inputs()).logits, wanted)
         other.unload()
-        assert torch.equal(model(image_features=images, **_inputs()).logits, wanted)
+        assert torch.equal(model(image_features=images, **inputs()).logits, wanted)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mt5", "bart"])
 def test_pickle(family: str) -> None:
-    model, images = wrapped(family), features(4, 0, 10)
+    model, images = wrapped(family), IMAGES
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
     with torch.no_grad():
-        wanted = model(image_features=images, **_inputs()).logits
+        wanted = model(image_features=images, **inputs()).logits
         for other in (pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
-            assert torch.equal(other(image_features=images, **_inputs()).logits, wanted)
+            assert torch.equal(other(image_features=images, **inputs()).logits, wanted)
             assert type(other.unload()) is type(language_model(family))
 
 
 def test_pickle_into_a_fresh_process(tmp_path: Path) -> None:
     """The classes exist nowhere by name; a process that never wrapped a model makes them again."""
-    model, images = wrapped("bart"), features(4, 0, 10)
+    model, images = wrapped("bart"), IMAGES
     with torch.no_grad():
-        wanted = model(image_features=images, **_inputs()).logits
-    (tmp_path / "model.pkl").write_bytes(pickle.dumps((model, images, _inputs(), wanted)))
+        wanted = model(image_features=images, **inputs()).logits
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps((model, images, inputs(), wanted)))
     code = (
         "import pickle, sys, torch\n"
         "model, images, inputs, wanted = pickle.load(open(sys.argv[1], 'rb'))\n"
@@ -167,14 +174,14 @@ def test_a_forward_on_a_layer_is_refused() -> None:
 
 def test_a_hook_set_afterwards_keeps_the_memory() -> None:
     hooks = pytest.importorskip("accelerate.hooks")
-    model, images = wrapped(), features(4, 0, 10)
+    model, images = wrapped(), IMAGES
     with torch.no_grad():
-        wanted = model(image_features=images, **_inputs()).logits
+        wanted = model(image_features=images, **inputs()).logits
         for layer in model.language_model.model.layers:
             hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu"))
             hooks.add_hook_to_module(layer.mlp, hooks.AlignDevicesHook(execution_device="cpu"))
         hooks.add_hook_to_module(model.language_model, hooks.AlignDevicesHook(execution_device="cpu"))
-        assert torch.equal(model(image_features=images, **_inputs()).logits, wanted)
+        assert torch.equal(model(image_features=images, **inputs()).logits, wanted)
         assert model.generate(input_ids=tokens(3), image_features=images, max_new_tokens=2).shape == (3, 7)
 
 
@@ -190,26 +197,26 @@ def test_device_maps_beforehand(family: str, offload: bool) -> None:
         accelerate.hooks.attach_execution_device_hook(base, "cpu")
     layers = [m for m in base.modules() if type(m).__name__.endswith(("DecoderLayer", "EncoderLayer", "Block"))]
     assert all("forward" in vars(layer) for layer in layers) or offload
-    images = features(4, 0, 10)
+    images = IMAGES
     with torch.no_grad():
-        before = base(**_inputs()).logits
-        wanted = wrapped(family)(image_features=images, **_inputs()).logits
+        before = base(**inputs()).logits
+        wanted = wrapped(family)(image_features=images, **inputs()).logits
         model = with_memory(base)
-        torch.testing.assert_close(model(image_features=images, **_inputs()).logits, wanted)
+        torch.testing.assert_close(model(image_features=images, **inputs()).logits, wanted)
         got = model.generate(input_ids=tokens(3), image_features=images, max_new_tokens=2, num_beams=2)
         assert torch.equal(
             got, wrapped(family).generate(tokens(3), image_features=images, max_new_tokens=2, num_beams=2)
         )
         assert model.unload() is base
-        assert torch.equal(base(**_inputs()).logits, before)
+        assert torch.equal(base(**inputs()).logits, before)
 
 
 def test_unload_under_a_hook_set_afterwards() -> None:
     hooks = pytest.importorskip("accelerate.hooks")
     model = wrapped()
-    wanted = language_model()(**_inputs()).logits
+    wanted = language_model()(**inputs()).logits
     hooks.attach_execution_device_hook(model.language_model, "cpu")
-    assert torch.equal(model.unload()(**_inputs()).logits, wanted)
+    assert torch.equal(model.unload()(**inputs()).logits, wanted)
 
 
 def test_unload_after_another_class_change_is_refused_whole() -> None:
@@ -218,9 +225,9 @@ def test_unload_after_another_class_change_is_refused_whole() -> None:
     layer.__class__ = type("Sharded", (type(layer),), {})
     with pytest.raises(RuntimeError, match="Sharded has been given another class since"):
         model.unload()
-    images = features(4, 0, 10)
+    images = IMAGES
     assert torch.equal(
-        model(image_features=images, **_inputs()).logits, wrapped()(image_features=images, **_inputs()).logits
+        model(image_features=images, **inputs()).logits, wrapped()(image_features=images, **inputs()).logits
     )
     layer.__class__ = type(layer).__mro__[1]
     assert type(model.unload()) is type(language_model())

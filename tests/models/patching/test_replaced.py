@@ -14,13 +14,8 @@ from torch import Tensor, nn
 
 from memvp_kernels import MemVPModel
 from memvp_kernels.models.patching.patch import Patch
-from tests.models.tiny import CONFIG, KINDS, features, language_model, oracle, tokens, with_memory
-
-IMAGES = features(4, 0, 10)
-
-
-def _inputs() -> dict[str, Any]:
-    return {"input_ids": tokens(3), "labels": tokens(3)}
+from tests.models.tiny import CONFIG, IMAGES, KINDS, features, inputs, language_model, oracle, tokens, with_memory
+from tests.models.tools import train_without_dropout
 
 
 def _layers(base: nn.Module) -> list[Any]:
@@ -41,15 +36,15 @@ def test_an_ffn_replaced_beforehand_works(family: str) -> None:
             ffn.forward = types.MethodType(lambda self, x, own=ffn.forward: 2 * own(x), ffn)
     before = [sorted(vars(module)) for module in base.modules()]
     model = with_memory(base)
-    wanted, gradients = oracle(plain, model, IMAGES, **_inputs())
-    out = model(image_features=IMAGES, **_inputs())
+    wanted, gradients = oracle(plain, model, IMAGES, **inputs())
+    out = model(image_features=IMAGES, **inputs())
     torch.testing.assert_close(out.logits, wanted.logits)
     torch.testing.assert_close(torch.autograd.grad(out.loss, model.key_position)[0], gradients[0])
     with torch.no_grad():
-        bare = plain(**_inputs()).logits
-        torch.testing.assert_close(model.language_model(**_inputs()).logits, bare)
-        torch.testing.assert_close(copy.deepcopy(model)(image_features=IMAGES, **_inputs()).logits, wanted.logits)
-        assert torch.equal(model.unload()(**_inputs()).logits, bare)
+        bare = plain(**inputs()).logits
+        torch.testing.assert_close(model.language_model(**inputs()).logits, bare)
+        torch.testing.assert_close(copy.deepcopy(model)(image_features=IMAGES, **inputs()).logits, wanted.logits)
+        assert torch.equal(model.unload()(**inputs()).logits, bare)
     assert [sorted(vars(module)) for module in base.modules()] == before
 
 
@@ -62,7 +57,7 @@ def test_a_forward_of_the_class_survives_pickling() -> None:
     again = pickle.loads(pickle.dumps(model))
     with torch.no_grad():
         torch.testing.assert_close(
-            again(image_features=IMAGES, **_inputs()).logits, model(image_features=IMAGES, **_inputs()).logits
+            again(image_features=IMAGES, **inputs()).logits, model(image_features=IMAGES, **inputs()).logits
         )
 
 
@@ -82,13 +77,13 @@ def test_replaced_afterwards_is_noticed(family: str, what: str, how: str) -> Non
         _swap(model.language_model, layer, own)
     refused = pytest.raises(RuntimeError, match=r"ran without the image, because something replaced.*wrap")
     with refused:
-        model(image_features=IMAGES, **_inputs())
+        model(image_features=IMAGES, **inputs())
     with refused:
         model.generate(tokens(3), image_features=IMAGES, max_new_tokens=2)
     with refused:
-        model.explain_memory(image_features=IMAGES, **_inputs())
+        model.explain_memory(image_features=IMAGES, **inputs())
     with torch.no_grad():
-        assert model.language_model(**_inputs()).logits.isfinite().all()
+        assert model.language_model(**inputs()).logits.isfinite().all()
 
 
 def _swap(top: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -103,13 +98,13 @@ def test_a_wrapper_set_afterwards_keeps_the_memory(family: str) -> None:
     """Decorated and compiled forwards call the one that they found."""
     model = with_memory(language_model(family))
     with torch.no_grad():
-        wanted = model(image_features=IMAGES, **_inputs()).logits
+        wanted = model(image_features=IMAGES, **inputs()).logits
         calls: list[int] = []
         for layer in _layers(model.language_model):
             modules = [layer] if family == "bart" else [layer, _ffn(layer)]
             for module in modules:
                 module.forward = lambda *a, own=module.forward, **k: (calls.append(1), own(*a, **k))[1]
-        assert torch.equal(model(image_features=IMAGES, **_inputs()).logits, wanted)
+        assert torch.equal(model(image_features=IMAGES, **inputs()).logits, wanted)
         assert calls
 
 
@@ -117,10 +112,10 @@ def test_compiled_layers_keep_the_memory() -> None:
     torch._dynamo.reset()
     model = with_memory(language_model())
     with torch.no_grad():
-        wanted = model(image_features=IMAGES, **_inputs()).logits
+        wanted = model(image_features=IMAGES, **inputs()).logits
         for layer in model.language_model.model.layers:
             layer.forward = torch.compile(layer.forward, backend="eager")
-        torch.testing.assert_close(model(image_features=IMAGES, **_inputs()).logits, wanted)
+        torch.testing.assert_close(model(image_features=IMAGES, **inputs()).logits, wanted)
         model.generate(tokens(3), image_features=IMAGES, max_new_tokens=2)
 
 
@@ -136,7 +131,7 @@ def test_layers_that_rightly_do_not_run() -> None:
                 .all()
             )
     model.language_model.model.decoder.layerdrop = 1.0
-    assert model.train()(image_features=IMAGES, **_inputs()).loss.isfinite()
+    assert model.train()(image_features=IMAGES, **inputs()).loss.isfinite()
 
 
 class SwiGLU(nn.Module):
@@ -156,8 +151,8 @@ def test_a_librarys_class_for_the_ffn_works_when_it_comes_first() -> None:
     for layer in base.model.layers:
         layer.mlp = SwiGLU(layer.mlp)
     model = with_memory(base)
-    wanted, _ = oracle(plain, model, IMAGES, **_inputs())
-    torch.testing.assert_close(model(image_features=IMAGES, **_inputs()).logits, wanted.logits)
+    wanted, _ = oracle(plain, model, IMAGES, **inputs())
+    torch.testing.assert_close(model(image_features=IMAGES, **inputs()).logits, wanted.logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "t5-gated"])
@@ -179,19 +174,19 @@ def test_layers_that_share_an_ffn(family: str, shared: bool) -> None:
             layer.mlp = copy.deepcopy(layer.mlp)
         else:
             layer.layer[-1].DenseReluDense = copy.deepcopy(layer.layer[-1].DenseReluDense)
-    wanted, gradients = oracle(untied, model, IMAGES, **_inputs())
-    out = model(image_features=IMAGES, **_inputs())
+    wanted, gradients = oracle(untied, model, IMAGES, **inputs())
+    out = model(image_features=IMAGES, **inputs())
     torch.testing.assert_close(out.logits, wanted.logits)
     torch.testing.assert_close(torch.autograd.grad(out.loss, model.key_position)[0], gradients[0])
     assert [type(module) for module in model.unload().modules()] == before
-    torch.testing.assert_close(base(**_inputs()).logits, plain(**_inputs()).logits)
+    torch.testing.assert_close(base(**inputs()).logits, plain(**inputs()).logits)
 
 
 def test_a_layer_that_runs_twice() -> None:
     base = language_model().double()
     base.model.layers[1] = base.model.layers[0]
     model = with_memory(base)
-    a, b = (model(image_features=features(4, 4, 4, seed=seed), **_inputs()) for seed in (1, 2))
+    a, b = (model(image_features=features(4, 4, 4, seed=seed), **inputs()) for seed in (1, 2))
     assert not torch.equal(a.logits, b.logits)
     a.loss.backward()
     assert model.key_position.grad is not None
@@ -210,7 +205,7 @@ def test_a_new_model_of_the_same_type_is_plain(family: str) -> None:
     model = with_memory(language_model(family))
     new = type(model.language_model)(model.language_model.config)
     assert type(new) is type(language_model(family)) and not any(isinstance(m, Patch) for m in new.modules())
-    with_memory(new.eval())(image_features=IMAGES, **_inputs())
+    with_memory(new.eval())(image_features=IMAGES, **inputs())
     assert type(new) is not type(language_model(family))
 
 
@@ -219,19 +214,19 @@ def test_disabled_memory(family: str) -> None:
     """The language model's own output, in this thread and block alone, also compiled and generated."""
     base = language_model(family)
     with torch.no_grad():
-        bare = base(**_inputs()).logits
+        bare = base(**inputs()).logits
         text = base.generate(tokens(3), max_new_tokens=3)
         model = with_memory(base)
         other = with_memory(language_model(family))
-        wanted = model(image_features=IMAGES, **_inputs()).logits
+        wanted = model(image_features=IMAGES, **inputs()).logits
         with model.disable_memory():
-            assert torch.equal(model(image_features=IMAGES, **_inputs()).logits, bare)
+            assert torch.equal(model(image_features=IMAGES, **inputs()).logits, bare)
             assert torch.equal(model.generate(tokens(3), image_features=IMAGES, max_new_tokens=3), text)
-            assert torch.equal(other(image_features=IMAGES, **_inputs()).logits, wanted)
+            assert torch.equal(other(image_features=IMAGES, **inputs()).logits, wanted)
             with model.disable_memory():
                 pass
-            assert torch.equal(model(**_inputs()).logits, bare)
-        assert torch.equal(model(image_features=IMAGES, **_inputs()).logits, wanted)
+            assert torch.equal(model(**inputs()).logits, bare)
+        assert torch.equal(model(image_features=IMAGES, **inputs()).logits, wanted)
 
 
 def test_disabled_memory_compiles() -> None:
@@ -242,11 +237,11 @@ def test_disabled_memory_compiles() -> None:
         images = torch.stack(features(4, 4, 4))
         for _ in range(2):
             torch.testing.assert_close(
-                compiled(image_features=images, **_inputs()).logits, model(image_features=images, **_inputs()).logits
+                compiled(image_features=images, **inputs()).logits, model(image_features=images, **inputs()).logits
             )
             with model.disable_memory():
                 assert torch.equal(
-                    compiled(image_features=images, **_inputs()).logits, model.language_model(**_inputs()).logits
+                    compiled(image_features=images, **inputs()).logits, model.language_model(**inputs()).logits
                 )
 
 
@@ -263,13 +258,8 @@ def test_an_ffns_output_may_be_changed_in_place(family: str, opaque: bool) -> No
             if opaque:
                 next(m for m in ffn.modules() if isinstance(m, nn.Linear)).register_forward_hook(lambda *_: None)
         if checkpointing:
-            model.activation_checkpointing_enable()
-            for module in model.modules():
-                module.training = not isinstance(module, nn.Dropout)
-                for name in ("dropout", "activation_dropout", "attention_dropout"):
-                    if isinstance(getattr(module, name, None), float):
-                        setattr(module, name, 0.0)
-        loss = model(image_features=IMAGES, **_inputs()).loss
+            train_without_dropout(model).activation_checkpointing_enable()
+        loss = model(image_features=IMAGES, **inputs()).loss
         return loss.detach(), torch.autograd.grad(loss, model.key_position)[0]
 
     wanted = step(False, False)

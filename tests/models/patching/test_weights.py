@@ -13,19 +13,14 @@ from torch import Tensor, nn
 from memvp_kernels import MemVPModel
 from memvp_kernels.models.patching import feed_forward
 from memvp_kernels.models.patching.weights import Dense, Matrices, Opaque, activation_name, resolve
-from tests.models.tiny import CONFIG, features, language_model, oracle, tokens, with_memory
+from tests.models.tiny import CONFIG, IMAGES, inputs, language_model, oracle, tokens, with_memory
 
 peft = pytest.importorskip("peft")
-IMAGES = features(4, 0, 10)
 TARGETS = {
     "llama": ["q_proj", "gate_proj", "up_proj", "down_proj"],
     "t5-gated": ["q", "wi_0", "wi_1", "wo"],
     "bart": ["q_proj", "fc1", "fc2"],
 }
-
-
-def _inputs() -> dict[str, Any]:
-    return {"input_ids": tokens(3), "labels": tokens(3)}
 
 
 class Int8Linear(nn.Module):
@@ -62,8 +57,8 @@ def test_lora_before_memory(family: str) -> None:
     """The LoRA keeps training; base and memory do as they would without it."""
     lora = _lora(language_model(family).double(), family)
     model = with_memory(lora)
-    out = model(image_features=IMAGES, **_inputs())
-    wanted, _ = oracle(_plain_lora(family), model, IMAGES, **_inputs())
+    out = model(image_features=IMAGES, **inputs())
+    wanted, _ = oracle(_plain_lora(family), model, IMAGES, **inputs())
     torch.testing.assert_close(out.logits, wanted.logits)
     out.loss.backward()
     trained = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
@@ -76,11 +71,11 @@ def test_lora_before_memory(family: str) -> None:
 def test_lora_after_memory(family: str) -> None:
     model = with_memory(language_model(family).double())
     model.language_model = _lora(model.language_model, family)
-    out = model(image_features=IMAGES, **_inputs())
-    wanted, _ = oracle(_plain_lora(family), model, IMAGES, **_inputs())
+    out = model(image_features=IMAGES, **inputs())
+    wanted, _ = oracle(_plain_lora(family), model, IMAGES, **inputs())
     torch.testing.assert_close(out.logits, wanted.logits)
     model.unload()
-    torch.testing.assert_close(model.language_model(**_inputs()).logits, _plain_lora(family)(**_inputs()).logits)
+    torch.testing.assert_close(model.language_model(**inputs()).logits, _plain_lora(family)(**inputs()).logits)
 
 
 def test_merged_lora_fuses_again() -> None:
@@ -89,8 +84,8 @@ def test_merged_lora_fuses_again() -> None:
     assert all(isinstance(ffn.ffn_matrices(), Opaque) for _, ffn in model.memory_ffns())
     model.language_model = lora.merge_and_unload()
     assert all(isinstance(ffn.ffn_matrices(), Matrices) for _, ffn in model.memory_ffns())
-    wanted, _ = oracle(_plain_lora("llama"), model, IMAGES, **_inputs())
-    torch.testing.assert_close(model(image_features=IMAGES, **_inputs()).logits, wanted.logits)
+    wanted, _ = oracle(_plain_lora("llama"), model, IMAGES, **inputs())
+    torch.testing.assert_close(model(image_features=IMAGES, **inputs()).logits, wanted.logits)
 
 
 @pytest.mark.parametrize("family", TARGETS)
@@ -104,9 +99,9 @@ def test_quantized_linears(family: str) -> None:
         return base
 
     model = with_memory(quantized())
-    out = model(image_features=IMAGES, **_inputs())
+    out = model(image_features=IMAGES, **inputs())
     plain = quantized()
-    wanted, gradients = oracle(plain, model, IMAGES, **_inputs())
+    wanted, gradients = oracle(plain, model, IMAGES, **inputs())
     torch.testing.assert_close(out.logits, wanted.logits)
     out.loss.backward()
     torch.testing.assert_close(model.key_position.grad, gradients[0])
@@ -117,8 +112,8 @@ def test_a_hook_on_a_linear_is_called() -> None:
     other = language_model().double()
     for base in (model.language_model, other):
         base.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, y: 2 * y)
-    wanted, _ = oracle(other, model, IMAGES, **_inputs())
-    torch.testing.assert_close(model(image_features=IMAGES, **_inputs()).logits, wanted.logits)
+    wanted, _ = oracle(other, model, IMAGES, **inputs())
+    torch.testing.assert_close(model(image_features=IMAGES, **inputs()).logits, wanted.logits)
 
 
 @pytest.mark.parametrize("family", TARGETS)
@@ -128,8 +123,8 @@ def test_a_replaced_forward_of_a_linear_is_called(family: str) -> None:
     for base in (model.language_model, other):
         linear = next(m for n, m in base.named_modules() if n.endswith(f".{name}"))
         linear.forward = lambda x, own=linear.forward: 2 * own(x)
-    wanted, _ = oracle(other, model, IMAGES, **_inputs())
-    torch.testing.assert_close(model(image_features=IMAGES, **_inputs()).logits, wanted.logits)
+    wanted, _ = oracle(other, model, IMAGES, **inputs())
+    torch.testing.assert_close(model(image_features=IMAGES, **inputs()).logits, wanted.logits)
 
 
 def test_an_ffn_class_patched_by_a_library_is_called() -> None:
@@ -145,8 +140,8 @@ def test_an_ffn_class_patched_by_a_library_is_called() -> None:
     wrapped = with_memory(model)
     assert [type(ffn.ffn_matrices()) for _, ffn in wrapped.memory_ffns()] == [Matrices, Opaque]
     Patched.__name__ = "PatchedMLP"  # the oracle goes by names
-    wanted, _ = oracle(other, wrapped, IMAGES, **_inputs())
-    torch.testing.assert_close(wrapped(image_features=IMAGES, **_inputs()).logits, wanted.logits)
+    wanted, _ = oracle(other, wrapped, IMAGES, **inputs())
+    torch.testing.assert_close(wrapped(image_features=IMAGES, **inputs()).logits, wanted.logits)
 
 
 @pytest.mark.parametrize("family", ["t5", "t5-gated"])
@@ -159,10 +154,10 @@ def test_t5s_float32_wo_beside_half_precision(family: str) -> None:
     model = with_memory(base)
     seen: list[torch.dtype] = []
     with model.observing(lambda layer, x, y: seen.append(y.dtype)), torch.no_grad():
-        got = model(image_features=IMAGES, **_inputs()).logits
+        got = model(image_features=IMAGES, **inputs()).logits
     assert set(seen) == {torch.float32}
-    exact, _ = oracle(language_model(family), model, IMAGES, **_inputs())
-    theirs, _ = oracle(language_model(family), model, IMAGES, dtype=torch.float16, factored=True, **_inputs())
+    exact, _ = oracle(language_model(family), model, IMAGES, **inputs())
+    theirs, _ = oracle(language_model(family), model, IMAGES, dtype=torch.float16, factored=True, **inputs())
     assert (got - exact.logits).norm() <= 2 * (theirs.logits - exact.logits).norm()
 
 
@@ -171,7 +166,7 @@ def test_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="memvp_kernels"):
         model = MemVPModel(_lora(language_model(), "llama"), CONFIG)
         for _ in range(2):
-            model(image_features=IMAGES, **_inputs())
+            model(image_features=IMAGES, **inputs())
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1
     assert "run as they are and the memory is added to their output: up_proj is a peft.tuners.lora" in lines[0]
@@ -180,7 +175,7 @@ def test_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
 def test_nothing_is_said_of_plain_linears(caplog: pytest.LogCaptureFixture) -> None:
     feed_forward.log_opaque.cache_clear()
     with caplog.at_level(logging.WARNING, logger="memvp_kernels"):
-        MemVPModel(language_model(), CONFIG)(image_features=IMAGES, **_inputs())
+        MemVPModel(language_model(), CONFIG)(image_features=IMAGES, **inputs())
     assert not caplog.records
 
 

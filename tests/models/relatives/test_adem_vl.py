@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -217,12 +215,6 @@ def test_a_plot_lays_the_grids_over_each_other() -> None:
     torch.testing.assert_close(torch.tensor(panel.images[1].get_array()), slots[:16].view(4, 4) + coarse)
     with pytest.raises(ValueError, match="has no image"):
         found.plot(torch.zeros(8, 8), sample=1)
-
-
-def test_the_configuration_is_a_json_file_and_back(tmp_path: Path) -> None:
-    PREFIXED.save(tmp_path / "c.json")
-    assert json.loads((tmp_path / "c.json").read_text())["pooled_grids"] == [9, 4]
-    assert MemVPConfig.load(tmp_path / "c.json") == PREFIXED
 
 
 @pytest.mark.parametrize(

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import TrainingArguments
 
 from memvp_kernels import MemVPConfig, MemVPModel
 from memvp_kernels.models.trainer import MemVPTrainer
 from memvp_kernels.serving.vllm.folder import export, save_for_vllm
 from tests.models.clip import BLOCKS, adem_vl_state, official_state, pixels, save_official, vision_model
 from tests.models.relatives.adem import PREFIXED, batch, images, wrapped
+from tests.models.test_threads import each_like_alone
 from tests.models.tiny import VISION, WIDTH, language_model, one_layer, with_memory
+from tests.models.tools import arguments
 from tests.tolerance import assert_within_twice
 
 PICTURES, LENGTHS = images(True, False, True), (5, 5, 4)
@@ -50,26 +50,10 @@ def test_tritons_kernels_are_as_close_as_pytorch() -> None:
 
 def test_threads_do_not_meet() -> None:
     model = wrapped(config=PREFIXED)
-    batches = [
-        batch(images(*there, seed=seed), LENGTHS) for seed, there in ((1, (1, 1, 0)), (2, (0, 0, 1)), (3, (1, 1, 1)))
-    ]
-
-    def run(inputs: dict[str, Any]) -> Tensor:
-        with torch.no_grad():
-            logits: Tensor = model(**inputs).logits
-        return logits
-
-    wanted, got = [run(b) for b in batches], [[] for _ in batches]  # type: ignore[var-annotated]
-    threads = [
-        threading.Thread(target=lambda i=i: got[i].extend(run(batches[i]) for _ in range(4)))
-        for i in range(len(batches))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(result, wanted[i]) for i, results in enumerate(got) for result in results)
-    assert [len(results) for results in got] == [4, 4, 4]
+    there = ((True, True, False), (False, False, True), (True, True, True))
+    batches = [batch(images(*which, seed=seed), LENGTHS) for seed, which in enumerate(there, start=1)]
+    with torch.no_grad():
+        each_like_alone(model, [lambda b=b: model(**b).logits for b in batches])
 
 
 @pytest.mark.slow
@@ -92,14 +76,14 @@ def test_the_trainer_trains_evaluates_and_saves(tmp_path: Path, smoothing: float
         inputs = batch([PICTURES[s["row"]] for s in samples], [LENGTHS[s["row"]] for s in samples])
         return {**inputs, "labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
 
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=3, save_steps=2, learning_rate=1e-2, use_cpu=True,
-        report_to=[], disable_tqdm=True, remove_unused_columns=False, label_smoothing_factor=smoothing, max_grad_norm=0.0,
+    args = arguments(
+        tmp_path, max_steps=2, per_device_train_batch_size=3, save_strategy="steps", save_steps=2, learning_rate=1e-2,
+        remove_unused_columns=False, label_smoothing_factor=smoothing, max_grad_norm=0.0,
     )  # fmt: skip
     before = model.adapter_state_dict()["class_projector.fc2.weight"].clone()
     trainer = MemVPTrainer(
         model,
-        arguments,
+        args,
         train_dataset=data,  # type: ignore[arg-type]
         eval_dataset=data,  # type: ignore[arg-type]
         data_collator=collate,
@@ -112,13 +96,6 @@ def test_the_trainer_trains_evaluates_and_saves(tmp_path: Path, smoothing: float
     again = MemVPModel.from_pretrained(language_model(), tmp_path / "checkpoint-2")
     assert again.memvp_config == PREFIXED
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.adapter_state_dict().items())
-
-
-def test_saved_and_loaded_it_answers_the_same(tmp_path: Path) -> None:
-    model, inputs = wrapped(config=PREFIXED), batch(PICTURES, LENGTHS)
-    model.save_pretrained(tmp_path)
-    again = MemVPModel.from_pretrained(language_model(), tmp_path).eval()
-    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
 def test_vllms_folder_is_refused(tmp_path: Path) -> None:

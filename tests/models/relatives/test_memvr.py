@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memvp_kernels.models.relatives.memvr import next_token_entropy, visual_retracing
+from memvp_kernels.models.relatives.memvr import visual_retracing
 
 transformers = pytest.importorskip("transformers")
 
@@ -256,13 +256,6 @@ def test_another_thread_is_not_in_the_block(model: Any) -> None:
         inside = model(**inputs).logits
     assert torch.equal(found[0], plain)
     assert not torch.equal(inside, plain)
-
-
-def test_the_entropy() -> None:
-    assert next_token_entropy(torch.zeros(2, 40)).allclose(torch.ones(2))
-    certain = torch.full((1, 40), -1e4)
-    certain[0, 3] = 0.0
-    assert next_token_entropy(certain).item() == 0.0
 
 
 @pytest.mark.parametrize(
