@@ -16,7 +16,6 @@ import latency
 import pytest
 import torch
 import training
-from options import Setting, parser, settle
 
 from tests.benchmarks.conftest import BENCHMARKS
 
@@ -73,16 +72,6 @@ def test_training(tmp_path: Path, switches: tuple[str, ...]) -> None:
     cases = {row["case"] for row in rows}
     assert any(case.startswith("ffn") for case in cases) is not bool(switches)  # checkpointing wraps layers
     assert all(("checkpointing, recompute" in case) is bool(switches) for case in cases)
-
-
-def test_checkpointing_is_less_memory(tmp_path: Path) -> None:
-    peaks: list[dict[str, int]] = []
-    for name, switches in (("without", ()), ("with", ("--checkpointing",))):
-        sizes = ("--layers", "2", "--text-length", "256", "--variants", "factored-torch", "MemVPModel")
-        assert training.main(options(tmp_path / name, *sizes, *switches, samples=1)) == 0
-        (path,) = (tmp_path / name).glob("*.json")
-        peaks.append({r["variant"]: r["peak_memory_bytes"] for r in rows_of(path) if r["level"] == "model"})
-    assert all(peaks[1][variant] < peak for variant, peak in peaks[0].items())
 
 
 @pytest.mark.parametrize("program", [latency, training])
@@ -163,13 +152,6 @@ def test_a_time_limit_leaves_cases_out_and_says_so(tmp_path: Path, capsys: pytes
     assert "not begun, because --seconds were over:\n  model, first token 2×8, image 16\n" in printed
 
 
-def test_only_the_variants_asked_for(tmp_path: Path) -> None:
-    files = ("--json", str(tmp_path / "rows.json"), "--plot", "none")
-    assert latency.main(options(tmp_path, "--variants", "plain-torch", *files, samples=1)) == 0
-    assert set(statuses(rows_of(tmp_path / "rows.json"))) == {"prompt", "plain-torch"}
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
-
-
 def test_a_gpu_that_is_not_there_is_named() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
@@ -190,42 +172,3 @@ def test_latency_alone_needs_neither_triton_nor_transformers_nor_what_draws(tmp_
     rows = rows_of(tmp_path / "latency.json")
     assert {(row["level"], row["status"]) for row in rows} == {("model", "skipped"), ("ffn", "ok")}
     assert all("transformers" in row["reason"] for row in rows if row["level"] == "model")
-
-
-def setting(*more: str) -> Setting:
-    parsed = parser("x", program="latency", sweep=True).parse_args(["--device", "cpu", *more])
-    return settle(parsed, cpu=latency.CPU, cuda=latency.CUDA)
-
-
-def test_what_a_cpu_run_falls_back_to() -> None:
-    found = setting()
-    assert (found.preset_name, found.dtype, found.layers, found.samples) == ("tiny", torch.float32, 4, 20)
-    assert not found.compiled
-    assert found.seconds == 60  # and so within 90 on slow machines, too
-    assert str(found.json) == "out/latency.json"
-    for asked in (("--quick",), ("--preset", "tiny"), ("--batch", "2"), ("--layers", "1"), ("--sweep",)):
-        assert setting(*asked).seconds is None
-    assert setting("--sweep").layers == 2
-    assert setting("--json", "none", "--plot", "none").json is None
-
-
-def test_sizes_begin_with_the_first_of_each_and_change_one_at_a_time() -> None:
-    lists = ("--batch", "4", "1", "--text-length", "64", "16", "--visual-tokens", "256", "64")
-    found = setting(*lists).sizes()
-    assert len(found) == 8
-    assert found[0] == (4, 64, 256)
-    assert set(found[1:4]) == {(1, 64, 256), (4, 16, 256), (4, 64, 64)}
-    compiled = setting(*lists, "--compile")
-    assert compiled.at(found[0], level="model").compiled
-    assert not compiled.at(found[0], level="ffn").compiled
-    assert not any(compiled.at(size, level="model").compiled for size in found[1:])
-
-
-@pytest.mark.parametrize("program", [latency, training, decode, kernels])
-def test_help_says_the_real_defaults(program: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        program.main(["--help"])
-    printed = capsys.readouterr().out
-    assert "None" not in printed
-    for line in ("--json", "--commit", "--out", "--seconds", "--continue"):
-        assert line in printed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from rows import Row  # noqa: E402
 
 from tests.benchmarks.conftest import BENCHMARKS  # noqa: E402
 
-README = f"# A project\n\n{report.BEGIN}\nold\n{report.END}\n\nmore\n"
 PREFILL = {"prompt": 50.0, "text": 10.0, "official-eager": 12.0, "MemVPModel": 11.0}
 
 
@@ -70,45 +68,6 @@ def results(tmp_path: Path) -> Path:
     return tmp_path / "results"
 
 
-def arguments(results: Path) -> list[str]:
-    readme = results.parent / "README.md"
-    if not readme.exists():
-        readme.write_text(README)
-    return ["--results", str(results), "--report", str(results.parent / "REPORT.md"), "--readme", str(readme)]
-
-
-def test_writes_report_readme_and_pictures(results: Path) -> None:
-    pytest.importorskip("matplotlib")
-    assert report.main(arguments(results)) == 0
-    text = (results.parent / "REPORT.md").read_text()
-    assert "## Imaginary GPU" in text
-    columns = [
-        word.strip()
-        for word in next(line for line in text.splitlines() if "first token 16×64" in line).strip("|").split("|")
-    ]
-    assert columns == ["model, first token 16×64, image 256", "50.0", "12.0", "11.0", "10.0", "4.55"]
-    assert "`aaaaaaaaaaaa`" in text
-    assert "`bbbbbbbbbbbb`" in text  # each program names its own commit
-    assert "No GPU results" not in text
-    assert "cuda-graph, 1800 MHz" in text
-    assert "official-eager: no CUDA graph: it synchronizes" in text
-    assert "failed: OutOfMemoryError: no room" in text
-    assert "49.5 to 50.5" in text
-    drawn = sorted(path.stem for path in (results / "imaginary-gpu" / "plots").glob("*.png"))
-    assert drawn == ["latency", "latency-sweep", "training"]
-    assert all(f"plots/{name}.png" in text for name in drawn)
-    readme = (results.parent / "README.md").read_text()
-    assert readme.startswith("# A project")
-    assert readme.endswith("\n\nmore\n")
-    assert "old" not in readme
-    assert "Imaginary GPU" in readme
-    assert "4.00" in readme  # the training step
-    assert "latency-sweep.png" in readme
-    assert report.main([*arguments(results), "--check"]) == 0
-    (results.parent / "REPORT.md").write_text("by hand")
-    assert report.main([*arguments(results), "--check"]) == 1
-
-
 def test_where_ours_loses_is_said(results: Path) -> None:
     (machine,) = report.machines(results)
     lost = {
@@ -159,35 +118,6 @@ def test_uncommitted_changes_and_the_lack_of_a_gpu_are_said(tmp_path: Path) -> N
     assert "Measured with uncommitted changes" in report.report(found)
     assert "No GPU has been measured yet" in report.figures(found)
     assert "Nothing has been measured yet" in report.figures([])
-
-
-def test_the_record_runs_every_program(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands: list[list[str]] = []
-
-    def pretend(command: list[str]) -> subprocess.CompletedProcess[str]:
-        commands.append(command)
-        return subprocess.CompletedProcess(command, returncode=int("kernels.py" in command[1]))
-
-    monkeypatch.setattr(report.subprocess, "run", pretend)
-    monkeypatch.setattr(report, "commit_of", lambda: "a" * 40)
-    monkeypatch.setattr(report, "device_name", lambda device: "Some CPU")
-    assert (
-        report.main([*arguments(results), "--measure", "--device", "cpu"]) == 1
-    )  # one failed; the others ran all the same
-    written = [Path(command[command.index("--json") + 1]) for command in commands]
-    programs = ["latency", "training", "latency-sweep", "training-sweep", "kernels", "decode"]
-    assert written == [results / "some-cpu" / f"{program}.json" for program in programs]
-    assert not any(word in command for command in commands for word in ("--quick", "--seconds", "--samples"))
-
-
-def test_the_record_needs_a_commit(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("options._first_line", lambda command: None)
-    monkeypatch.delenv("MEMVP_COMMIT", raising=False)
-    with pytest.raises(SystemExit, match="MEMVP_COMMIT"):
-        report.main([*arguments(results), "--measure", "--device", "cpu"])
-    monkeypatch.setenv("MEMVP_COMMIT", "not-a-commit")
-    with pytest.raises(ValueError, match="hexadecimal"):
-        report.main([*arguments(results), "--measure", "--device", "cpu"])
 
 
 def test_what_is_committed_is_what_the_files_give() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from kernel_cases import Operands
 from options import parser, settle
-from roofline import Count, FFNShape, Peaks, attention, ffn_backward, ffn_forward, head, kernel, layer, training_step
+from roofline import Count, FFNShape, Peaks, attention, ffn_backward, ffn_forward, kernel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from variants import variants
@@ -76,12 +76,6 @@ def test_forward_bytes_are_those_of_the_tensors(form: str) -> None:
     assert ffn_forward(form, SHAPE).bytes == sum(t.nbytes for t in (eager.x, *read, eager.y))
 
 
-def test_training_writes_what_the_backward_needs() -> None:
-    for form, kept in (("text", 2 * PRESET.pairs), ("plain", 2 * PRESET.pairs + SHAPE.slots)):
-        more = ffn_forward(form, SHAPE, training=True).bytes - ffn_forward(form, SHAPE).bytes
-        assert more == S * T * kept * 4
-
-
 def test_attention_counts_each_visible_pair() -> None:
     queries, cached = 4, 6
     visible = sum(1 for _ in range(S) for q in range(queries) for k in range(cached + queries) if k <= cached + q)
@@ -90,35 +84,6 @@ def test_attention_counts_each_visible_pair() -> None:
     products = sum(2 * n * rows * columns for rows, columns in projections) + 2 * 2 * visible * d
     numbers = sum(rows * columns for rows, columns in projections) + 2 * S * kv * (cached + queries) + 2 * n * d
     assert attention(PRESET, sequences=S, queries=queries, cached=cached, element=2) == Count(products, 2 * numbers)
-
-
-def test_a_layer_is_its_ffn_and_its_attention() -> None:
-    attend = attention(PRESET, sequences=S, queries=IMAGE + T, cached=0, element=4)
-    assert layer("prompt", PRESET, SHAPE) == ffn_forward("prompt", SHAPE) + attend
-    one = FFNShape.of(PRESET, sequences=S, tokens=1, visual_tokens=IMAGE, element=4)
-    attend = attention(PRESET, sequences=S, queries=1, cached=IMAGE + T, element=4)
-    assert layer("prompt", PRESET, one, cached=IMAGE + T) == ffn_forward("text", one) + attend
-
-
-def test_checkpointing_runs_every_layer_once_more() -> None:
-    once, twice = (training_step("plain", PRESET, SHAPE, layers=3, checkpointing=on).flops for on in (False, True))
-    attend = attention(PRESET, sequences=S, queries=T, cached=0, element=4).flops
-    assert twice - once == 3 * (ffn_forward("plain", SHAPE).flops + attend)
-
-
-def test_the_head_is_one_product() -> None:
-    counted = flops(lambda: torch.randn(5, PRESET.width) @ torch.randn(PRESET.width, PRESET.vocabulary))
-    assert head(PRESET, rows=5, element=4).flops == counted
-
-
-def test_the_kernels_together_are_the_training_ffn() -> None:
-    forward = kernel("hidden", SHAPE) + kernel("output", SHAPE)
-    assert forward.flops == ffn_forward("plain", SHAPE).flops
-    assert forward.bytes > ffn_forward("plain", SHAPE, training=True).bytes
-    assert (
-        sum(kernel(name, SHAPE).flops for name in ("dhidden", "dinput", "dmemory"))
-        == ffn_backward("plain", SHAPE).flops
-    )
 
 
 @pytest.mark.parametrize("name", ["core", "dcore"])
@@ -146,8 +111,3 @@ def test_llama_7b_on_an_h200_as_worked_out_on_paper(
     shape = FFNShape.of(PRESETS["llama-7b"], sequences=sequences, tokens=tokens, visual_tokens=256, element=2)
     bound = Peaks(790, 4300, 4300).bound_ms(ffn_forward(form, shape)) * 1e3
     assert bound == pytest.approx(microseconds, rel=0.004)
-
-
-def test_an_unknown_form_is_named() -> None:
-    with pytest.raises(ValueError, match="form: wanted one of"):
-        ffn_forward("folded", SHAPE)

@@ -51,38 +51,6 @@ def test_the_split_is_whole_and_disjoint(split: Split) -> None:
     assert set(held_out.digits) == set(range(10))
 
 
-def test_patches_are_cut_row_by_row(split: Split) -> None:
-    known, held_out = split
-    both = torch.cat([known.pixels, held_out.pixels])
-    patch = known.features[3].view(digits.GRID, digits.GRID, digits.PATCH, digits.PATCH)[2, 1]
-    torch.testing.assert_close(patch * both.std() + both.mean(), known.pixels[3, 2:6, 1:5])
-
-
-@pytest.mark.parametrize(
-    ("kind", "digit", "operand", "answer"),
-    [
-        ("which", 7, 0, "seven"),
-        ("plus", 9, 5, "fourteen"),
-        ("twice", 9, 0, "eighteen"),
-        ("to ten", 0, 0, "ten"),
-        ("even", 0, 0, "yes"),
-        ("even", 3, 0, "no"),
-        ("more", 4, 4, "no"),
-        ("more", 5, 4, "yes"),
-    ],
-)
-def test_answers(kind: str, digit: int, operand: int, answer: str) -> None:
-    assert digits.KINDS[kind].answer(digit, operand) == answer
-
-
-def test_every_question_can_be_written_and_read_back() -> None:
-    rng = random.Random(0)
-    for question in [digits.ask(rng, rng.randrange(10)) for _ in range(200)] + digits.lesson(rng, 100):
-        ids = WORDS.encode(f"{question.prompt} {question.answer} {text.END}")
-        assert WORDS.decode(ids) == f"{question.prompt} {question.answer}"
-    assert len(set(WORDS.words)) == len(WORDS)
-
-
 def test_batches_pad_and_label() -> None:
     pair = [text.Question("which", "what digit is this ?", "six"), text.Question("even", "is it even ?", "yes")]
     learned = text.batch(WORDS, pair)
@@ -95,16 +63,6 @@ def test_batches_pad_and_label() -> None:
     asked = text.batch(WORDS, pair, answered=False)
     assert asked.attention_mask.tolist() == [[1] * 5, [0] + [1] * 4]
     assert (asked.labels == -100).all()
-
-
-def test_the_same_lesson_again_teaches_the_same() -> None:
-    losses = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        rng, small = random.Random(0), language_model.build(WORDS, width=16, layers=1)
-        losses.append(language_model.teach(small, WORDS, lambda _: digits.lesson(rng, 8), steps=20, learning_rate=1e-2))  # noqa: B023
-    assert losses[0] == losses[1]
-    assert losses[0][-1] < losses[0][0]
 
 
 def test_a_method_trains_only_its_own_parameters(method: Method, split: Split) -> None:
@@ -130,21 +88,6 @@ def test_an_answer_depends_on_the_image_and_not_on_the_batch(method: Method, spl
     one = text.Asked(questions[:1] * 40, list(range(40)))
     assert len(set(training.reply(method, WORDS, features, one))) > 1
     assert len(set(training.reply(method, WORDS, features, one, blind=True))) == 1
-
-
-def test_visual_tokens_stand_where_the_prompt_has_places(base: Any, split: Split) -> None:
-    method = made("prompt", base)
-    assert isinstance(method, InPrompt)
-    asked = [digits.ask(random.Random(i), 1, kind=kind) for i, kind in enumerate(("even", "plus"))]
-    prompts = text.batch(WORDS, asked, answered=False, places=method.places)
-    embeds = method.embed(split[0].features[:2], prompts.input_ids)
-    for row in range(2):
-        places = prompts.input_ids[row] == WORDS.image
-        assert places.sum() == digits.TOKENS
-        tokens = method.projector(split[0].features[row]) + method.position
-        torch.testing.assert_close(embeds[row, places], tokens)
-        words = base.get_input_embeddings()(prompts.input_ids[row, ~places])
-        torch.testing.assert_close(embeds[row, ~places], words)
 
 
 def test_every_method_trains_on_the_same(base: Any, split: Split) -> None:
@@ -179,33 +122,6 @@ def test_questions_are_about_their_image(split: Split) -> None:
         named = [(q, row) for q, row in zip(*some, strict=True) if q.kind == "which"]
         assert named
         assert all(q.answer == digits.NUMBERS[images.digits[row]] for q, row in named)
-
-
-def test_the_score_counts_per_kind() -> None:
-    asked = [text.Question(kind, "", "yes") for kind in digits.KINDS] + [text.Question("plus", "", "two")]
-    answers = ["yes"] * 3 + ["no"] * 3 + ["two"]
-    assert results.score(text.Asked(asked, []), answers) == {
-        "all": 4 / 7, "which": 1.0, "plus": 1.0, "twice": 1.0, "to ten": 0.0, "even": 0.0, "more": 0.0,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("memory", "prompt", "blind", "ratio", "met"),
-    [
-        (0.94, 0.95, 0.2, 0.6, True),
-        (0.92, 0.92, 0.2, 0.6, False),
-        (0.94, 0.97, 0.2, 0.6, False),
-        (0.94, 0.95, 0.5, 0.6, False),
-        (0.94, 0.95, 0.2, 0.8, False),
-    ],
-    ids=["met", "too few right", "too far behind", "the image hardly matters", "too slow"],
-)
-def test_each_requirement_can_be_missed(
-    memory: float, prompt: float, blind: float, ratio: float, met: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs = [training.Run("MemVP", seconds=[ratio]), training.Run("prompt", seconds=[1.0])]
-    assert program.meets(program.FULL, [{"all": memory}, {"all": prompt}], {"all": blind}, runs) is met
-    assert ("MISSED" in capsys.readouterr().out) is not met
 
 
 def test_the_page_shows_the_committed_run() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -41,13 +40,6 @@ def test_the_rule_that_teaches_the_language_model_is_the_data_sets(test_split: s
     assert min(checked[kind] for kind in shapes.KINDS) > 500
 
 
-def test_patches_are_cut_row_by_row(test_split: shapes.Shapes) -> None:
-    size = shapes.PATCH
-    patch = test_split.features[7].view(shapes.GRID, shapes.GRID, 3, size, size)[2, 5]
-    pixels = test_split.pixels[7, 2 * size : 3 * size, 5 * size : 6 * size]
-    torch.testing.assert_close(patch * 0.19 + 0.88, pixels.permute(2, 0, 1))
-
-
 def test_held_out_images_keep_their_questions(test_split: shapes.Shapes) -> None:
     parts = shapes.held_out(test_split, images=100)
     assert [len(part) for part in parts] == [900, 100]
@@ -59,34 +51,6 @@ def test_held_out_images_keep_their_questions(test_split: shapes.Shapes) -> None
         assert all(told == known[rows[row]] for row, told in truth(part).items())
         asked += len(part.asked.rows)
     assert asked == 9673
-
-
-def test_batches_favour_no_kind_and_no_answer(test_split: shapes.Shapes) -> None:
-    asked = next(shapes.batches(test_split, rows=4000))
-    kinds = Counter(question.kind for question in asked.questions)
-    assert all(900 < kinds[kind] < 1100 for kind in shapes.KINDS)
-    yes = Counter(q.answer for q in asked.questions if q.kind == shapes.KINDS[2] and "not" not in q.prompt.split())
-    assert 0.4 < yes["yes"] / yes.total() < 0.6
-    assert Counter(zip(*asked, strict=True)).keys() <= Counter(zip(*test_split.asked, strict=True)).keys()
-
-
-def test_lessons_describe_and_negate_late() -> None:
-    rng = random.Random(0)
-    early, late = shapes.lesson(rng, 0.0, 300), shapes.lesson(rng, 1.0, 300)
-    negated = [sum(bool({"not", "no"} & set(q.prompt.split())) for q in told) for told in (early, late)]
-    assert negated[0] == 0
-    assert negated[1] > 60
-    assert {q.kind for q in early} == set(shapes.KINDS)
-    for question in (*early, *late):
-        assert WORDS.decode(WORDS.encode(question.prompt)) == question.prompt
-        asked, told = question.prompt.split(" this is a ")
-        color, shape = sorted(told.split()[:2], key=shapes.SHAPES.__contains__)
-        assert shapes.answer(asked.split(), color, shape) == question.answer
-
-
-def test_the_majority_is_each_texts_own() -> None:
-    known = [text.Question("k", "a", "x")] * 2 + [text.Question("k", "a", "y"), text.Question("k", "b", "y")]
-    assert shapes.majority(known, [known[3], known[2]]) == ["y", "x"]
 
 
 @pytest.mark.parametrize("name", program.METHODS)
