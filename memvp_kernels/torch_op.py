@@ -175,20 +175,8 @@ def forward_op(
 
 
 @forward_op.register_fake
-def _(
-    tensors: list[Tensor],
-    present: int,
-    activation: str,
-    visual_activation: str,
-    visual_map: str | None,
-    visual_drop: float,
-    visual_scale: float,
-    dropout_p: float,
-    keep: int,
-    training: bool,
-    backend: str,
-    autocast: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(tensors: list[Tensor], present: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, dropout_p, keep, training, _backend, autocast = rest
     if training and dropout_p > 0:
         _refuse_memory_budget()
     x = tensors[0]
@@ -227,20 +215,8 @@ def backward_op(
 
 
 @backward_op.register_fake
-def _(
-    grad: Tensor,
-    tensors: list[Tensor],
-    present: int,
-    activation: str,
-    visual_activation: str,
-    visual_map: str | None,
-    visual_drop: float,
-    visual_scale: float,
-    dropout_p: float,
-    needs: int,
-    backend: str,
-    autocast: torch.dtype | None,
-) -> list[Tensor]:
+def _(grad: Tensor, tensors: list[Tensor], present: int, *rest: Any) -> list[Tensor]:
+    *_, needs, _backend, _autocast = rest
     bound = unpack(tensors, present)
     likes = (gradient_like(name, bound) for name in _wanted(needs))
     return [like.new_empty(like.shape, dtype=dtype) for like, dtype in likes]
