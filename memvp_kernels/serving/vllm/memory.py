@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
-from vllm.forward_context import get_forward_context
 
 from memvp_kernels.models.io import adapter
 from memvp_kernels.models.memory import vision_tower
@@ -17,7 +15,7 @@ from memvp_kernels.models.patching.vision_adapters import VisionTower
 from memvp_kernels.serving.vllm.folder import ServedFolder
 from memvp_kernels.shared_memory import SharedMemory, fused_ffn_shared
 
-__all__ = ["EngineMemory", "ImageEncoder", "give_memory"]
+__all__ = ["EngineMemory", "ImageEncoder"]
 
 
 class ImageEncoder:
@@ -125,66 +123,34 @@ class EngineMemory:
         self.cu_seqlens[-1:].fill_(padded)
         self.visual_index.fill_(-1)
 
-    def add(self, x: Tensor, y: Tensor, layer: int, activation: str) -> Tensor:
-        """y + s · visual Vv for the bound step.
+    def run(
+        self,
+        x: Tensor,
+        weights: Mapping[str, Tensor | None],
+        layer: int,
+        activation: str,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """An FFN with its memory for the bound step.
 
         Args:
             x: (N, d), the FFN's input.
-            y: (N, d), its output.
+            weights: key, value, gate and biases, as the operator takes them; none for the memory's part alone.
             layer: its position among the layers that have memory.
-            activation: of the visual branch.
+            activation: of the FFN and of the visual branch.
+            residual: (N, d), what is added, such as the output of an FFN that ran elsewhere.
         """
         return fused_ffn_shared(
             x,
-            {},
+            weights,
             self._shared,
             layer,
             visual_index=self.visual_index,
             cu_seqlens=self.cu_seqlens,
-            residual=y,
+            residual=residual,
             activation=activation,
             visual_scale=self.memory.scale_of(layer),
             dropout_p=0.0,
             recompute=False,
             backend=self.memory.backend,
         )
-
-
-@torch.library.custom_op("memvp_kernels::vllm_add_memory", mutates_args=())
-def _add_memory(x: Tensor, y: Tensor, layer: str) -> Tensor:
-    """The FFN is found by its name, as vLLM's attention is, so that a compiled graph holds no tensor of a step."""
-    ffn = get_forward_context().no_compile_layers[layer]
-    added: Tensor = ffn.memvp(x, y)
-    return added
-
-
-@_add_memory.register_fake
-def _(x: Tensor, y: Tensor, layer: str) -> Tensor:
-    return torch.empty_like(y)
-
-
-class _FFN(nn.Module):
-    """In front of an FFN's own class, which keeps its parameters' names and its loaders."""
-
-    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        y = super().forward(x, *arguments, **options)
-        added: Tensor = torch.ops.memvp_kernels.vllm_add_memory(x, y, self._memvp_name)
-        return added
-
-
-def give_memory(ffn: nn.Module, memory: EngineMemory, layer: int, activation: str, name: str, config: Any) -> None:
-    """Let an FFN of vLLM read the memory.
-
-    Args:
-        ffn: its output is whole on every rank, so under tensor parallelism every rank adds the whole memory.
-        memory: of the engine.
-        layer: its position among the layers that have memory.
-        activation: of the visual branch.
-        name: unique in the model.
-        config: vLLM's VllmConfig.
-    """
-    kind = type(ffn)
-    ffn.__class__ = type(kind.__name__, (_FFN, kind), {"__module__": kind.__module__})
-    ffn._memvp_name = name  # type: ignore[assignment]
-    ffn.memvp = lambda x, y: memory.add(x, y, layer, activation)  # type: ignore[assignment]
-    config.compilation_config.static_forward_context[name] = ffn

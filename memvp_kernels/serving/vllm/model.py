@@ -14,8 +14,9 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from memvp_kernels.models.patching.weights import activation_name
 from memvp_kernels.serving.vllm import compat
+from memvp_kernels.serving.vllm.ffn import give_memory
 from memvp_kernels.serving.vllm.folder import ARCHITECTURES, ServedFolder
-from memvp_kernels.serving.vllm.memory import EngineMemory, ImageEncoder, give_memory
+from memvp_kernels.serving.vllm.memory import EngineMemory, ImageEncoder
 from memvp_kernels.serving.vllm.processor import DummyInputs, ProcessingInfo, Processor
 from memvp_kernels.serving.vllm.state import BoundByBlock, RequestState
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from memvp_kernels import MemVPModel
 from memvp_kernels.serving.vllm import save_for_vllm
@@ -13,6 +15,7 @@ from tests.serving import tiny
 from tests.serving.vllm.engine import Report, Request, answers
 
 RUNNERS = ("v1", "v2")
+FUSED = {"memvp_ffn": "fused"}
 SHORT, LONG = list(range(40, 60)), [(i * 37) % 400 + 10 for i in range(150)]
 
 
@@ -83,12 +86,31 @@ def test_two_hundred_requests(runner: str, tmp_path: Path) -> None:
     assert report.preemptions > 0 and any(a.cached for a in report.rounds[1])
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_fused_ffn(family: str, tmp_path: Path) -> None:
+    """The whole FFN in the operator, over vLLM's own weights; its linear layers are left without a product, so they can't have run."""
+    model = tiny.model(family, sizes={"mlp_bias": True} if family == "Llama" else {})
+    for name, parameter in model.language_model.named_parameters():
+        if name.endswith("_proj.bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_for_vllm(model, tmp_path)
+    one, two = tiny.images(2)
+    rounds = [
+        [Request(SHORT, one), Request(SHORT), Request(LONG, two)],
+        [Request(LONG, two), Request(LONG, one), Request(SHORT)],
+    ]
+    report = answers(tmp_path, rounds, tokens=16, max_num_batched_tokens=64, additional_config=FUSED)
+    assert_equal(model, rounds, report)
+    assert report.rounds[1][0].cached > 0 and report.rounds[1][1].cached == 0
+
+
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_compiled(runner: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"additional_config": FUSED}], ids=["vllm", "fused"])
+def test_compiled(options: dict[str, Any], runner: str, tmp_path: Path) -> None:
     model = tiny.model("Qwen3")
     save_for_vllm(model, tmp_path)
     rounds = [[Request(SHORT, image) for image in (None, *tiny.images(3))]] * 2
-    report = answers(tmp_path, rounds, tokens=8, runner=runner, enforce_eager=False)
+    report = answers(tmp_path, rounds, tokens=8, runner=runner, enforce_eager=False, **options)
     assert_equal(model, rounds, report)
 
 

@@ -29,7 +29,7 @@ def test_no_operand_is_copied(tmp_path: Path) -> None:
     memory.bind(torch.tensor([0, 1, 2]), torch.tensor([0, memory.no_image]), tokens=2, padded=2)
     x, y = torch.randn(2, 2, 128)
     with torch.inference_mode(), torch.profiler.profile() as profile:
-        memory.add(x, y, 1, "silu")
+        memory.run(x, {}, 1, "silu", residual=y)
     called = Counter(event.name for event in profile.events())
     assert called["aten::addmm"] + called["aten::mm"]
     assert called["aten::cat"] == 1, "the tokens' own [visual A | visual]"
