@@ -106,7 +106,7 @@ def _opaque(ffn: Any, activation: str, config: Any) -> str | None:
         method = type(getattr(linear, "quant_method", None))
         if type(linear) is not kind or method is not UnquantizedLinearMethod:
             return f"{name} is a {type(linear).__name__} with {method.__name__}"
-    # A rank's part of the pairs is summed after it, and so would be the memory of every rank; one rank that adds it alone keeps the others waiting.
+    # A rank computes one term of a sum. The memory goes into the sum once: if one rank had it in its term, the others would wait for that rank.
     if ffn.down_proj.tp_size > 1:
         return "tensor parallelism spreads them over ranks"
     if _activation(ffn.act_fn) != activation:
