@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from memvp_kernels.backends.torch.activations import activate
+from memvp_kernels.checks import IDENTITY
 from memvp_kernels.models.patching.binding import Binding, bound
 from memvp_kernels.models.patching.mixins import MemoryFFN
 from memvp_kernels.models.patching.weights import activation_name
@@ -19,14 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["LayerAttribution", "MemoryAttribution", "MemoryRecorder"]
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda scores: F.gelu(scores, approximate="tanh"),
-    "identity": lambda scores: scores,
-}
 
 
 @dataclass(frozen=True)
@@ -195,15 +188,18 @@ def _take_apart(ffn: MemoryFFN, binding: Binding, core: Tensor, x: Tensor, y: Te
     key_position, value_position = memory.positions(binding.layer)
     rows = core.float() @ memory.basis.float()
     key, value = rows + key_position.float(), rows + value_position.float()
-    activation = _ACTIVATIONS[memory.visual_activation or activation_name(ffn.ffn_activation()) or ""]
-    mapped = F.silu if memory.visual_map == "silu" else _ACTIVATIONS["identity"]
-    scores = mapped(x.float()) @ mapped(key).transpose(1, 2)
+    activation, mapping = (
+        memory.visual_activation or activation_name(ffn.ffn_activation()),
+        memory.visual_map or IDENTITY,
+    )
+    assert activation is not None
+    scores = activate(mapping, x.float()) @ activate(mapping, key).transpose(1, 2)
     lowest = int(memory.visual_drop * scores.shape[-1])
     kept = scores >= scores.kthvalue(lowest + 1, dim=-1, keepdim=True).values if lowest else 1.0
     reads = torch.ones(len(x), dtype=torch.bool, device=x.device)
     if index is not None:
         reads = (index >= 0) & (index < memory.core.shape[0])
-    visual = memory.scale_of(binding.layer) * activation(scores) * kept * reads[:, None, None]
+    visual = memory.scale_of(binding.layer) * activate(activation, scores) * kept * reads[:, None, None]
     added = visual @ value
     norm, rest = added.norm(dim=-1), (y.float() - added).norm(dim=-1)
     share = norm / (norm + rest).clamp_min(torch.finfo(torch.float32).tiny)

@@ -25,10 +25,6 @@ class PretrainedAdapter:
         """The memory and the vision model, as files see them."""
         raise NotImplementedError
 
-    def adapter_tensors(self) -> dict[str, Tensor]:
-        """The adapter's own tensors by name, as they are: sharding leaves this rank a part of each."""
-        return self.adapter().tensors()
-
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """What :meth:`save_pretrained` writes: the memory, and the vision model's trainable parameters.
 

@@ -289,7 +289,7 @@ def core_tile(
         given_scores: it begins with scores that are kept.
     """
     odd = rank % 8 != 0  # then a core is loaded element by element, each with its own address
-    columns = min(64 if odd or dtype == torch.float32 else 256, _bucket(rank, 16))
+    columns = min(64 if odd or dtype == torch.float32 else 256, _bucket(rank))
     if dtype == torch.float32 and precision == "ieee":
         return Tile(16, min(columns, 32) if odd else columns, 16, 4, 2)  # 64 odd ones spilled 8 bytes on sm_80
     if dtype == torch.float32:
@@ -307,6 +307,6 @@ def _bucketed(shape: Shape, length: int | None) -> Shape:
     return shape._replace(rows=_bucket(shape.rows), sequences=sequences, length=length, dense=False)
 
 
-def _bucket(count: int, least: int = 16) -> int:
-    """The next power of two."""
-    return max(least, 1 << max(count - 1, 0).bit_length())
+def _bucket(count: int) -> int:
+    """The next power of two, 16 at least."""
+    return max(16, 1 << max(count - 1, 0).bit_length())
