@@ -49,10 +49,15 @@ def materialised(model: MemVPModel, image: Tensor | None) -> tuple[Tensor, Tenso
     return f + model.key_position, f + model.value_position
 
 
-@pytest.mark.parametrize("family", ["llama", "t5-gated", "bart"])
-def test_shares_are_what_the_memory_adds(family: str) -> None:
+ADEM = {"visual_map": "silu", "visual_drop": 0.3, "visual_activation": "identity"}
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), [("llama", {}), ("llama", ADEM), ("t5-gated", {}), ("bart", {})], ids=str
+)
+def test_shares_are_what_the_memory_adds(family: str, method: dict[str, Any]) -> None:
     base, plain = audible(family), audible(family)
-    model = with_memory(base)
+    model = with_memory(base, dataclasses.replace(CONFIG, **method))
     inputs: dict[str, Any] = {"input_ids": tokens(2), "image_features": features(4, 0)}
     if base.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens(2, 3)
