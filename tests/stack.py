@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memvp_kernels.shared_memory import SharedMemory, fused_ffn_shared
-from tests import cases
+from tests import cases, tolerance
 
 LAYERS = 3
 MEMORY = ("core", "basis", "key_position", "value_position")
@@ -84,6 +84,11 @@ def shared(a: Arguments, **options: Any) -> Tensor:
     one.close()
     assert y is not None
     return y
+
+
+def check(a: Arguments, **options: Any) -> None:
+    """:func:`shared` and the gradients of what MemVP trains, by the rule of tests/tolerance.py."""
+    tolerance.check(lambda **b: shared(b, **options), a, names=trained(a), through=through)
 
 
 def deep(a: Arguments, one: SharedMemory, first: int = 0) -> Tensor:

@@ -8,6 +8,7 @@ largest of a few orders of the same sums.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -218,6 +219,7 @@ def check(
     names: list[str] | None = None,
     keep: Tensor | None = None,
     grad: Tensor | None = None,
+    through: Callable[..., Tensor] = lambda ffn, **a: ffn(**a),
 ) -> None:
     """Output and every gradient of `candidate(**arguments)` against the reference, by the rule above.
 
@@ -226,6 +228,7 @@ def check(
         names: arguments whose gradients are compared; default: every floating-point one given.
         keep: the dropout mask that the candidate uses.
         grad: gradient of the output; default: random from a fixed seed.
+        through: what the candidate makes of several calls, with one function in the operator's place: through(ffn, **arguments).
     """
     names = floating(arguments) if names is None else names
     x = arguments["x"]
@@ -233,9 +236,9 @@ def check(
     judged = dict(arguments, keep=keep) if keep is not None else dict(arguments)
     for extra in ("backend", "recompute"):
         judged.pop(extra, None)
-    exact, exact_grads = gradients(lambda **a: reference.ffn(**a), judged, names, grad)
+    exact, exact_grads = gradients(functools.partial(through, reference.ffn), judged, names, grad)
     orders = [plain, *(reordered(seed) for seed in range(1, _ORDERS))] if x.dtype != torch.float64 else [plain]
-    theirs = [gradients(order, judged, names, grad) for order in orders]
+    theirs = [gradients(functools.partial(through, order), judged, names, grad) for order in orders]
     out, grads = gradients(candidate, arguments, names, grad)
     assert out.dtype == x.dtype and out.shape == x.shape
     assert_within_twice(out, exact, [t for t, _ in theirs])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memvp_kernels import fused_ffn, problem
 from memvp_kernels.shared_memory import SharedMemory, fused_ffn_shared
-from tests import cases, tolerance
+from tests import cases, stack, tolerance
 from tests.cases import DEVICE
 from tests.dispatch_mode import PassThrough
 from tests.tolerance import assert_same
@@ -256,16 +256,9 @@ def test_batched_gradients(backend: str, name: str, call: Call) -> None:
 
 
 def test_batched_gradients_through_a_shared_memory() -> None:
-    a = cases.leaves(cases.build("same_tensor-factored", torch.float32))
-    del a["visual_value"]
-    leaves = [a[n] for n in ("x", "visual_key", "visual_basis", "key_position", "value_position")]
-    memory = SharedMemory(*leaves[1:], torch.float32)
-    y = a["x"]
-    for caller in range(2):
-        y = fused_ffn_shared(
-            y, {n: a[n] for n in ("key", "value", "gate")}, memory, caller, visual_index=None, activation="silu",
-            visual_scale=1.0, dropout_p=0.0, recompute=False, backend="torch",
-        )  # fmt: skip
+    a = stack.arguments(torch.float32)
+    leaves = [a[n].requires_grad_() for n in stack.trained(a)]
+    y = stack.deep(a, stack.memory(a))
     batch = torch.randn(3, *y.shape)
     wanted = [torch.autograd.grad(y, leaves, grad, retain_graph=True) for grad in batch]
     found = torch.autograd.grad(y, leaves, batch, is_grads_batched=True)

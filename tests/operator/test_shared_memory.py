@@ -44,10 +44,6 @@ def _backward(y: Tensor, a: stack.Arguments, **options: Any) -> list[Tensor]:
     return list(torch.autograd.grad(y, [a[n] for n in stack.trained(a)], _grad(a), **options))
 
 
-def _assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
-    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_the_operators(case: str, recompute: bool) -> None:
@@ -63,16 +59,7 @@ def test_gradients_are_the_operators(case: str, recompute: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["one_each", "index", "mapped_index", "materialized_index"])
 def test_within_twice_pytorchs_own_error(dtype: torch.dtype, case: str) -> None:
-    a = stack.arguments(dtype, **CASES[case])
-    names, grad = stack.trained(a), _grad(a)
-    exact, exact_grads = tolerance.gradients(lambda **b: stack.through(reference.ffn, **b), a, names, grad)
-    orders = (tolerance.plain, *(tolerance.reordered(seed) for seed in range(1, 4)))
-    theirs = [tolerance.gradients(lambda f=f, **b: stack.through(f, **b), a, names, grad) for f in orders]
-    y, grads = tolerance.gradients(lambda **b: stack.shared(b), a, names, grad)
-    tolerance.assert_within_twice(y, exact, [t for t, _ in theirs])
-    for name in names:
-        assert grads[name].dtype == a[name].dtype
-        tolerance.assert_within_twice(grads[name], exact_grads[name], [g[name] for _, g in theirs], name)
+    stack.check(stack.arguments(dtype, **CASES[case]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -133,13 +120,13 @@ def test_a_second_backward_and_one_for_a_part() -> None:
     a = _leaves(stack.arguments(torch.float32))
     wanted = _backward(stack.shared(a), a)
     y = stack.shared(a)
-    _assert_same(_backward(y, a, retain_graph=True), wanted)
+    tolerance.assert_same(_backward(y, a, retain_graph=True), wanted)
     (x,) = torch.autograd.grad(
         y, a["x"], _grad(a), retain_graph=True
     )  # the memory's own part of the graph does not run
     (position,) = torch.autograd.grad(y, a["key_position"], _grad(a), retain_graph=True)
-    _assert_same([x, position], [wanted[0], wanted[3]])
-    _assert_same(_backward(y, a), wanted)
+    tolerance.assert_same([x, position], [wanted[0], wanted[3]])
+    tolerance.assert_same(_backward(y, a), wanted)
 
 
 def test_two_forwards_before_one_backward() -> None:
@@ -161,7 +148,7 @@ def test_calls_without_a_part_in_the_loss() -> None:
         stack.call(a, a["x"], memory, 2)
     stack.call(a, y, memory, 2)
     alone = stack.call(a, a["x"], stack.memory(a), 1)
-    _assert_same(_backward(y, a), _backward(alone, a))
+    tolerance.assert_same(_backward(y, a), _backward(alone, a))
 
 
 def test_a_caller_that_comes_twice() -> None:
@@ -194,7 +181,7 @@ def test_an_exception_leaves_no_sum_behind() -> None:
     middle.register_hook(fail)
     with pytest.raises(ArithmeticError):
         _backward(x, a, retain_graph=True)
-    _assert_same(_backward(x, a), wanted)
+    tolerance.assert_same(_backward(x, a), wanted)
 
 
 def test_checkpointed_calls_have_the_same_bits() -> None:
@@ -205,7 +192,7 @@ def test_checkpointed_calls_have_the_same_bits() -> None:
     for layer in range(stack.LAYERS):
         x = checkpoint(lambda x, n=layer: stack.call(a, x, memory, n), x, use_reentrant=False)
     memory.close()
-    _assert_same(_backward(x, a), wanted)
+    tolerance.assert_same(_backward(x, a), wanted)
 
 
 @pytest.mark.parametrize("case", ["index", "mapped_index"])
@@ -235,7 +222,7 @@ def test_one_dispatched_call_between_two_direct_ones() -> None:
 def test_a_gradient_of_the_gradient_is_refused() -> None:
     a = _leaves(stack.arguments(torch.float64))
     first = _backward(stack.shared(a), a, create_graph=True)
-    _assert_same(first, _backward(stack.shared(a), a))
+    tolerance.assert_same(first, _backward(stack.shared(a), a))
     with pytest.raises(RuntimeError, match="no second derivative"):
         first[1].sum().backward()
     # Of x alone, which may otherwise pass for independent.

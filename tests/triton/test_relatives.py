@@ -6,7 +6,6 @@ import functools
 
 import pytest
 import torch
-from torch import Tensor
 
 from memvp_kernels import fused_ffn, philox
 from memvp_kernels.backends.triton.device.visual import Visual
@@ -123,13 +122,5 @@ def test_with_dropout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sums_over_a_shared_memory() -> None:
     """Each call's gradients are added to those of the later ones, as on the torch backend."""
-    a = cases.moved(stack.arguments(torch.float32, index=True, visual_map="silu", visual_activation="identity"))
-    names, grad = stack.trained(a), torch.randn_like(a["x"])
-
-    def gradients(dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
-        b = {n: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in a.items()}
-        return tolerance.gradients(lambda **t: stack.shared(t, backend=backend), b, names, grad.to(dtype))[1]
-
-    exact, theirs = gradients(torch.float64, "torch"), gradients(torch.float32, "torch")
-    for name, found in gradients(torch.float32, "triton").items():
-        tolerance.assert_within_twice(found, exact[name], theirs[name], name)
+    a = stack.arguments(torch.float32, index=True, visual_map="silu", visual_activation="identity")
+    stack.check(cases.moved(a), backend="triton")

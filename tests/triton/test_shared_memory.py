@@ -13,13 +13,13 @@ from memvp_kernels import reference
 from memvp_kernels.backends import triton as backend
 from memvp_kernels.backends.triton.heuristics import backward_tiles
 from memvp_kernels.problem import SHARED, Problem, Segments
-from tests import stack, tolerance
+from tests import cases, stack, tolerance
 from tests.triton.test_backward import small_tiles
 from tests.triton.test_backward_needs import SCALARS, assert_equal, dy, problem
 
 __all__ = ["small_tiles"]  # a fixture for every test here
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = cases.DEVICE
 
 
 def _shared(dtype: torch.dtype = torch.float32, **changes: Any) -> Problem:
@@ -70,16 +70,7 @@ def test_within_twice_pytorchs_own_error(
     dtype: torch.dtype, index: bool, splits: int, operands: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backward_tiles, "row_splits", lambda *_: splits)
-    a = {n: t.to(DEVICE) for n, t in stack.arguments(dtype, index=index).items()}
-    names = stack.trained(a)
-    grad = torch.randn(a["x"].shape, generator=torch.Generator().manual_seed(4)).to(a["x"])
-    exact, exact_grads = tolerance.gradients(lambda **b: stack.through(reference.ffn, **b), a, names, grad)
-    orders = (tolerance.plain, *(tolerance.reordered(seed) for seed in range(1, 4)))
-    theirs = [tolerance.gradients(lambda f=f, **b: stack.through(f, **b), a, names, grad) for f in orders]
-    y, grads = tolerance.gradients(lambda **b: stack.shared(b, backend="triton"), a, names, grad)
-    tolerance.assert_within_twice(y, exact, [t for t, _ in theirs])
-    for name in names:
-        tolerance.assert_within_twice(grads[name], exact_grads[name], [g[name] for _, g in theirs], name)
+    stack.check(cases.moved(stack.arguments(dtype, index=index)), backend="triton")
 
 
 @pytest.mark.parametrize("readers", ["index", "one_row_for_all", "nobody"])
