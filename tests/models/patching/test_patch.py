@@ -238,5 +238,4 @@ def test_save_pretrained_of_the_base_names_its_own_class(tmp_path: Path) -> None
     model.language_model.save_pretrained(tmp_path)
     again = type(language_model()).from_pretrained(tmp_path)
     assert again.config.architectures == ["LlamaForCausalLM"]
-    for (name, a), (_, b) in zip(again.state_dict().items(), language_model().state_dict().items(), strict=True):
-        assert torch.equal(a, b), name
+    torch.testing.assert_close(again.state_dict(), language_model().state_dict(), rtol=0, atol=0)
