@@ -50,7 +50,7 @@ def forward(problem: Problem, *, save_hidden: bool, save_scores: bool) -> tuple[
         start = p.residual
         if p.value_bias is not None:
             start = p.value_bias.to(p.x.dtype) if start is None else start + p.value_bias.to(p.x.dtype)
-        y = product(hidden, p.value, start).contiguous()
+        y = product(hidden, p.value, start)
     else:
         y = p.x.new_zeros(p.x.shape) if p.residual is None else p.residual.clone(memory_format=torch.contiguous_format)
     if p.has_memory:

@@ -46,7 +46,7 @@ def _ffn(
     hidden = activate_(name, _linear(x, (key if gate is None else gate).T, key_bias if gate is None else gate_bias))
     if gate is not None:
         hidden.mul_(_linear(x, key.T, key_bias))
-    return _linear(hidden, value, value_bias).contiguous()
+    return _linear(hidden, value, value_bias)
 
 
 def _linear(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -64,22 +64,18 @@ def _memory(p: Problem) -> Callable[[Tensor, Tensor], None]:
     key_operand, value_operand = p.key_operand.mT, p.value_operand
     rank = None if p.visual_basis is None else p.visual_basis.shape[0]
 
-    # in 32 bits the last product takes s; in 16 it is to be in the activations before they are rounded
-    last = scale if dtype == wide else 1.0
-
     def visual(scores: Tensor) -> Tensor:
-        active = activate_(name, scores.to(wide))
-        return active if last != 1 else active.mul_(scale).to(dtype)
+        return activate_(name, scores.to(wide)).mul_(scale).to(dtype)
 
     def add_plain(y: Tensor, x: Tensor) -> None:
         active = visual(torch.bmm(x.view(*batch, -1), keys))
-        y.view(*batch, -1).baddbmm_(active, values, alpha=last)
+        y.view(*batch, -1).baddbmm_(active, values)
 
     def add_factored(y: Tensor, x: Tensor) -> None:
         assert value_operand is not None
-        of_key = product(x, key_operand).reshape(*batch, -1)
+        of_key = product(x, key_operand).view(*batch, -1)
         active = visual(torch.baddbmm(of_key[..., rank:], of_key[..., :rank], keys))
         of_value = torch.cat([torch.bmm(active, values), active], dim=-1)
-        add_product_(y, of_value.view(x.shape[0], -1), value_operand, last)
+        add_product_(y, of_value.view(x.shape[0], -1), value_operand)
 
     return add_plain if rank is None else add_factored

@@ -55,13 +55,13 @@ class MemoryRows(Protocol):
 
 class Shared:
     def product(self, a: Tensor, matrices: Tensor) -> Tensor:
-        return product(a, matrices[0]).contiguous()
+        return product(a, matrices[0])
 
     def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:
         add_product_(out, a, matrices[0])
 
     def plus_product(self, start: Tensor, a: Tensor, matrices: Tensor) -> Tensor:
-        return product(a, matrices[0], start).contiguous()
+        return product(a, matrices[0], start)
 
     def outer(self, *pairs: Pair) -> Tensor:
         a, b = _stacked(pairs)

@@ -19,20 +19,20 @@ def _few(a: Tensor) -> bool:
 
 
 def product(a: Tensor, b: Tensor, start: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """start + a @ b, (N, k) and (k, F) to (N, F); without `out` not always contiguous. `start` is (F,) or (N, F)."""
+    """start + a @ b, (N, k) and (k, F) to (N, F), contiguous; `start` is (F,) or (N, F)."""
     if _few(a):
         found = _transposed(a, b)
         found = found if start is None else found.add_(start)
-        return found if out is None else out.copy_(found)
+        return found.contiguous() if out is None else out.copy_(found)
     return torch.mm(a, b, out=out) if start is None else torch.addmm(start, a, b, out=out)
 
 
-def add_product_(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
-    """y += alpha · a @ b."""
+def add_product_(y: Tensor, a: Tensor, b: Tensor) -> None:
+    """y += a @ b."""
     if _few(a):
-        y.add_(_transposed(a, b), alpha=alpha)
+        y.add_(_transposed(a, b))
     else:
-        y.addmm_(a, b, alpha=alpha)
+        y.addmm_(a, b)
 
 
 def _transposed(a: Tensor, b: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class VisualBranch:
         """r_wide Aᵀ + d_wide pᵀ (N, M)."""
         if position is None:
             return self.mask_(self.rows.product(r_wide, cores))
-        out = product(d_wide, position.T).contiguous()
+        out = product(d_wide, position.T)
         self.rows.add_product(out, r_wide, cores)
         return self.mask_(out)
 
