@@ -15,7 +15,10 @@ from transformers import PreTrainedModel
 from memvp_kernels.models.inputs import Images
 from memvp_kernels.models.patching.attach import transformers_model
 
-__all__ = ["LanguageModelInterface", "loss_per_item"]
+__all__ = ["FLAGS", "LanguageModelInterface", "loss_per_item"]
+
+#: Of a base that FSDP2 has sharded, copied to the model: Dynamo looks for them without asking a descriptor, and would take one for a yes.
+FLAGS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
 
 
 class _Delegated:
@@ -74,7 +77,6 @@ class LanguageModelInterface:
     _keys_to_ignore_on_save = _Delegated()
     # sharded by from_pretrained(distributed_config=...): Trainer then averages the memory's gradients itself, as LoRA's
     is_distributed_loading_by_transformers = _Delegated()
-    _is_fsdp_managed_module = _Delegated()
     set_requires_gradient_sync = _Delegated()
     set_requires_all_reduce = _Delegated()
     tp_size = _Delegated()

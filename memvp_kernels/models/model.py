@@ -14,7 +14,7 @@ from transformers import GenerationMixin
 from memvp_kernels.models.activation_checkpointing import ActivationCheckpointing
 from memvp_kernels.models.assisted import DraftModel
 from memvp_kernels.models.config import MemVPConfig
-from memvp_kernels.models.delegation import LanguageModelInterface, loss_per_item
+from memvp_kernels.models.delegation import FLAGS, LanguageModelInterface, loss_per_item
 from memvp_kernels.models.inputs import BatchMemory, Images, MemorySource
 from memvp_kernels.models.io.adapter import Adapter
 from memvp_kernels.models.io.pretrained import PretrainedAdapter
@@ -100,6 +100,9 @@ class MemVPModel(Measuring, PretrainedAdapter, LanguageModelInterface, Activatio
             raise
         self._attachment: Attachment | None = attachment
         self.language_model: Any = language_model
+        for name in FLAGS:
+            if hasattr(language_model, name):
+                setattr(self, name, getattr(language_model, name))
         self.vision_model = vision_model
         self._tower = tower
         if tower is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ ANSWERED = {
     "config", "generation_config", "dtype", "name_or_path", "main_input_name", "input_modalities", "output_modalities",
     "hf_device_map", "hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit",
     "set_attn_implementation", "_no_split_modules", "_skip_keys_device_placement", "_keys_to_ignore_on_save",
-    "is_distributed_loading_by_transformers", "_is_fsdp_managed_module", "set_requires_gradient_sync",
+    "is_distributed_loading_by_transformers", "set_requires_gradient_sync",
     "set_requires_all_reduce", "tp_size", "_tp_size",
     # in a way of its own
     "base_model", "device", "generate", "generate_batch", "num_parameters", "get_memory_footprint",
@@ -68,6 +69,17 @@ def test_the_list_is_all_that_it_answers(family: str) -> None:
     ):
         with pytest.raises(AttributeError, match=rf"'MemVPModel' object has no attribute '{name}'"):
             getattr(model, name)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_dynamo_sees_whether_the_base_is_sharded(sharded: bool) -> None:
+    """It looks without asking descriptors."""
+    base = language_model("llama")
+    if sharded:  # as fully_shard leaves it
+        base._is_fsdp_managed_module = base._fsdp_use_orig_params = True  # type: ignore[assignment]
+    model = with_memory(base)
+    for name in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
+        assert inspect.getattr_static(model, name, False) is sharded
 
 
 @pytest.mark.parametrize("lora", [False, True])
