@@ -41,12 +41,12 @@ class Report(NamedTuple):
 
     Attributes:
         rounds: of answers, in the order of the requests.
-        preemptions: of requests, in all rounds together.
+        counters: vLLM's metrics that count, by name, over all rounds.
         log: of the engine.
     """
 
     rounds: list[list[Answer]]
-    preemptions: int
+    counters: dict[str, int]
     log: str
 
 
@@ -72,7 +72,8 @@ def answers(
     Args:
         tokens: of every answer.
         variables: environment variables of the engine.
-        options: of vLLM's LLM; and `image_cache`, how many images its encoder's cache holds, which vLLM has no option for.
+        options: of vLLM's LLM; and `image_cache`, how many images its encoder's cache holds, which vLLM has no option for, and `lora`,
+            the folder of an adapter that the requests of all rounds but the first use.
     """
     with tempfile.TemporaryDirectory() as scratch:
         asked, said = Path(scratch, "asked.pt"), Path(scratch, "said.json")
@@ -94,17 +95,20 @@ def answers(
         assert done.returncode == 0, log[-4000:]
         found = json.loads(said.read_text())
     assert ("Using V2 Model Runner" in log) == (runner == "v2"), "the other runner ran"
-    return Report([[Answer(*a) for a in answers] for answers in found["rounds"]], found["preemptions"], log)
+    return Report([[Answer(*a) for a in answers] for answers in found["rounds"]], found["counters"], log)
 
 
 def _main(folder: str, asked: str, said: str, tokens: str, options: str) -> None:
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
     from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
+    from vllm.v1.metrics.reader import Counter
 
     given = json.loads(options)
     if "image_cache" in given:
         images, made = given.pop("image_cache"), EncoderCacheManager.__init__
         EncoderCacheManager.__init__ = lambda self, cache_size: made(self, images)
+    lora = LoRARequest("lora", 1, given.pop("lora")) if "lora" in given else None
     llm = LLM(model=folder, skip_tokenizer_init=True, dtype="float32", disable_log_stats=False, **given)
     sampling = SamplingParams(temperature=0, max_tokens=int(tokens), detokenize=False, ignore_eos=True)
     rounds = []
@@ -115,10 +119,10 @@ def _main(folder: str, asked: str, said: str, tokens: str, options: str) -> None
             inputs.append(
                 {"prompt_token_ids": prompt} | ({} if data is None else {"multi_modal_data": {"image": data}})
             )
-        outputs = llm.generate(inputs, sampling, use_tqdm=False)
+        outputs = llm.generate(inputs, sampling, use_tqdm=False, lora_request=lora if rounds else None)
         rounds.append([(list(o.outputs[0].token_ids), o.num_cached_tokens) for o in outputs])
-    preemptions = sum(getattr(m, "value", 0) for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
-    Path(said).write_text(json.dumps({"rounds": rounds, "preemptions": preemptions}))
+    counters = {m.name: m.value for m in llm.get_metrics() if isinstance(m, Counter)}
+    Path(said).write_text(json.dumps({"rounds": rounds, "counters": counters}))
 
 
 if __name__ == "__main__":
