@@ -59,7 +59,7 @@ class Setting(NamedTuple):
     share: float
 
 
-GRID = [Setting(rate, share) for rate, share in itertools.product((2e-3, 5e-3), (0.2, 0.4))]
+GRID = [Setting(rate, share) for rate, share in itertools.product((2e-3, 5e-3), (0.02, 0.1, 0.4))]
 
 
 class Contestant(NamedTuple):
@@ -84,9 +84,9 @@ def _adem_vl(base: PreTrainedModel, words: Vocabulary) -> Method:
 
 
 METHODS = {
-    "MemVP": Contestant(_memvp, Setting(5e-3, 0.2)),
-    "ADEM-VL": Contestant(_adem_vl, Setting(5e-3, 0.2)),
-    "tokens in the prompt": Contestant(_prompt, Setting(5e-3, 0.4)),
+    "MemVP": Contestant(_memvp, Setting(2e-3, 0.1)),
+    "ADEM-VL": Contestant(_adem_vl, Setting(5e-3, 0.02)),
+    "tokens in the prompt": Contestant(_prompt, Setting(5e-3, 0.1)),
 }
 
 
@@ -110,9 +110,9 @@ class Plan(NamedTuple):
     asked: int | None
 
 
-FULL = Plan(900, 900, seeds=3, looks=6, watched=400, asked=None)
+FULL = Plan(900, 5000, seeds=3, looks=6, watched=400, asked=None)
 QUICK = Plan(40, 12, seeds=1, looks=2, watched=60, asked=200)
-TUNING = Plan(900, 300, seeds=1, looks=4, watched=1000, asked=None)
+TUNING = Plan(900, 2000, seeds=1, looks=4, watched=1000, asked=None)
 
 
 def taught(words: Vocabulary, steps: int, path: Path) -> PreTrainedModel:
