@@ -14,20 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_every_gpu_test_puts_its_tensors_on_the_device() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "tests.pretended_gpu",
-        "-p",
-        "no:cacheprovider",
-        "--tb=short",
-    ]
+    pytest_once = ("-m", "pytest", "-q", "-p", "tests.pretended_gpu", "-p", "no:cacheprovider", "--tb=short")
     places = ["tests/operator", "tests/triton", "tests/cuda", "tests/csrc/test_decode_gpu.py"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
-        [*command, "-m", "gpu and not slow", *places], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, *pytest_once, "-m", "gpu and not slow", *places],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -132,16 +132,8 @@ def test_host_overhead() -> None:
     pytest.importorskip("pytest_benchmark")
     # As `make bench` has it: kernels are compiled, not interpreted, though none is launched.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--benchmark-disable",
-        "benchmarks/host_overhead.py",
-    ]
+    pytest_once = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-disable")
+    command = [sys.executable, *pytest_once, "benchmarks/host_overhead.py"]
     done = subprocess.run(command, cwd=BENCHMARKS.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 

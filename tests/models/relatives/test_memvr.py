@@ -58,6 +58,11 @@ def assert_same(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found.float(), wanted.float())
 
 
+def greedy(model: Any, inputs: dict[str, Tensor], tokens: int) -> Any:
+    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    return model.generate(**inputs, max_new_tokens=tokens, **options)
+
+
 def official(
     model: Any, inputs: dict[str, Tensor], alpha: float, threshold: float, phi: str, tokens: Tensor | None = None
 ) -> tuple[Tensor, list[int]]:
@@ -128,9 +133,7 @@ def test_decoding_is_the_official_code_step_by_step(model: Any) -> None:
     inputs = prompt(4)
     settings = {"alpha": 0.4, "threshold": 0.5, "layers": LOOKS}
     with visual_retracing(model, **settings):
-        out = model.generate(
-            **inputs, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
+        out = greedy(model, inputs, 6)
         first = model(**inputs, use_cache=True)
         cache, logits = first.past_key_values, [first.logits[:, -1]]
         for step in range(1, len(out.logits)):
@@ -141,9 +144,7 @@ def test_decoding_is_the_official_code_step_by_step(model: Any) -> None:
     wanted, fired = official(model, inputs, 0.4, 0.5, "identity")
     assert fired
     assert_same(out.logits[0], wanted[:, -1])
-    plain = model.generate(
-        **inputs, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True
-    )
+    plain = greedy(model, inputs, 6)
     assert any(not torch.equal(a, b) for a, b in zip(plain.logits[1:], out.logits[1:], strict=False))
 
 
@@ -153,16 +154,11 @@ def test_a_batch_is_its_samples_alone(model: Any) -> None:
     inputs = prompt(3, 7, 5)
     settings = {"alpha": 0.4, "threshold": 0.55, "layers": LOOKS}
     with visual_retracing(model, **settings):
-        together = model.generate(
-            **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
+        together = greedy(model, inputs, 4)
         for i in range(3):
             real = inputs["attention_mask"][i].bool()
             alone = {"input_ids": inputs["input_ids"][i, real][None], "pixel_values": inputs["pixel_values"][i, None]}
-            one = model.generate(
-                **alone, attention_mask=torch.ones_like(alone["input_ids"]), max_new_tokens=4, do_sample=False,
-                output_logits=True, return_dict_in_generate=True,
-            )  # fmt: skip
+            one = greedy(model, alone | {"attention_mask": torch.ones_like(alone["input_ids"])}, 4)
             for a, b in zip(one.logits, together.logits, strict=False):
                 torch.testing.assert_close(a[0], b[i])
 
