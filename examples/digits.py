@@ -67,7 +67,7 @@ def main() -> int:
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else FULL
     arguments.out.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
+    started, commit = time.perf_counter(), results.checked_out()
 
     torch.manual_seed(0)
     words, rng = digits.vocabulary(), random.Random(0)
@@ -108,7 +108,7 @@ def main() -> int:
         for method, run, right in zip(methods, runs, scores, strict=True)
     ]
     found = results.record(
-        [*rows, results.row("MemVP, image withheld", [blind])], seconds=time.perf_counter() - started
+        [*rows, results.row("MemVP, image withheld", [blind])], seconds=time.perf_counter() - started, commit=commit
     )
     (arguments.out / "digits.json").write_text(json.dumps(found, indent=2) + "\n")
 

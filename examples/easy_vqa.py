@@ -230,7 +230,7 @@ def main() -> int:
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else FULL
     arguments.out.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
+    started, commit = time.perf_counter(), results.checked_out()
 
     words, path = shapes.vocabulary(), arguments.out / f"language_model_{plan.text_steps}.pt"
     known, watched = shapes.held_out(shapes.load("train"))
@@ -260,7 +260,7 @@ def main() -> int:
     rows.append(results.row("MemVP, image withheld", [results.score(asked, one.blind) for one in races]))
     guess = shapes.majority(known.asked.questions, asked.questions)
     rows.append(results.row("each text's majority answer", [results.score(asked, guess)]))
-    found = results.record(rows, seconds=time.perf_counter() - started)
+    found = results.record(rows, seconds=time.perf_counter() - started, commit=commit)
     (arguments.out / "easy_vqa.json").write_text(json.dumps(found, indent=2) + "\n")
 
     results.draw_curves([one.runs for one in races], arguments.out / "curves.png")

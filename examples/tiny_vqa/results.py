@@ -20,7 +20,7 @@ from torch import Tensor
 from tiny_vqa.text import IMAGE, Asked
 from tiny_vqa.training import Run, share_right
 
-__all__ = ["Score", "by_kind", "draw_answers", "draw_curves", "markdown", "record", "row", "score"]
+__all__ = ["Score", "by_kind", "checked_out", "draw_answers", "draw_curves", "markdown", "record", "row", "score"]
 
 Score = Mapping[str, float]
 
@@ -63,19 +63,20 @@ def row(name: str, scores: Sequence[Score], runs: Sequence[Run] = (), trained: i
     return found
 
 
-def record(rows: Sequence[Mapping[str, Any]], *, seconds: float) -> dict[str, Any]:
+def record(rows: Sequence[Mapping[str, Any]], *, seconds: float, commit: str) -> dict[str, Any]:
     """The figures of one program run, with the machine, the versions and the commit.
 
     Args:
         rows: as :func:`row` makes them.
         seconds: of the whole program.
+        commit: from :func:`checked_out`, when the program began.
     """
     return {
         "machine": f"{_processor()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": _commit(),
+        "commit": commit,
         "seconds": seconds,
         "rows": list(rows),
     }
@@ -123,7 +124,7 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _commit() -> str:
+def checked_out() -> str:
     """The checked-out commit, "-dirty" where a tracked file differs from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
