@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from memvp_kernels.backends.torch import products
+
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
@@ -15,3 +17,9 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def exchanged(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take small matrices for large ones."""
+    monkeypatch.setattr(products, "_LARGE", 0)

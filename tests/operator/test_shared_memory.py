@@ -64,7 +64,7 @@ def test_within_twice_pytorchs_own_error(dtype: torch.dtype, case: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.usefixtures("two_threads")
+@pytest.mark.usefixtures("exchanged")
 def test_inference(case: str, dtype: torch.dtype) -> None:
     """Calls that may take over what an earlier one worked out: FFN after FFN, and the whole once more."""
     a = stack.arguments(dtype, **CASES[case])

@@ -27,7 +27,7 @@ def test_case(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", cases.names())
-@pytest.mark.usefixtures("two_threads")
+@pytest.mark.usefixtures("exchanged")
 def test_case_on_two_threads(name: str) -> None:
     tolerance.check(run, cases.build(name, torch.float32, DEVICE))
 

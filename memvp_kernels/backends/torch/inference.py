@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memvp_kernels.backends.torch.activations import activate_
-from memvp_kernels.backends.torch.products import add_product_, product
+from memvp_kernels.backends.torch.products import product
 from memvp_kernels.problem import Problem
 
 __all__ = ["prepare"]
@@ -76,6 +76,6 @@ def _memory(p: Problem) -> Callable[[Tensor, Tensor], None]:
         of_key = product(x, key_operand).view(*batch, -1)
         active = visual(torch.baddbmm(of_key[..., rank:], of_key[..., :rank], keys))
         of_value = torch.cat([torch.bmm(active, values), active], dim=-1)
-        add_product_(y, of_value.view(x.shape[0], -1), value_operand)
+        y.addmm_(of_value.view(x.shape[0], -1), value_operand)
 
     return add_plain if rank is None else add_factored

@@ -17,7 +17,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from memvp_kernels.backends.torch.products import add_product_, product
+from memvp_kernels.backends.torch.products import product
 from memvp_kernels.problem import Segments
 
 __all__ = ["Blocked", "Grouped", "MemoryRows", "Padded", "Pair", "Shared", "memory_rows", "row_of"]
@@ -58,7 +58,7 @@ class Shared:
         return product(a, matrices[0])
 
     def add_product(self, out: Tensor, a: Tensor, matrices: Tensor) -> None:
-        add_product_(out, a, matrices[0])
+        out.addmm_(a, matrices[0])
 
     def plus_product(self, start: Tensor, a: Tensor, matrices: Tensor) -> Tensor:
         return product(a, matrices[0], start)

@@ -12,7 +12,7 @@ from torch import Tensor
 from memvp_kernels.backends.torch.activations import activate, activation_backward
 from memvp_kernels.backends.torch.dropout import keep_mask
 from memvp_kernels.backends.torch.memory_rows import MemoryRows, Pair, memory_rows, row_of
-from memvp_kernels.backends.torch.products import add_product_, product
+from memvp_kernels.backends.torch.products import product
 from memvp_kernels.problem import BEHIND_SCORES, BEHIND_VISUAL, Problem
 
 __all__ = ["VisualBranch", "memory_backward"]
@@ -172,13 +172,11 @@ class VisualBranch:
             return
         of_value = self.rows.product(visual, self.value)
         if self.p.value_operand is not None:
-            add_product_(y, torch.cat([of_value, visual], dim=1), self.p.value_operand)
+            y.addmm_(torch.cat([of_value, visual], dim=1), self.p.value_operand)
         elif self.value_position is None:
-            add_product_(y, of_value, self.basis)
+            y.addmm_(of_value, self.basis)
         else:  # y, the larger, is rounded once
-            both = product(visual, self.value_position)
-            add_product_(both, of_value, self.basis)
-            y += both
+            y += (visual @ self.value_position).addmm_(of_value, self.basis)
 
     def memory_gradient(self, *pairs: Pair, out: Tensor | None = None) -> Tensor:
         """For each memory row the sum of left[n]ᵀ right[n] (R, M, ·) over the rows that read it; zero in slots that don't exist.
