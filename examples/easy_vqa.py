@@ -62,7 +62,7 @@ class Setting(NamedTuple):
 GRID = [Setting(rate, share) for rate, share in itertools.product((2e-3, 5e-3), (0.02, 0.1, 0.4))]
 
 
-class Contestant(NamedTuple):
+class Recipe(NamedTuple):
     """A method: how it is made on a language model, and the setting that `--tune` found best for it."""
 
     make: Callable[[PreTrainedModel, Vocabulary], Method]
@@ -84,9 +84,9 @@ def _adem_vl(base: PreTrainedModel, words: Vocabulary) -> Method:
 
 
 METHODS = {
-    "MemVP": Contestant(_memvp, Setting(2e-3, 0.1)),
-    "ADEM-VL": Contestant(_adem_vl, Setting(5e-3, 0.02)),
-    "tokens in the prompt": Contestant(_prompt, Setting(5e-3, 0.1)),
+    "MemVP": Recipe(_memvp, Setting(2e-3, 0.1)),
+    "ADEM-VL": Recipe(_adem_vl, Setting(5e-3, 0.02)),
+    "tokens in the prompt": Recipe(_prompt, Setting(5e-3, 0.1)),
 }
 
 
