@@ -26,8 +26,8 @@ class MemVPConfig:
     features have another size than CLIP's, s where the memory as a whole adds too little or too much;
     ``MemVPModel.explain_memory`` prints how much it adds.
 
-    The memory goes into every layer unless ``layers`` names some. All is right for a pretrained language model of full size. A
-    small one may train better with its first layers alone, and each layer named less is that layer's share of the cost less.
+    The memory goes into every layer unless ``layers`` names some. Each layer named less is that layer's share of the cost less;
+    keep early ones, since what late layers read no attention compares with the text.
 
     Attributes:
         vision_dim: width of an image feature (CLIP ViT-L/14: 1024).
