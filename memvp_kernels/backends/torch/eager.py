@@ -31,8 +31,7 @@ def _pre_activations(p: Problem, kept: Tensor | None) -> list[Tensor]:
     assert p.key is not None
     weights = [(p.key, p.key_bias)] if p.gate is None else [(p.gate, p.gate_bias), (p.key, p.key_bias)]
     return [
-        product(p.x, weight.T, None if bias is None else bias.to(p.x.dtype), out=None if kept is None else kept[i])
-        for i, (weight, bias) in enumerate(weights)
+        product(p.x, weight.T, bias, out=None if kept is None else kept[i]) for i, (weight, bias) in enumerate(weights)
     ]
 
 

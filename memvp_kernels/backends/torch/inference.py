@@ -43,14 +43,10 @@ def _ffn(
     name: str, x: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, key_bias: Tensor | None, gate_bias: Tensor | None,
     value_bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    hidden = activate_(name, _linear(x, (key if gate is None else gate).T, key_bias if gate is None else gate_bias))
+    hidden = activate_(name, product(x, (key if gate is None else gate).T, key_bias if gate is None else gate_bias))
     if gate is not None:
-        hidden.mul_(_linear(x, key.T, key_bias))
-    return _linear(hidden, value, value_bias)
-
-
-def _linear(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    return product(a, b, None if bias is None else bias.to(a.dtype))
+        hidden.mul_(product(x, key.T, key_bias))
+    return product(hidden, value, value_bias)
 
 
 def _memory(p: Problem) -> Callable[[Tensor, Tensor], None]:

@@ -19,7 +19,8 @@ def _exchanged(a: Tensor, b: Tensor) -> bool:
 
 
 def product(a: Tensor, b: Tensor, start: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """start + a @ b, (N, k) and (k, F) to (N, F), contiguous; `start` is (F,) or (N, F)."""
+    """start + a @ b, (N, k) and (k, F) to (N, F), contiguous; `start` is (F,) or (N, F), of any dtype."""
+    start = None if start is None else start.to(a.dtype)
     if not _exchanged(a, b):
         return torch.mm(a, b, out=out) if start is None else torch.addmm(start, a, b, out=out)
     rows = a.shape[0]
